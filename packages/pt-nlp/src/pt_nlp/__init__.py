@@ -1,0 +1,1 @@
+"""Prompt tuning for text and code."""

@@ -1,0 +1,1 @@
+"""Prompt tuning for every modality: the thin core."""
