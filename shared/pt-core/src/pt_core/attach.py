@@ -1,0 +1,197 @@
+"""Put a prompt into a backbone and take it out again, so that the user's model stays the user's model.
+
+    handle = attach(backbone, prompt)        # every call of the backbone now carries the prompt
+    with off(backbone): ...                  # not here
+    with handle.active(): ...                # this one here, whatever else is attached
+    with route(backbone, [a, None, b]): ...  # one prompt for each row of the batch
+    handle.remove()                          # bit-identical to before
+
+Only `forward` of a few modules is replaced, on the instance, and restored by `remove()`. Which prompt a call carries is a
+context variable: threads and tasks never see each other's choice. How a prompt enters a model is the business of its
+family, which a modality package registers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from torch import nn
+
+from pt_core.errors import InputError
+from pt_core.prompts import Prompt
+
+Forward = Callable[..., Any]
+
+
+class Handle:
+    """A prompt in a backbone. `attach` makes it; see the module's first lines for its use."""
+
+    def __init__(self, backbone: nn.Module, prompt: Prompt, always: bool, name: str | None) -> None:
+        self.backbone = backbone
+        self.prompt = prompt
+        self.always = always
+        self.name = name  # of the submodule of the backbone, if registered there
+        self.store: dict[str, Any] = {}  # what the family keeps for inference; valid only while the prompt's values are
+        self._on = True
+
+    def enabled(self, on: bool = True) -> None:
+        """Switch the prompt off or on again for calls outside `active()` and `route()`."""
+        self._on = on
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """In this context (this thread, this task) the backbone carries this prompt."""
+        with route(self.backbone, [self]):
+            yield
+
+    def remove(self) -> None:
+        """Take the prompt out. With the last one the backbone's own `forward` methods are back."""
+        attached = _ATTACHED.get(self.backbone)
+        if attached is None or self not in attached.handles:
+            return
+        attached.handles.remove(self)
+        if self.name is not None:
+            delattr(self.backbone, self.name)
+        if not attached.handles:
+            attached.restore()
+            del _ATTACHED[self.backbone]
+
+
+Rows = Sequence["Handle | None"]
+
+
+class Family(Protocol):
+    """How prompts enter one family of backbones."""
+
+    name: str
+
+    def matches(self, backbone: nn.Module) -> bool:
+        """Whether this family knows the backbone. Must not import the backbone's library."""
+
+    def check(self, backbone: nn.Module, prompt: Prompt) -> None:
+        """Raise InputError where the prompt does not fit the backbone (widths, layers, what it offers)."""
+
+    def patches(
+        self, backbone: nn.Module, selected: Callable[[], Rows | None]
+    ) -> list[tuple[nn.Module, Callable[[Forward], Forward]]]:
+        """Modules whose forward is replaced, each with a function from the original forward to the new one.
+
+        `selected()` tells at call time which handle each row carries: None for none at all, one entry for all rows, or
+        one for each row (a batch of k times as many rows repeats each entry k times, as beam search does).
+        """
+
+
+class _Attached:
+    def __init__(self, backbone: nn.Module, family: Family) -> None:
+        self.family = family
+        self.handles: list[Handle] = []
+        key, handles = id(backbone), self.handles
+
+        def selected() -> Rows | None:
+            chosen = _ROUTES.get().get(key)
+            if chosen is None:
+                chosen = next(((h,) for h in reversed(handles) if h.always and h._on), ())
+            return chosen if any(h is not None and h in handles for h in chosen) else None
+
+        self.patched: list[nn.Module] = []
+        for module, wrap in family.patches(backbone, selected):
+            original = module.forward
+            module.forward = functools.wraps(original)(wrap(original))  # wraps: generate and Trainer read the signature
+            self.patched.append(module)
+
+    def restore(self) -> None:
+        for module in self.patched:
+            original = module.forward.__wrapped__  # type: ignore[attr-defined]
+            del module.__dict__["forward"]
+            if module.forward != original:  # it was an instance attribute before us (accelerate's hooks)
+                module.forward = original
+
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
+_ROUTES: ContextVar[dict[int, tuple[Handle | None, ...]]] = ContextVar("pt_routes", default={})
+_FAMILIES: list[Family] = []
+
+
+def register_family(family: Family) -> None:
+    """Make a family of backbones known to `attach`. A package does this when its `backbones` module is imported."""
+    _FAMILIES.append(family)
+
+
+def _family(backbone: nn.Module) -> Family:
+    from pt_core.registry import packages
+
+    for family in _FAMILIES:
+        if family.matches(backbone):
+            return family
+    for module in packages().values():
+        importlib.import_module(f"{module}.backbones")
+    for family in _FAMILIES:
+        if family.matches(backbone):
+            return family
+    known = ", ".join(f.name for f in _FAMILIES) or "none"
+    raise InputError(
+        f"no installed package knows how prompts enter a {type(backbone).__name__} (families: {known})",
+        remedy="Install the package of its modality, or register a family (pt_core.attach.register_family)",
+    )
+
+
+def attach(backbone: nn.Module, prompt: Prompt, *, always: bool = True) -> Handle:
+    """Put `prompt` into `backbone`.
+
+    The backbone keeps its class, its forward keywords, its configuration and its `generate`. Prompt positions never
+    appear in logits, labels or the lengths of hidden states.
+
+    Args:
+        backbone: the frozen model.
+        prompt: what it shall carry.
+        always: True: every call carries the prompt (the newest one, where several are attached), and it is a submodule of
+            the backbone, so that optimisers and trainers find its parameters. False: only calls inside
+            `handle.active()` or `route(...)` do.
+
+    Raises:
+        InputError: the backbone's family is not known, or the prompt does not fit it.
+    """
+    attached = _ATTACHED.get(backbone)
+    family = attached.family if attached is not None else _family(backbone)
+    family.check(backbone, prompt)
+    if attached is None:
+        attached = _ATTACHED[backbone] = _Attached(backbone, family)
+    name = None
+    if always:
+        taken = dict(backbone.named_children())
+        name = next(f"pt_prompt_{i}" for i in range(len(taken) + 1) if f"pt_prompt_{i}" not in taken)
+        backbone.add_module(name, prompt)
+    handle = Handle(backbone, prompt, always, name)
+    attached.handles.append(handle)
+    return handle
+
+
+@contextmanager
+def route(backbone: nn.Module, handles: Rows) -> Iterator[None]:
+    """In this context row i of a batch carries `handles[i]` (None: no prompt); a single entry serves all rows.
+
+    Raises:
+        InputError: a handle belongs to another backbone or was removed.
+    """
+    attached = _ATTACHED.get(backbone)
+    for handle in handles:
+        if handle is not None and (attached is None or handle not in attached.handles):
+            raise InputError("a prompt of another backbone, or one that was removed", remedy="Attach it here first")
+    token = _ROUTES.set({**_ROUTES.get(), id(backbone): tuple(handles)})
+    try:
+        yield
+    finally:
+        _ROUTES.reset(token)
+
+
+@contextmanager
+def off(backbone: nn.Module) -> Iterator[None]:
+    """In this context the backbone carries no prompt."""
+    with route(backbone, [None]):
+        yield
