@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,7 +51,7 @@ class Handle:
 
     def remove(self) -> None:
         """Take the prompt out. With the last one the backbone's own `forward` methods are back."""
-        attached = _ATTACHED.get(self.backbone)
+        attached = _attached(self.backbone)
         if attached is None or self not in attached.handles:
             return
         attached.handles.remove(self)
@@ -60,7 +59,7 @@ class Handle:
             delattr(self.backbone, self.name)
         if not attached.handles:
             attached.restore()
-            del _ATTACHED[self.backbone]
+            del self.backbone.__dict__[_SLOT]
 
 
 Rows = Sequence["Handle | None"]
@@ -105,6 +104,10 @@ class _Attached:
             module.forward = functools.wraps(original)(wrap(original))  # wraps: generate and Trainer read the signature
             self.patched.append(module)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # The replaced forwards belong to the original's modules: a copy would silently run the original.
+        raise InputError("a backbone that carries prompts cannot be copied", remedy="Remove the prompts first")
+
     def restore(self) -> None:
         for module in self.patched:
             original = module.forward.__wrapped__  # type: ignore[attr-defined]
@@ -113,9 +116,14 @@ class _Attached:
                 module.forward = original
 
 
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
+_SLOT = "_pt_attached"  # where a backbone keeps it: not a submodule, and collected with the backbone
 _ROUTES: ContextVar[dict[int, tuple[Handle | None, ...]]] = ContextVar("pt_routes", default={})
 _FAMILIES: list[Family] = []
+
+
+def _attached(backbone: nn.Module) -> _Attached | None:
+    found: _Attached | None = backbone.__dict__.get(_SLOT)
+    return found
 
 
 def register_family(family: Family) -> None:
@@ -157,11 +165,11 @@ def attach(backbone: nn.Module, prompt: Prompt, *, always: bool = True) -> Handl
     Raises:
         InputError: the backbone's family is not known, or the prompt does not fit it.
     """
-    attached = _ATTACHED.get(backbone)
+    attached = _attached(backbone)
     family = attached.family if attached is not None else _family(backbone)
     family.check(backbone, prompt)
     if attached is None:
-        attached = _ATTACHED[backbone] = _Attached(backbone, family)
+        attached = backbone.__dict__[_SLOT] = _Attached(backbone, family)
     name = None
     if always:
         taken = dict(backbone.named_children())
@@ -179,7 +187,7 @@ def route(backbone: nn.Module, handles: Rows) -> Iterator[None]:
     Raises:
         InputError: a handle belongs to another backbone or was removed.
     """
-    attached = _ATTACHED.get(backbone)
+    attached = _attached(backbone)
     for handle in handles:
         if handle is not None and (attached is None or handle not in attached.handles):
             raise InputError("a prompt of another backbone, or one that was removed", remedy="Attach it here first")

@@ -123,7 +123,9 @@ class Method(nn.Module):
         own = self.state_dict()
         missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or unknown:
-            raise InputError(f"the tensors do not belong to {type(self).__name__}: missing {missing}, unknown {unknown}")
+            raise InputError(
+                f"the tensors do not belong to {type(self).__name__}: missing {missing}, unknown {unknown}"
+            )
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
                 raise InputError(f"{name} has shape {tuple(tensor.shape)}, {tuple(own[name].shape)} was expected")
