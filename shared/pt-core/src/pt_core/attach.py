@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import nn
@@ -117,7 +118,7 @@ class _Attached:
 
 
 _SLOT = "_pt_attached"  # where a backbone keeps it: not a submodule, and collected with the backbone
-_ROUTES: ContextVar[dict[int, tuple[Handle | None, ...]]] = ContextVar("pt_routes", default={})
+_ROUTES: ContextVar[Mapping[int, tuple[Handle | None, ...]]] = ContextVar("pt_routes", default=MappingProxyType({}))
 _FAMILIES: list[Family] = []
 
 
