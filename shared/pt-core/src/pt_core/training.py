@@ -674,7 +674,7 @@ def fit(
     method.train()
     for step in loop.steps():
         for rows in loop.share(plan.batch(step - 1)):
-            batch = loop.to_device(train.collate([train.rows[i] for i in rows]))
+            batch = loop.to_device(train.batch(rows))
             with loop.autocast():
                 loss = method.loss(batch)
             loop.backward(loss, batch)

@@ -1,0 +1,472 @@
+"""Text data: files and templates to batches.
+
+A `TextTask` holds what a prompt needs besides its tensors to be used (`TaskSpec`: template, labels, verbalizer, lengths;
+it is saved with the prompt) and the splits. Four kinds:
+
+    verbalizer       one of several label words, scored as token sequences by the language model
+    classification   one class, through a trained head
+    multilabel       any set of classes, through a trained head
+    text-to-text     text is generated; the reference is text
+
+Batches are dicts. All have `input_ids`, `attention_mask` (long, [b, n]) and `sample_ids`; sources of causal models are padded on
+the left, others on the right. By kind: `labels` [b] (class) or [b, C] (0/1 float); `candidates` and `candidate_mask` [C, t] (label
+words); `target_ids` (token ids to be predicted, -100 elsewhere), aligned with `input_ids` [b, n] for text-to-text on a causal
+model, else [b, t] beside it; `source_mask` [b, n], 1 on what is read rather than written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pt_core.data import (
+    Split,
+    class_names,
+    encode_labels,
+    encode_multilabels,
+    few_shot_split,
+    read_table,
+    stratified,
+)
+from pt_core.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+Kind = Literal["verbalizer", "classification", "multilabel", "text-to-text"]
+Backbone = Literal["causal-lm", "encoder", "seq2seq"]
+METRICS = {
+    "verbalizer": ("accuracy", "macro-f1"),
+    "classification": ("accuracy", "macro-f1"),
+    "multilabel": ("macro-f1", "micro-f1"),
+    "text-to-text": (),
+}
+
+
+class TaskSpec(BaseModel):
+    """What turns text into a batch and a prediction into an answer. Saved with every prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind
+    backbone: Backbone = "causal-lm"
+    template: str = Field(
+        "{text}", description="text of the input; names of fields in braces; `{text}` is cut if too long"
+    )
+    labels: tuple[str, ...] = Field((), description="class names, in the order of the logits")
+    verbalizer: dict[str, str] = Field({}, description="label word of a class, where it is not the class name")
+    target_prefix: str | None = Field(
+        None, description="in front of label words and targets; default: a space for causal models, nothing else"
+    )
+    objective: Literal["classes", "tokens"] | None = Field(
+        None,
+        description="what a verbalizer trains: cross-entropy over the class scores, or over the tokens of the right label "
+        "word (Lester et al. 2021, DePT). Default: classes for causal models, tokens for encoder-decoders",
+    )
+    length_normalised: bool = Field(
+        False, description="score label words by the mean, not the sum, of token log-probability"
+    )
+    max_source_length: int = Field(256, ge=1, description="tokens of an input, special tokens included")
+    max_target_length: int = Field(64, ge=1, description="tokens of a target, and of what is generated")
+    tokenizer_hash: str = Field("", description="of the vocabulary; another tokenizer is refused")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if "{text}" not in self.template:
+            raise ValueError("the template must contain {text}")
+        if self.kind != "text-to-text" and len(self.labels) < 2:
+            raise ValueError("a classification task needs at least two labels")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must be distinct")
+        if unknown := set(self.verbalizer) - set(self.labels):
+            raise ValueError(f"the verbalizer names unknown labels: {sorted(unknown)}")
+        if self.kind == "verbalizer" and self.backbone == "encoder":
+            raise ValueError("a verbalizer needs a language model; use a head (classification) on an encoder")
+        return self
+
+    @property
+    def words(self) -> list[str]:
+        """Label words in the order of the classes."""
+        return [self.verbalizer.get(label, label) for label in self.labels]
+
+    @property
+    def trains(self) -> Literal["classes", "tokens"]:
+        return self.objective or ("tokens" if self.backbone == "seq2seq" else "classes")
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of a tokenizer's vocabulary and special tokens."""
+    content = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_ids))]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+class Encoder:
+    """Tokenises sources and targets by a `TaskSpec` and pads them into batches."""
+
+    def __init__(self, spec: TaskSpec, tokenizer: Any) -> None:
+        if spec.tokenizer_hash and spec.tokenizer_hash != tokenizer_hash(tokenizer):
+            raise InputError(
+                "the prompt was trained with another tokenizer", remedy="Use the tokenizer of its backbone"
+            )
+        self.spec, self.tokenizer = spec, tokenizer
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = tokenizer("a")["input_ids"]
+        at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+        self.head, self.tail = full[:at], full[at + len(plain) :]
+        if spec.backbone == "causal-lm":
+            self.tail = []  # the model writes on from here
+        self.target_prefix = spec.target_prefix
+        if self.target_prefix is None:
+            self.target_prefix = " " if spec.backbone == "causal-lm" else ""
+
+    def source(self, row: Mapping[str, Any]) -> list[int]:
+        """Token ids of an input. If it is too long, the field `text` is cut, never the rest of the template."""
+        before, _, after = self.spec.template.partition("{text}")
+        fields = {k: v for k, v in row.items() if k != "text"}
+        parts = [_fill(before, fields), str(row["text"]), _fill(after, fields)]
+        ids = self._ids("".join(parts))
+        room = self.spec.max_source_length - len(self.head) - len(self.tail)
+        if len(ids) > room:
+            first, text, last = (self._ids(part) for part in parts)
+            if len(first) + len(last) >= room:
+                raise InputError(
+                    f"the template alone takes {len(first) + len(last)} of {room} tokens",
+                    field="max_source_length",
+                    remedy="Raise max_source_length or shorten the template",
+                )
+            ids = first + text[: room - len(first) - len(last)] + last
+        return self.head + ids + self.tail
+
+    def target(self, text: str) -> list[int]:
+        """Token ids of a target, with the end-of-sequence token where the model shall stop there."""
+        ids = self._ids(f"{self.target_prefix}{text}")
+        closed = self.spec.kind == "text-to-text" or self.spec.backbone == "seq2seq"
+        limit = self.spec.max_target_length - closed
+        return ids[:limit] + [self.tokenizer.eos_token_id] * closed
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def candidates(self) -> list[list[int]]:
+        """Token ids of every label word.
+
+        Raises:
+            InputError: two label words have the same tokens, or one has none.
+        """
+        found = [self.target(word) for word in self.spec.words]
+        for i, ids in enumerate(found):
+            if not ids or ids in found[:i]:
+                why = "has no tokens" if not ids else f"has the tokens of {self.spec.words[found.index(ids)]!r}"
+                raise InputError(
+                    f"label word {self.spec.words[i]!r} {why}", field="verbalizer", remedy="Choose another word"
+                )
+        return found
+
+    def batch(self, rows: Sequence[Mapping[str, Any]], with_targets: bool = True) -> dict[str, Any]:
+        """Pad encoded rows (`source` ids and, by kind, `label` or `target` ids) into a batch."""
+        spec = self.spec
+        causal = spec.backbone == "causal-lm"
+        side: Literal["left", "right"] = "left" if causal else "right"
+        batch: dict[str, Any] = {}
+        if rows and "id" in rows[0]:
+            batch["sample_ids"] = [row["id"] for row in rows]
+        sources = [row["source"] for row in rows]
+        labelled = with_targets and rows[0].get("label") is not None
+        if labelled:
+            batch["labels"] = torch.stack([torch.as_tensor(row["label"]) for row in rows])
+        if spec.kind == "verbalizer":
+            batch["candidates"], batch["candidate_mask"] = self.candidates_padded
+            batch["length_normalised"] = spec.length_normalised
+        batch["input_ids"], batch["attention_mask"] = pad(sources, self.pad, side)
+        wanted = spec.kind == "text-to-text" or (spec.kind == "verbalizer" and spec.trains == "tokens")
+        if not (with_targets and wanted and rows[0].get("target") is not None):
+            return batch
+        targets = [row["target"] for row in rows]
+        if causal and spec.kind == "text-to-text":
+            both = list(zip(sources, targets, strict=True))
+            batch["input_ids"], batch["attention_mask"] = pad([s + t for s, t in both], self.pad, side)
+            batch["target_ids"], _ = pad([[-100] * len(s) + t for s, t in both], -100, side)
+            batch["source_mask"], _ = pad([[1] * len(s) + [0] * len(t) for s, t in both], 0, side)
+        else:
+            batch["target_ids"], _ = pad(targets, -100, "right")
+        return batch
+
+    @property
+    def candidates_padded(self) -> tuple[Tensor, Tensor]:
+        """Label words as [C, t] ids (padded on the right) and their mask."""
+        if not hasattr(self, "_candidates"):
+            self._candidates = pad(self.candidates(), self.pad, "right")
+        return self._candidates
+
+
+def _fill(part: str, fields: Mapping[str, Any]) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in fields:
+            raise InputError(f"the template names {match[1]!r}, which no row has", field="template")
+        return str(fields[match[1]])
+
+    return re.sub(r"\{(\w+)\}", value, part)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+    """Rows of unequal length as [b, n] long and their mask (1 = real)."""
+    n = max(len(row) for row in rows)
+    ids = torch.full((len(rows), n), value)
+    mask = torch.zeros(len(rows), n, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(n - len(row), n) if side == "left" else slice(0, len(row))
+        ids[i, at], mask[i, at] = torch.tensor(row, dtype=torch.long), 1
+    return ids, mask
+
+
+@dataclass
+class TextTask:
+    """A task on text: its specification, tokenizer and splits.
+
+    Args:
+        spec, tokenizer: how text becomes batches.
+        train, validation, test: splits; each may be absent (a task that is only used for prediction has none).
+    """
+
+    spec: TaskSpec
+    tokenizer: Any
+    train: Split | None = None
+    validation: Split | None = None
+    test: Split | None = None
+
+    def __post_init__(self) -> None:
+        self.encoder = Encoder(self.spec, self.tokenizer)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Mapping[str, Sequence[Mapping[str, Any]]],
+        tokenizer: Any,
+        *,
+        kind: Kind,
+        labels: Sequence[str] | None = None,
+        files: Mapping[str, str | Path] | None = None,
+        **spec: Any,
+    ) -> TextTask:
+        """Build a task from rows in memory.
+
+        Args:
+            rows: split name (`train`, `validation`, `test`) -> rows with `text`, `label` (a class, a list of classes, or the
+                reference text) and the template's other fields.
+            tokenizer: of the backbone.
+            kind: see the module's first lines.
+            labels: class names in the order of the logits; default: those of the training rows, sorted.
+            files: where the rows come from, for messages.
+            spec: further fields of `TaskSpec`.
+
+        Raises:
+            InputError: a label is missing or unknown, or the specification is inconsistent.
+        """
+        files = files or {}
+        if kind != "text-to-text" and labels is None:
+            train = rows.get("train") or next(iter(rows.values()))
+            given = [row["label"] for row in train]
+            labels = class_names(
+                [x for row in given for x in row] if kind == "multilabel" else given, files.get("train")
+            )
+        try:
+            made = TaskSpec(kind=kind, labels=tuple(labels or ()), tokenizer_hash=tokenizer_hash(tokenizer), **spec)
+        except ValueError as error:
+            raise InputError(_first_problem(error), field="task") from error
+        task = cls(made, tokenizer)
+        for name, part in rows.items():
+            setattr(task, name, task.split(part, files.get(name)))
+        return task
+
+    @classmethod
+    def from_files(
+        cls,
+        train: str | Path,
+        tokenizer: Any,
+        *,
+        kind: Kind,
+        text: str = "text",
+        label: str = "label",
+        validation: str | Path | None = None,
+        test: str | Path | None = None,
+        shots: int | None = None,
+        validation_shots: int = 0,
+        max_test_rows: int | None = None,
+        seed: int = 0,
+        **spec: Any,
+    ) -> TextTask:
+        """Read a task from JSONL, CSV, TSV, Parquet files or folders saved by `datasets`.
+
+        Args:
+            train, validation, test: files or folders; validation rows can instead be drawn from `train`.
+            text, label: columns.
+            shots, validation_shots: rows per class drawn from `train` (nested for one seed); None keeps all.
+            max_test_rows: cap on test rows, drawn in class proportion.
+            spec: further fields of `TaskSpec` (template, verbalizer, lengths ...).
+        """
+        files = {k: v for k, v in {"train": train, "validation": validation, "test": test}.items() if v is not None}
+        fields = {"text": text, "label": label} | {
+            name: name for name in re.findall(r"\{(\w+)\}", str(spec.get("template", ""))) if name != "text"
+        }
+        rows = {name: read_rows(path, fields) for name, path in files.items()}
+        return cls.from_rows(
+            draw(rows, kind, shots, validation_shots, max_test_rows, seed), tokenizer, kind=kind, files=files, **spec
+        )
+
+    def split(self, rows: Sequence[Mapping[str, Any]], file: str | Path | None = None) -> Split:
+        """Rows with `text` and `label` as a split of this task, tokenised once."""
+        spec, encode = self.spec, self.encoder
+        labels: Sequence[Any] = [None] * len(rows)
+        if spec.kind == "multilabel":
+            labels = list(encode_multilabels([row["label"] for row in rows], spec.labels, file))
+        elif spec.kind != "text-to-text":
+            labels = encode_labels([row["label"] for row in rows], spec.labels, file)
+        words = encode.candidates() if spec.kind == "verbalizer" else []
+        encoded = []
+        for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+            item = {"id": row.get("id", i), "source": encode.source(row), "label": label}
+            if spec.kind == "verbalizer":
+                item["target"] = words[label]
+            if spec.kind == "text-to-text":
+                item["target"], item["reference"] = encode.target(row["label"]), row["label"]
+            encoded.append(item)
+        return Split(
+            rows=encoded,
+            collate=encode.batch,
+            metrics=METRICS[spec.kind],
+            task={"multilabel": "multilabel", "text-to-text": "text"}.get(spec.kind, "multiclass"),
+            num_classes=len(spec.labels) or None,
+            lengths=[len(item["source"]) + len(item.get("target", ())) for item in encoded],
+            scorer=self.score_text if spec.kind == "text-to-text" else None,
+        )
+
+    def texts(self, texts: Sequence[str], **fields: Sequence[str]) -> list[dict[str, Any]]:
+        """Encoded rows for prediction, without labels."""
+        rows = [{"text": t} | {k: v[i] for k, v in fields.items()} for i, t in enumerate(texts)]
+        return [{"id": i, "source": self.encoder.source(row)} for i, row in enumerate(rows)]
+
+    @torch.no_grad()
+    def predict(self, method: Any, texts: Sequence[str], batch_size: int = 32) -> list[dict[str, Any]]:
+        """Answers of a trained method: `label` and `scores`, `labels` and `scores`, or generated `text`."""
+        rows, answers = self.texts(texts), list[dict[str, Any]]()
+        device = next(method.backbone.parameters()).device
+        method.eval()
+        for start in range(0, len(rows), batch_size):
+            batch = self.encoder.batch(rows[start : start + batch_size], with_targets=False)
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            if self.spec.kind == "text-to-text":
+                answers += [{"text": text} for text in self.generate(method, batch)]
+                continue
+            logits = method(batch).logits.float().cpu()
+            if self.spec.kind == "multilabel":
+                for scores in logits.sigmoid():
+                    named = dict(zip(self.spec.labels, scores.tolist(), strict=True))
+                    answers.append({"labels": [n for n, s in named.items() if s > 0.5], "scores": named})
+            else:
+                for scores in logits.softmax(-1):
+                    named = dict(zip(self.spec.labels, scores.tolist(), strict=True))
+                    answers.append({"label": max(named, key=named.__getitem__), "scores": named})
+        return answers
+
+    def generate(self, method: Any, batch: Mapping[str, Any], **options: Any) -> list[str]:
+        """Greedy continuations of a batch of sources, as text, stripped."""
+        options = {"max_new_tokens": self.spec.max_target_length, "do_sample": False} | options
+        tokens = method.generate(batch, pad_token_id=self.encoder.pad, **options)
+        if self.spec.backbone == "causal-lm":
+            tokens = tokens[:, batch["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def score_text(self, method: Any, split: Split, batch_size: int = 32) -> dict[str, float]:
+        """Exact match and token F1 of greedy continuations against the references."""
+        from pt_core.metrics import evaluate_text
+
+        device = next(method.backbone.parameters()).device
+        written: list[str] = []
+        for start in range(0, len(split), batch_size):
+            rows = [split.rows[i] for i in range(start, min(start + batch_size, len(split)))]
+            batch = self.encoder.batch(rows, with_targets=False)
+            written += self.generate(
+                method, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            )
+        return evaluate_text(written, [split.rows[i]["reference"].strip() for i in range(len(split))])
+
+
+def read_rows(path: str | Path, fields: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows of a table (JSONL, JSON, CSV, TSV, Parquet) or of a folder saved by `datasets.Dataset.save_to_disk`."""
+    path = Path(path)
+    if not path.is_dir():
+        return read_table(path, fields)
+    from datasets import Dataset, load_from_disk
+
+    try:
+        data = load_from_disk(str(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(
+            "this folder holds no data set", file=path, remedy="Save it by datasets' save_to_disk, or name a file"
+        ) from error
+    if not isinstance(data, Dataset):
+        raise InputError(
+            f"this folder holds several splits ({', '.join(data)})",
+            file=path,
+            remedy=f"Name one: {path}/{next(iter(data))}",
+        )
+    for role, column in fields.items():
+        if column not in data.column_names:
+            raise InputError(
+                f"there is no column {column!r}",
+                file=path,
+                field=role,
+                remedy=f"Columns: {', '.join(data.column_names)}",
+            )
+    names = getattr(data.features[fields["label"]], "names", None) if "label" in fields else None
+    rows = []
+    for number, row in enumerate(data, start=1):
+        made = {role: row[column] for role, column in fields.items()}
+        if names is not None:
+            made["label"] = names[made["label"]]
+        if not isinstance(made["text"], str) or not made["text"].strip():
+            raise InputError("the text is empty or not text", file=path, row=number, field=fields["text"])
+        rows.append(made)
+    return rows
+
+
+def draw(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    kind: Kind,
+    shots: int | None,
+    validation_shots: int,
+    max_test_rows: int | None,
+    seed: int,
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Few-shot training and validation rows and a capped test set; text tasks are drawn as one class."""
+    key: Callable[[Mapping[str, Any]], Any] = (
+        (lambda row: row["label"]) if kind in ("verbalizer", "classification") else (lambda row: "rows")
+    )
+    made = {name: list(part) for name, part in rows.items()}
+    if "train" in made and (shots is not None or validation_shots):
+        labels = [key(row) for row in made["train"]]
+        if shots is None:
+            shots = min(labels.count(x) for x in set(labels)) - validation_shots
+        chosen, held = few_shot_split(labels, shots, validation_shots, seed)
+        if validation_shots:
+            made["validation"] = [made["train"][i] for i in held]
+        made["train"] = [made["train"][i] for i in chosen]
+    if "test" in made and max_test_rows is not None and len(made["test"]) > max_test_rows:
+        made["test"] = [made["test"][i] for i in stratified([key(row) for row in made["test"]], max_test_rows, seed)]
+    return made
+
+
+def _first_problem(error: ValueError) -> str:
+    """The first problem of a pydantic error as a sentence."""
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return str(error)
+    first = errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"]).removeprefix("Value error, ")

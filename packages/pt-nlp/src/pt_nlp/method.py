@@ -1,0 +1,301 @@
+"""What all text methods share: reading a class, a label word or a text out of a frozen, prompted language model.
+
+A text method builds a prompt (`build_prompt`) and nothing else; this base class attaches it, runs the backbone and computes
+logits only where something is read:
+
+- with a head (`num_labels`): pooled features -> linear head;
+- with a verbalizer (the batch has `candidates`): log-probability of every label word as a continuation;
+- else: cross-entropy of the tokens in `target_ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from pt_core.attach import attach
+from pt_core.errors import InputError
+from pt_core.method import Loss, Method, MethodConfig, Output
+from pt_core.prompts import Prompt
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pt_nlp.backbones import (
+    base_of,
+    checkpoints_blocks,
+    is_causal,
+    keep_checkpointing,
+    shape_of,
+    source_tokens,
+)
+
+LINEAR_HEADS = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # logits = W h + b and nothing else
+
+
+class TextConfig(MethodConfig):
+    """Settings that every text method has."""
+
+    num_labels: int | None = Field(
+        None, ge=2, description="classes of a trained head; None reads the language model head"
+    )
+    multilabel: bool = Field(False, description="the head scores every class by itself (sigmoid)")
+    pooling: Literal["auto", "first", "last", "mean"] = Field(
+        "auto", description="token that the head reads: the last real one of causal models, the first of encoders"
+    )
+    head_bias: bool = True
+    head_lr: float = Field(1e-3, gt=0, description="learning rate of the head (design choice)")
+    backbone_dropout: bool = Field(
+        False, description="dropout in the frozen backbone while training; published recipes often leave it on"
+    )
+    seed: int = Field(0, description="of the prompt's and head's start values")
+
+
+class TextMethod(Method):
+    """A frozen text backbone with a prompt, read through a head, a verbalizer or its own language model head."""
+
+    config: Any
+    config_class = TextConfig
+
+    def __init__(self, backbone: nn.Module, config: MethodConfig | None = None) -> None:
+        super().__init__(backbone, config)
+        keep_checkpointing(self.backbone)
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+        self.prompt = self.build_prompt()
+        self.head: nn.Linear | None = None
+        if self.config.num_labels is not None:
+            self.head = self.build_head()
+        self.handle = None if self.prompt is None else attach(self.backbone, self.prompt, always=False)
+
+    # --- to implement -------------------------------------------------------------------------------------------
+    def build_prompt(self) -> Prompt | None:
+        """What is attached. Start values come from `self.generator`."""
+        raise TypeError(f"{type(self).__name__} builds no prompt")
+
+    def build_head(self) -> nn.Linear:
+        """Linear head [d -> C], drawn as the language models draw theirs: N(0, initializer_range^2), bias 0."""
+        head = nn.Linear(shape_of(self.backbone).dim, self.config.num_labels, bias=self.config.head_bias)
+        std = getattr(self.backbone.config, "initializer_range", None) or 0.02
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(head.weight.shape, generator=self.generator) * std)
+            if head.bias is not None:
+                head.bias.zero_()
+        return head
+
+    # --- contract -----------------------------------------------------------------------------------------------
+    def active(self) -> AbstractContextManager[Any]:
+        return super().active() if self.handle is None else self.handle.active()
+
+    def remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups = []
+        if self.prompt is not None:
+            for name, parameters in self.prompt.groups().items():
+                groups.append({"name": name, "params": parameters, "lr": self.learning_rates()[name]})
+        if self.head is not None:
+            groups.append({"name": "head", "params": list(self.head.parameters()), "lr": self.config.head_lr})
+        return groups
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of each of the prompt's groups."""
+        return {"prompt": self.config.lr}
+
+    def train(self, mode: bool = True) -> TextMethod:
+        super().train(mode)
+        if self.config.backbone_dropout:
+            for module in self.backbone.modules():
+                module.training = mode and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        return self
+
+    def forward(self, batch: Mapping[str, Any]) -> Output:
+        """Class logits [b, C] and, with a head, pooled features [b, d]."""
+        with self.active():
+            if self.head is not None:
+                features = self.features(batch)
+                return Output(logits=self.head(features.to(self.head.weight.dtype)), features=features)
+            if "candidates" in batch:
+                return Output(logits=self.class_scores(batch))
+        raise InputError(
+            f"{self.name} has neither a head nor label words to score",
+            remedy="Set num_labels, or use a verbalizer task",
+        )
+
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        """Cross-entropy: over classes (sum over rows), or over target tokens (sum over tokens); BCE for multi-label heads."""
+        if self.head is None and "target_ids" in batch:
+            if "candidates" in batch and is_causal(self.backbone):
+                batch = _written_out(batch)
+            with self.active():
+                return self.token_loss(batch)
+        logits = self.forward(batch).logits
+        assert logits is not None
+        if self.config.multilabel:
+            total = F.binary_cross_entropy_with_logits(logits.float(), batch["labels"].float(), reduction="sum")
+            return Loss(total, logits.numel())
+        return Loss(F.cross_entropy(logits.float(), batch["labels"], reduction="sum"), len(logits))
+
+    def generate(self, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        """Token ids that the prompted backbone generates from a batch of sources (as the backbone's own `generate`)."""
+        with self.active():
+            tokens: Tensor = self.backbone.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options
+            )
+        return tokens
+
+    # --- reading ------------------------------------------------------------------------------------------------
+    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
+        """Last hidden states of the real tokens, [b, n, d]."""
+        arguments = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if is_causal(self.backbone):
+            arguments |= {"position_ids": _positions(batch["attention_mask"]), "use_cache": False}
+        base = base_of(self.backbone)
+        if self.backbone.config.is_encoder_decoder:
+            base = self.backbone.get_encoder()
+        states: Tensor = base(**arguments).last_hidden_state
+        return states
+
+    def features(self, batch: Mapping[str, Any]) -> Tensor:
+        """Pooled last hidden states, [b, d]; prompt rows are never pooled."""
+        states = self.hidden(batch)[:, -batch["input_ids"].shape[1] :]
+        mask = batch["attention_mask"]
+        pooling = self.config.pooling
+        if pooling == "auto":
+            pooling = (
+                "mean" if self.backbone.config.is_encoder_decoder else "last" if is_causal(self.backbone) else "first"
+            )
+        rows = torch.arange(len(states), device=states.device)
+        if pooling == "mean":
+            weights = mask.to(states.dtype)[..., None]
+            return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+        if pooling == "last":
+            return states[rows, mask.shape[1] - 1 - mask.flip(1).argmax(1)]
+        return states[rows, mask.argmax(1)]
+
+    def token_loss(self, batch: Mapping[str, Any]) -> Loss:
+        """Cross-entropy of the tokens in `target_ids`; logits are computed at those positions only."""
+        targets = batch["target_ids"]
+        if self.backbone.config.is_encoder_decoder:
+            decoder_ids = self.backbone.prepare_decoder_input_ids_from_labels(labels=targets)
+            logits = self.backbone(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                decoder_input_ids=decoder_ids,
+                use_cache=False,
+            ).logits
+            wanted = targets != -100
+            picked, gold = logits[wanted], targets[wanted]
+        else:
+            with source_tokens(batch.get("source_mask")):
+                wanted = targets[:, 1:] != -100
+                gold = targets[:, 1:][wanted]
+                picked = self._logits_at(batch, wanted)
+        return Loss(F.cross_entropy(picked.float(), gold.to(picked.device), reduction="sum"), len(gold))
+
+    def _logits_at(self, batch: Mapping[str, Any], wanted: Tensor) -> Tensor:
+        """Next-token logits at the chosen positions ([b, n-1] mask) of a causal model, [k, V]."""
+        if self.backbone.config.model_type in LINEAR_HEADS:
+            states = self.hidden(batch)[:, :-1]
+            return _to_words(self.backbone, states[wanted.to(states.device)])
+        logits = self.backbone(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=_positions(batch["attention_mask"]),
+            use_cache=False,
+        ).logits[:, :-1]
+        picked: Tensor = logits[wanted.to(logits.device)]
+        return picked
+
+    def class_scores(self, batch: Mapping[str, Any]) -> Tensor:
+        """Log-probability of every label word after every source, [b, C].
+
+        Label words of one token each are read from the source's last hidden state through their own rows of the head: the
+        scores are then logits, whose differences are those of the log-probabilities.
+        """
+        words, mask = batch["candidates"], batch["candidate_mask"]
+        if self.backbone.config.is_encoder_decoder:
+            scores = self._seq2seq_scores(batch, words)
+        elif words.shape[1] == 1 and self.backbone.config.model_type in LINEAR_HEADS:
+            states = self.hidden(batch)[:, -1]
+            return _to_words(self.backbone, states, words[:, 0])
+        else:
+            scores = self._causal_scores(batch, words)
+        scores = scores.masked_fill(mask[None] == 0, 0.0).sum(-1)
+        return scores / mask.sum(-1) if batch.get("length_normalised", False) else scores
+
+    def _causal_scores(self, batch: Mapping[str, Any], words: Tensor) -> Tensor:
+        """Log-probability of each label token, [b, C, t]: the source is read once, its cache serves every label word."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        (b, n), (c, t) = ids.shape, words.shape
+        after = words[None, :, :-1].expand(b, -1, -1).reshape(b * c, t - 1)
+        long_mask = torch.cat([mask.repeat_interleave(c, 0), mask.new_ones(b * c, t - 1)], dim=1)
+        if checkpoints_blocks(base_of(self.backbone)):  # blocks keep no cache then: every continuation reads its source
+            whole = torch.cat([ids.repeat_interleave(c, 0), after], dim=1)
+            logits = self._all_logits(input_ids=whole, attention_mask=long_mask, position_ids=_positions(long_mask))
+            logits = logits.logits[:, n - 1 :].view(b, c, t, -1)
+        else:
+            first = self._all_logits(
+                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
+            )
+            logits = first.logits[:, -1:, None].expand(-1, -1, c, -1).transpose(1, 2)
+            if t > 1:
+                cache = first.past_key_values
+                cache.batch_repeat_interleave(c)
+                rest = self._all_logits(
+                    input_ids=after,
+                    attention_mask=long_mask,
+                    position_ids=_positions(long_mask)[:, n:],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                logits = torch.cat([logits, rest.logits.view(b, c, t - 1, -1)], dim=2)
+        return logits.float().log_softmax(-1).gather(-1, words[None, ..., None].expand(b, -1, -1, -1))[..., 0]
+
+    def _all_logits(self, **arguments: Any) -> Any:
+        with source_tokens(torch.ones_like(arguments["input_ids"])):
+            return self.backbone(**arguments)
+
+    def _seq2seq_scores(self, batch: Mapping[str, Any], words: Tensor) -> Tensor:
+        b, (c, t) = len(batch["input_ids"]), words.shape
+        mask = batch["attention_mask"]
+        memory = self.backbone.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
+        memory.last_hidden_state = memory.last_hidden_state.repeat_interleave(c, 0)
+        targets = words[None].expand(b, -1, -1).reshape(b * c, t)
+        logits = self.backbone(
+            encoder_outputs=memory,
+            attention_mask=mask.repeat_interleave(c, 0),
+            decoder_input_ids=self.backbone.prepare_decoder_input_ids_from_labels(labels=targets),
+            use_cache=False,
+        ).logits
+        return logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0].view(b, c, t)
+
+
+def _written_out(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Sources with their right label words behind them, as a text-to-text batch of a causal model."""
+    source, words = batch["input_ids"], batch["target_ids"]
+    real = (words != -100).to(batch["attention_mask"])
+    return {
+        "input_ids": torch.cat([source, words.clamp(min=0)], dim=1),
+        "attention_mask": torch.cat([batch["attention_mask"], real], dim=1),
+        "target_ids": torch.cat([torch.full_like(source, -100), words], dim=1),
+        "source_mask": torch.cat([batch["attention_mask"], torch.zeros_like(real)], dim=1),
+    }
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Positions of real tokens, counted without padding."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _to_words(backbone: nn.Module, states: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Logits of hidden states through the language model head, of all words or of `ids` only."""
+    head = backbone.get_output_embeddings()
+    if ids is None:
+        logits: Tensor = head(states)
+        return logits
+    bias = getattr(head, "bias", None)
+    return F.linear(states, head.weight[ids.to(head.weight.device)], None if bias is None else bias[ids])
