@@ -164,7 +164,8 @@ def isolated(package: str, oldest: bool) -> None:
         (work / "constraints.txt").write_text("\n".join(held) + "\n", encoding="utf-8")
         run(*uv(), "venv", "--quiet", "--python", sys.executable, environment, cwd=work)
         install = [*uv(), "pip", "install", "--quiet", "--python", python, "--constraint", "constraints.txt"]
-        fresh = [option for name in targets for option in ("--refresh-package", name)]  # uv caches local builds
+        # A workspace source would install the core in place; uv would reuse a cached build after an edit.
+        fresh = ["--no-sources", *(option for name in targets for option in ("--refresh-package", name))]
         run(*install, *fresh, *targets.values(), *TEST_TOOLS, cwd=work)
         strays = importable(python, forbidden(package))
         if strays:

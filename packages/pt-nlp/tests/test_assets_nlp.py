@@ -36,21 +36,24 @@ def minilm() -> Path:
     return had(assets.minilm)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_smollm2_predicts_language(smollm2: Path, dtype: torch.dtype) -> None:
+def test_smollm2_predicts_language(smollm2: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    text = "The capital of France is Paris, and the capital of Germany is Berlin. Water boils at one hundred degrees."
-    batch = tokenizer(text, return_tensors="pt")
+    batch = tokenizer(
+        "Photosynthesis is the process by which green plants use sunlight to make food from carbon dioxide and water. "
+        "Plants take in carbon dioxide from the air through tiny openings in their leaves called stomata, and they "
+        "absorb water from the soil through their roots.",
+        return_tensors="pt",
+    )
     with torch.no_grad():
         output = model(**batch, labels=batch["input_ids"])
-    assert output.loss.exp() < 8  # chance: 49,152
-    after = tokenizer(" Berlin").input_ids[0]
-    position = batch["input_ids"][0].tolist().index(after) - 1
-    assert output.logits[0, position].argmax() == after
+    assert 5.5 < output.loss.exp() < 7  # the 4-bit original has 6.16; chance is 49,152
+    carbon, dioxide = tokenizer(" carbon dioxide").input_ids
+    after_carbon = output.logits[0, batch["input_ids"][0] == carbon].argmax(-1)
+    assert after_carbon.tolist() == [dioxide, dioxide]
 
 
 def test_smollm2_is_an_ordinary_bf16_checkpoint(smollm2: Path) -> None:

@@ -174,7 +174,7 @@ def test_fingerprint_covers_persistent_buffers_only_and_ties_once() -> None:
 
 
 def test_a_tensor_that_is_not_in_memory_has_no_fingerprint() -> None:
-    with pytest.raises(InputError, match="weight is not in memory"):
+    with pytest.raises(InputError, match="bias is not in memory"):
         fingerprint(nn.Linear(2, 2, device="meta"))
 
 
@@ -192,7 +192,7 @@ def test_another_dtype_is_the_same_backbone(saved_in: torch.dtype, dtype: torch.
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(-60000, 60000, width=32), min_size=1, max_size=64))
+@given(st.lists(st.floats(-30000, 30000, width=32), min_size=1, max_size=64))
 def test_rounding_through_float16_never_looks_like_other_weights(values: list[float]) -> None:
     module = nn.Module()
     module.w = nn.Parameter(torch.tensor(values))
@@ -245,7 +245,7 @@ def test_a_buffer_that_depends_on_the_dtype_is_not_compared() -> None:
 
 def test_other_shapes_are_refused_and_named() -> None:
     saved = identity(Trunk(width=16), "org/tiny")
-    with pytest.raises(InputError, match=r"org/tiny.*embed\.weight is 1 x \[11, 24\], was 1 x \[11, 16\].*and 2 more"):
+    with pytest.raises(InputError, match=r"org/tiny.*embed\.weight is 1 x \[11, 24\], was 1 x \[11, 16\]; "):
         compare(saved, Trunk(width=24))
     deeper = Trunk()
     deeper.layers.append(nn.Linear(16, 16))
@@ -340,7 +340,7 @@ def test_a_backbone_with_nothing_to_judge_it_by_warns() -> None:
 def test_identity_is_small_and_survives_json() -> None:
     trunk = nn.Sequential(*(nn.Linear(8, 8) for _ in range(300)))
     saved = identity(trunk, "org/deep")
-    assert saved.shapes == {"*.bias": "300 x [8]", "*.weight": "300 x [8, 8]"} and len(saved.sample) == 64
+    assert saved.shapes == {"*.bias": ["300 x [8]"], "*.weight": ["300 x [8, 8]"]} and len(saved.sample) == 64
     text = saved.model_dump_json()
     assert len(text) < 6000
     silent(type(saved).model_validate_json(text), trunk)
@@ -495,7 +495,7 @@ from pt_core.frozen import FeatureCache
 def work(folder):
     cache = FeatureCache(folder, "f", "resize")
     for i in range(0, 6, 2):
-        cache.get_or_compute([i, i + 1], lambda rows, i=i: torch.tensor([[i + r + 0.5] * 5 for r in rows]))
+        cache.get_or_compute([i, i + 1], lambda rows, i=i: torch.tensor([[i + r + 0.5] * 64 for r in rows]))
 
 def killed_by_event(folder, n):
     seen = [0]
@@ -513,7 +513,7 @@ def killed_by_size(folder, n):
 
 root = sys.argv[1]
 torch.set_num_threads(1)
-for kind, trap, points in (("event", killed_by_event, range(1, 40)), ("size", killed_by_size, range(0, 130, 3))):
+for kind, trap, points in (("event", killed_by_event, range(1, 31)), ("size", killed_by_size, range(50, 1600, 110))):
     for n in points:
         folder = f"{root}/{kind}-{n}"
         child = os.fork()
@@ -532,7 +532,7 @@ def test_whenever_it_is_killed_only_uncommitted_rows_are_lost(tmp_path: Path) ->
         [sys.executable, "-c", KILLED_COMMITS, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
     )
     outcomes = [line.split() for line in run.stdout.splitlines()]
-    wanted = torch.tensor([[i + 0.5] * 5 for i in range(6)])
+    wanted = torch.tensor([[i + 0.5] * 64 for i in range(6)])
     asked: list[int] = []
 
     def compute(positions: list[int]) -> Tensor:
@@ -548,9 +548,9 @@ def test_whenever_it_is_killed_only_uncommitted_rows_are_lost(tmp_path: Path) ->
         assert torch.equal(cache.get_or_compute(list(range(6)), compute), wanted)
         assert asked == list(range(kept, 6))  # exactly what was not committed
         lines = [json.loads(line) for line in (folder / "ids.jsonl").read_text().splitlines()]
-        assert sum(lines, []) == list(range(6))
+        assert [i for line in lines for i in line] == list(range(6))
     assert counts == {0, 2, 4, 6}  # kills fell before, between and after the commits
-    assert sum(int(signal) > 0 for _, _, signal in outcomes) > 40  # and most processes were killed indeed
+    assert sum(int(signal) > 0 for _, _, signal in outcomes) > 30  # and most processes were killed indeed
 
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:

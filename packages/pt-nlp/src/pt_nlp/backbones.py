@@ -367,10 +367,9 @@ def _key_values(
         return None
     if not torch.is_grad_enabled():
         stored = handle.store.get("key_values")
-        if stored is not None and stored[1].dtype == rows.dtype and stored[0] == (dtype, rows.device):
-            if torch.equal(stored[1], rows):
-                found: list[tuple[Tensor, Tensor]] = stored[2]
-                return found
+        if stored is not None and stored[0] == (dtype, rows.device) and torch.equal(stored[1], rows):
+            found: list[tuple[Tensor, Tensor]] = stored[2]
+            return found
     embeds = rows.to(base.get_input_embeddings().weight.device, dtype)[None]
     cache = DynamicCache()
     arguments: dict[str, Any] = {"inputs_embeds": embeds, "past_key_values": cache, "use_cache": True}

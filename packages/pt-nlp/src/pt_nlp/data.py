@@ -8,9 +8,9 @@ it is saved with the prompt) and the splits. Four kinds:
     multilabel       any set of classes, through a trained head
     text-to-text     text is generated; the reference is text
 
-Batches are dicts. All have `input_ids`, `attention_mask` (long, [b, n]) and `sample_ids`; sources of causal models are padded on
-the left, others on the right. By kind: `labels` [b] (class) or [b, C] (0/1 float); `candidates` and `candidate_mask` [C, t] (label
-words); `target_ids` (token ids to be predicted, -100 elsewhere), aligned with `input_ids` [b, n] for text-to-text on a causal
+Batches are dicts. All have `input_ids`, `attention_mask` (long, [b, n]) and `sample_ids`; sources of causal models are
+padded on the left, others on the right. By kind: `labels` [b] (class) or [b, C] (0/1 float); `candidates` and
+`candidate_mask` [C, t] (label words); `target_ids` (token ids to be predicted, -100 elsewhere), aligned with `input_ids` [b, n] for text-to-text on a causal
 model, else [b, t] beside it; `source_mask` [b, n], 1 on what is read rather than written.
 """
 
@@ -44,7 +44,7 @@ METRICS = {
     "verbalizer": ("accuracy", "macro-f1"),
     "classification": ("accuracy", "macro-f1"),
     "multilabel": ("macro-f1", "micro-f1"),
-    "text-to-text": (),
+    "text-to-text": ("exact-match", "token-f1"),
 }
 
 
@@ -394,7 +394,7 @@ class TextTask:
             written += self.generate(
                 method, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             )
-        return evaluate_text(written, [split.rows[i]["reference"].strip() for i in range(len(split))])
+        return evaluate_text(split.metrics, written, [split.rows[i]["reference"].strip() for i in range(len(split))])
 
 
 def read_rows(path: str | Path, fields: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ import operator
 import os
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,8 +144,7 @@ class BackboneIdentity(BaseModel):
         name: where it comes from, such as a hub id.
         revision: commit or tag of `name`.
         config_hash: sha256 of its configuration without what changes with loading (dtype, attention kernel, labels ...).
-        shapes: name pattern of parameters (`layers.*.weight`) -> how many, of which shape (`12 x [768, 768]`). Of a
-            quantised model: only parameters of one axis, which quantisation leaves alone.
+        shapes: name pattern of parameters (`layers.*.weight`) -> how many, of which shape (`12 x [768, 768]`).
         sample: tensor name -> a few of its values, rounded to bfloat16 (four decimal digits hold them exactly).
         full_hash: `fingerprint(module, full=True)`, for `compare(..., strict=True)`.
         dtype: dtypes of the parameters, joined by `+`.
@@ -158,7 +157,7 @@ class BackboneIdentity(BaseModel):
     name: str | None
     revision: str | None
     config_hash: str | None
-    shapes: dict[str, str]
+    shapes: dict[str, list[str]]
     sample: dict[str, list[float]]
     full_hash: str | None
     dtype: str
@@ -191,7 +190,7 @@ def identity(
         name=name or _source(getattr(own, "_name_or_path", None)),
         revision=revision or getattr(own, "_commit_hash", None),
         config_hash=_config_hash(config) if config is not None else None,
-        shapes=_shapes({n: t for n, t in parameters.items() if t.ndim == 1} if quantised else parameters),
+        shapes=_shapes(parameters),
         sample=_sample(module, quantised),
         full_hash=fingerprint(module, full=True) if full else None,
         dtype="+".join(sorted({_plain(t.dtype) for t in parameters.values()})),
@@ -219,8 +218,8 @@ def compare(saved: BackboneIdentity, module: nn.Module, strict: bool = False) ->
     """
     now = identity(module)
     quantised = saved.quantised or now.quantised
-    source = saved.name or "the backbone it was trained on"
-    remedy = f"Load {source}" + (f" at revision {saved.revision}" if saved.revision else "")
+    source = saved.name or "an unnamed backbone"
+    remedy = f"Load {saved.name or 'that one'}" + (f" at revision {saved.revision}" if saved.revision else "")
 
     shapes = _different_shapes(saved, now, quantised)
     if shapes:
@@ -251,11 +250,14 @@ def compare(saved: BackboneIdentity, module: nn.Module, strict: bool = False) ->
 
 
 def _different_shapes(saved: BackboneIdentity, now: BackboneIdentity, quantised: bool) -> list[str]:
-    names = saved.shapes.keys() & now.shapes.keys() if quantised else saved.shapes.keys() | now.shapes.keys()
+    before, here = saved.shapes, now.shapes
+    if quantised:
+        before, here = ({p: [s for s in of[p] if "," not in s] for p in of} for of in (before, here))
+        before, here = ({p: of[p] for p in of if before.get(p) and here.get(p)} for of in (before, here))
     return [
-        f"{name} is {now.shapes.get(name, 'absent')}, was {saved.shapes.get(name, 'absent')}"
-        for name in sorted(names)
-        if saved.shapes.get(name) != now.shapes.get(name)
+        f"{p} is {', '.join(here.get(p, ['absent']))}, was {', '.join(before.get(p, ['absent']))}"
+        for p in sorted(before.keys() | here.keys())
+        if before.get(p) != here.get(p)
     ]
 
 
@@ -309,13 +311,12 @@ def _sample(module: nn.Module, quantised: bool, names: Mapping[str, Any] | None 
     return dict(sorted(sample.items()))
 
 
-def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Shapes by name pattern, numbers in names replaced: a model of 300 parameters has about 20 patterns."""
-    counts: dict[str, dict[tuple[int, ...], int]] = defaultdict(lambda: defaultdict(int))
+    counts: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
     for name, tensor in parameters.items():
-        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        counts[pattern][tuple(tensor.shape)] += 1
-    return {p: ", ".join(f"{n} x {list(s)}" for s, n in sorted(found.items())) for p, found in sorted(counts.items())}
+        counts[".".join("*" if part.isdigit() else part for part in name.split("."))][tuple(tensor.shape)] += 1
+    return {p: [f"{n} x {list(shape)}" for shape, n in sorted(found.items())] for p, found in sorted(counts.items())}
 
 
 def _quantised(module: nn.Module) -> bool:
