@@ -9,7 +9,6 @@ import http.server
 import importlib.util
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -223,25 +222,23 @@ def test_what_was_used_is_printed_once(index: Path, capfd: pytest.CaptureFixture
     assert said.err == "asset tiny: tiny-asset-pkg==1.2.0 (pypi), MIT\n" and said.out == ""
 
 
-def fetch_at_once(barrier: multiprocessing.synchronize.Barrier, results: multiprocessing.Queue[str]) -> None:
-    barrier.wait()
-    results.put(str(fetch(WHEEL)))
-
-
 @pytest.mark.parametrize("state", ["cold", "damaged"])
 def test_processes_at_once_do_no_harm(index: Path, tmp_path: Path, state: str) -> None:
     if state == "damaged":
         (fetch(WHEEL) / "tiny_asset_pkg/weights.bin").write_bytes(b"?")
-    context = multiprocessing.get_context("fork")  # keeps the road that the fixture chose
-    as_new_process()
-    barrier, results = context.Barrier(4), context.Queue()
-    processes = [context.Process(target=fetch_at_once, args=(barrier, results)) for _ in range(4)]
+        as_new_process()
+    wait = "import sys; print(flush=True); sys.stdin.readline()"
+    code = f"from pt_core.assets import Asset, fetch; {wait}; print(fetch({WHEEL!r}))"
+    start = partial(subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    processes = [start([sys.executable, "-c", code]) for _ in range(4)]
     for process in processes:
-        process.start()
+        process.stdout.readline()  # has imported everything
     for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert {results.get(timeout=5) for _ in processes} == {str(tmp_path / "cache/assets" / WHEEL.key)}
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert set(outputs) == {f"{tmp_path / 'cache/assets' / WHEEL.key}\n"}
     assert len(in_cache(tmp_path)) == 3 and fetch(WHEEL, offline=True)
 
 

@@ -38,6 +38,9 @@ class EncoderBlocks:
     def block(self, index: int, hidden: Tensor, context: Tensor | None, cache: None) -> Tensor:
         return self.encoder.layers[index](hidden, src_key_padding_mask=context)
 
+    def cached(self, index: int, cache: None) -> int:
+        return 0
+
     def finish(self, hidden: Tensor) -> Tensor:
         return self.encoder.norm(hidden)
 
@@ -69,6 +72,9 @@ class CausalBlocks(nn.Module):
             cache[index] = (k, v)
         weights = (q @ k.transpose(1, 2) / math.sqrt(WIDTH) + context).softmax(-1)
         return hidden + torch.tanh(weights @ v)
+
+    def cached(self, index: int, cache: list) -> int:
+        return 0 if cache[index] is None else cache[index][0].shape[1]
 
     def finish(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -400,6 +406,14 @@ def test_a_cached_step_never_calls_the_prompt_function(decoder):
     run(decoder, decoder.embed(torch.randn(1, LENGTH, WIDTH)), prompts, cache)
     run(decoder, decoder.embed(torch.randn(1, 1, WIDTH), past=LENGTH), prompts, cache)
     assert len(calls) == 1 and [k.shape[1] for k, _ in cache] == [LENGTH + 1] + [LENGTH + 3] * (LAYERS - 1)
+
+
+def test_a_cache_that_other_prompts_filled_is_refused(decoder):
+    x, prompts, cache = torch.randn(1, LENGTH, WIDTH), {1: BlockPrompt(rows(3))}, [None] * LAYERS
+    run(decoder, decoder.embed(x[:, :4]), prompts, cache)
+    for other in ({}, {1: BlockPrompt(rows(2))}, {2: BlockPrompt(rows(3))}):
+        with pytest.raises(InputError, match=r"cache of block 1 holds 7 slots, the prompts account for [46]"):
+            run(decoder, decoder.embed(x[:, 4:], past=4), other, list(cache))
 
 
 # Refusals.

@@ -62,7 +62,6 @@ class LlamaBlocks:
         return Tokens.of(hidden, attention_mask, position_ids, past)
 
     def prepare(self, index: int, tokens: Tokens, cache: Cache | None) -> dict[str, Any]:
-        _check_cache(index, tokens, cache)
         positions = tokens.positions[:, tokens.past :].to(tokens.hidden.device)
         return {
             "attention_mask": _attention_mask(self.model.config, tokens.hidden, tokens.mask, tokens.full, causal=True),
@@ -73,6 +72,9 @@ class LlamaBlocks:
     def block(self, index: int, hidden: Tensor, context: dict[str, Any], cache: Cache | None) -> Tensor:
         use_cache = cache is not None
         return self.model.layers[index](hidden, past_key_values=cache, use_cache=use_cache, **context, **self.options)
+
+    def cached(self, index: int, cache: Cache) -> int:
+        return cache.get_seq_length(index)
 
     def finish(self, hidden: Tensor) -> Tensor:
         return self.model.norm(hidden)
@@ -108,6 +110,9 @@ class BertBlocks:
     def block(self, index: int, hidden: Tensor, context: Tensor | None, cache: None) -> Tensor:
         return self.model.encoder.layer[index](hidden, context, **self.options)
 
+    def cached(self, index: int, cache: None) -> int:
+        return 0
+
     def finish(self, hidden: Tensor) -> Tensor:
         return hidden
 
@@ -141,7 +146,6 @@ class T5Blocks:
         return Tokens.of(self.model.dropout(hidden), attention_mask, past=past)
 
     def prepare(self, index: int, tokens: Tokens, cache: Cache | None) -> tuple[Any, ...]:
-        _check_cache(index, tokens, cache)
         mask = _attention_mask(self.model.config, tokens.hidden, tokens.mask, tokens.full, self.causal)
         return mask, self._bias(tokens), self.encoder_hidden_states, self._cross_mask(tokens.hidden), None
 
@@ -166,6 +170,9 @@ class T5Blocks:
 
     def block(self, index: int, hidden: Tensor, context: tuple[Any, ...], cache: Cache | None) -> Tensor:
         return self.model.block[index](hidden, *context, past_key_values=cache, **self.options)[0]
+
+    def cached(self, index: int, cache: Cache) -> int:
+        return cache.get_seq_length(index)
 
     def finish(self, hidden: Tensor) -> Tensor:
         return self.model.dropout(self.model.final_layer_norm(hidden))
@@ -303,15 +310,6 @@ def _cache(model: PreTrainedModel, cache: Cache | None, use_cache: bool | None) 
     if isinstance(model, T5Stack) and model.config.is_encoder_decoder:
         return EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     return DynamicCache(config=model.config)
-
-
-def _check_cache(index: int, tokens: Tokens, cache: Cache | None) -> None:
-    held = 0 if cache is None else cache.get_seq_length(index)
-    if held != tokens.past:
-        raise InputError(
-            f"the cache of block {index} holds {held} slots, the prompts account for {tokens.past}",
-            remedy="Pass the prompts that the cache was filled with",
-        )
 
 
 def _attention_mask(

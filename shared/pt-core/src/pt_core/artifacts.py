@@ -48,7 +48,8 @@ class ArtifactConfig(BaseModel):
     A key that is added here, in `BackboneIdentity` or with another meaning needs a new `format_version`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # "constants": a nan stays one until it is refused; by default it would become null without a word.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     format_version: Literal[1]
     method: str = Field(description="name of the method, as `pt list` shows it")
@@ -123,7 +124,7 @@ def save_method(
         "method": method.name,
         "package": type(method).__module__.partition(".")[0],
         "method_class": f"{type(method).__module__}:{type(method).__qualname__}",
-        "method_config": method.config.model_dump(mode="json"),
+        "method_config": method.config.model_dump(),
         "backbone": known,
         "task": dict(task) if task is not None else None,
         "metrics": dict(metrics or {}),
@@ -223,7 +224,7 @@ def model_card(config: ArtifactConfig, tensors: Mapping[str, Tensor]) -> str:
             "## Use",
             "",
             "```python",
-            "from pt_core.artifacts import load",
+            "from pt_core import load",
             "",
             f"backbone = ...  # load {name}" + (f" at revision {backbone.revision}" if backbone.revision else ""),
             'method = load("this folder, or its id on the hub", backbone)',
@@ -349,11 +350,11 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     folder = folder.resolve()
     recover_folder(folder)
-    if folder.exists():
-        others = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else ["(a file)"]
-        others = [name for name in others if name not in files]
-        if others:
-            raise InputError(f"holds other files ({others[0]})", file=folder, remedy="Choose a new folder")
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is a file", file=folder, remedy="Choose a new folder")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in files) if folder.exists() else []
+    if others:
+        raise InputError(f"holds other files ({others[0]})", file=folder, remedy="Choose a new folder")
     for left in [*_beside(folder, "new"), *_beside(folder, "old")]:  # of a save that was killed
         shutil.rmtree(left)
     mark = secrets.token_hex(4)

@@ -231,6 +231,9 @@ class BlockStack(Protocol):
     def block(self, index: int, hidden: Tensor, context: Any, cache: Any) -> Tensor:
         """Block `index` on [b, n, d], with the `context` of `prepare`; appends its keys and values to the cache, if any."""
 
+    def cached(self, index: int, cache: Any) -> int:
+        """Slots that the cache of block `index` holds; 0 before the first call."""
+
     def finish(self, hidden: Tensor) -> Tensor:
         """What follows the last block, row by row (final norm)."""
 
@@ -249,7 +252,7 @@ def run(
     for the slots they hold in the caches of the blocks above. Blocks below see the shorter sequence.
 
     Raises:
-        InputError: a prompt for a block that is not there; a cache for a stack that is not causal.
+        InputError: a prompt for a block that is not there; a cache for a stack that is not causal, or that other prompts filled.
     """
     if outside := [index for index in prompts if not 0 <= index < stack.num_blocks]:
         raise InputError(f"prompts for blocks {outside}", remedy=f"Blocks are 0 .. {stack.num_blocks - 1}")
@@ -260,6 +263,11 @@ def run(
         tokens = prompts[index](tokens) if index in prompts else tokens
         if tokens.mask is not laid_out:
             context, laid_out = stack.prepare(index, tokens, cache), tokens.mask
+        if cache is not None and (held := stack.cached(index, cache)) != tokens.past:
+            raise InputError(
+                f"the cache of block {index} holds {held} slots, the prompts account for {tokens.past}",
+                remedy="Pass the prompts that the cache was filled with",
+            )
         tokens = dataclasses.replace(tokens, hidden=stack.block(index, tokens.hidden, context, cache))
     return tokens
 

@@ -1,0 +1,608 @@
+"""Results as tables, pictures and one self-contained page.
+
+Pictures need matplotlib (`pt-core[report]`), which is imported when the first one is drawn. Every file is written beside
+its place and then renamed.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html as markup
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pt_core.errors import InputError
+from pt_core.metrics import higher_is_better, mean_spread, paired_difference
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+"""Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that is illegible on white."""
+
+LINES = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method trained with one seed.
+
+    Args:
+        metrics: name -> value on the test rows.
+        trainable_parameters: number of trained values.
+        seconds_per_step: wall-clock seconds of an optimiser step.
+        artifact_bytes: size of the saved prompt.
+        extra: what else should be in the files, such as data set or device.
+    """
+
+    method: str
+    seed: int
+    metrics: Mapping[str, float]
+    trainable_parameters: int | None = None
+    seconds_per_step: float | None = None
+    artifact_bytes: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text: `marked` holds the (row, column) cells that stand out. The first column names the row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: frozenset[tuple[int, int]] = frozenset()
+    caption: str = ""
+    numbers: bool = True
+    """Whether the columns after the first are numbers, to be set flush right."""
+
+
+# Tables
+
+
+def results_grid(results: Sequence[Result], metrics: Sequence[str] | None = None) -> Grid:
+    """One row per method: mean ± sample standard deviation over seeds, the best mean of a metric marked.
+
+    Args:
+        metrics: which, and in what order; default: all there are.
+
+    Raises:
+        InputError: no results, a method that has one seed twice, or a metric that no result has.
+    """
+    groups = _by_method(results)
+    metrics = _metrics(results, metrics)
+    rows, means = [], []
+    for method, runs in groups.items():
+        values = [[r.metrics[name] for r in runs if name in r.metrics] for name in metrics]
+        means.append([mean_spread(v)[0] for v in values])
+        parameters = sorted({r.trainable_parameters for r in runs if r.trainable_parameters is not None})
+        seconds, _ = mean_spread(r.seconds_per_step for r in runs if r.seconds_per_step is not None)
+        size, _ = mean_spread(r.artifact_bytes for r in runs if r.artifact_bytes is not None)
+        rows.append(
+            [
+                method,
+                *map(_spread, values),
+                " to ".join(f"{n:,}" for n in parameters[:1] + parameters[1:][-1:]) or "–",
+                _seconds(seconds),
+                _size(size),
+                str(len(runs)),
+            ]
+        )
+    marked: set[tuple[int, int]] = set()
+    for column, name in enumerate(metrics, start=1):
+        there = [row[column - 1] for row in means if not math.isnan(row[column - 1])]
+        best = (max if higher_is_better(name) else min)(there, default=math.nan)
+        # All that read the same as the best are marked.
+        ties = {(i, column) for i, row in enumerate(means) if _number(row[column - 1]) == _number(best)}
+        marked |= ties if len(there) > 1 else set()
+    header = ["method", *map(_arrow, metrics), "trainable parameters", "s/step", "artifact", "seeds"]
+    return Grid(header, rows, frozenset(marked), _caption(groups))
+
+
+def differences_grid(
+    results: Sequence[Result], metrics: Sequence[str] | None = None, reference: str | None = None
+) -> Grid:
+    """Each method less the reference, seed by seed: mean and 95 % interval (Student's t), marked where it excludes zero.
+
+    Seeds that only one of the two has do not count; methods that share less than two seeds are left out, and so are
+    metrics that a shared seed lacks. The default reference is the first of the methods with the most seeds.
+    """
+    groups = _by_method(results)
+    metrics = _metrics(results, metrics)
+    reference = max(groups, key=lambda method: len(groups[method])) if reference is None else reference
+    if reference not in groups:
+        raise InputError(f"no method {reference!r}", remedy=f"There are: {', '.join(groups)}", field="reference")
+    rows: list[list[str]] = []
+    marked = set()
+    for method, runs in groups.items():
+        base = {run.seed: run for run in groups[reference] if method != reference}
+        shared = [(run.metrics, base[run.seed].metrics) for run in runs if run.seed in base]
+        if len(shared) < 2:
+            continue
+        row = [method]
+        for name in metrics:
+            pairs = [(a[name], b[name]) for a, b in shared if name in a and name in b]
+            if len(pairs) < len(shared):
+                row.append("–")
+                continue
+            difference = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
+            if difference.low > 0 or difference.high < 0:
+                marked.add((len(rows), len(row)))
+            row.append(f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
+        rows.append([*row, str(len(shared))])
+    header = [f"method less {reference}", *map(_arrow, metrics), "seeds"]
+    caption = "Mean of the paired differences and its 95 % interval; marked: the interval excludes zero."
+    return Grid(header, rows, frozenset(marked), caption)
+
+
+def samples_grid(samples: Sequence[Mapping[str, Any]], limit: int = 20) -> Grid:
+    """The first `limit` sample predictions, one column per key; a prediction equal to its "target" is marked."""
+    shown = samples[:limit]
+    header = list(dict.fromkeys(key for sample in shown for key in sample))
+    rows = [[_short(sample.get(key, "")) for key in header] for sample in shown]
+    marked = {
+        (row, header.index("prediction"))
+        for row, sample in enumerate(shown)
+        if "target" in sample and "prediction" in sample and sample["prediction"] == sample["target"]
+    }
+    caption = f"{len(shown)} of {len(samples)} rows; marked: the prediction equals the target."
+    return Grid(header, rows, frozenset(marked), caption, numbers=False)
+
+
+def table(results: Sequence[Result], metrics: Sequence[str] | None = None, title: str = "") -> Table:
+    """`results_grid` for the terminal; the best of a metric is bold with a star."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = results_grid(results, metrics)
+    rich = Table(title=Text(title) if title else None, caption=grid.caption)
+    for column, name in enumerate(grid.header):
+        rich.add_column(Text(name), justify="right" if column else "left")
+    for i, row in enumerate(grid.rows):
+        stars = [(i, j) in grid.marked for j in range(len(row))]
+        cells = [Text(f"* {c}", style="bold") if s else Text(c) for c, s in zip(row, stars, strict=True)]
+        rich.add_row(*cells)
+    return rich
+
+
+def to_markdown(grid: Grid | Sequence[Result], metrics: Sequence[str] | None = None, title: str = "") -> str:
+    """A grid, or the grid of results, as a Markdown table with its caption; marked cells are bold."""
+    if not isinstance(grid, Grid):
+        grid = results_grid(grid, metrics)
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rules = ["---", *(["---:" if grid.numbers else "---"] * (len(grid.header) - 1))]
+    lines = [f"## {title}", ""] if title else []
+    lines += [line(grid.header), line(rules)]
+    for i, row in enumerate(grid.rows):
+        lines.append(line(f"**{cell}**" if (i, j) in grid.marked else cell for j, cell in enumerate(row)))
+    return "\n".join(lines + (["", grid.caption] if grid.caption else [])) + "\n"
+
+
+def to_csv(results: Sequence[Result], path: str | Path) -> None:
+    """One row per result in full precision; metrics and extras are columns of their own."""
+    names = _metrics(results, None)
+    extras = list(dict.fromkeys(name for result in results for name in result.extra))
+    columns = ["method", "seed", *names, "trainable_parameters", "seconds_per_step", "artifact_bytes"]
+    columns += [name for name in extras if name not in columns]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for result in results:
+        row = asdict(result)
+        writer.writerow(row.pop("extra") | row.pop("metrics") | row)
+    _write(path, text.getvalue().encode())
+
+
+def to_json(results: Sequence[Result], path: str | Path) -> None:
+    """A list of results in full precision; a value that is not finite becomes null."""
+    rows = json.loads(json.dumps([asdict(result) for result in results]), parse_constant=lambda _: None)
+    _write(path, (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+# Pictures
+
+History = str | Path | Sequence[Mapping[str, Any]]
+"""A run's `metrics.jsonl`, or its rows: {"step": ..., "loss": ..., "validation/accuracy": ...}."""
+
+
+def curves(
+    runs: Mapping[str, History | Sequence[History]], path: str | Path, metric: str | None = None, title: str = ""
+) -> None:
+    """Training loss and a validation metric over steps, as a PNG: a line per method, faint lines per seed.
+
+    Args:
+        runs: method -> its run, or its runs with several seeds. The line of several runs is their mean at the steps
+            that all of them logged.
+        metric: "accuracy" for the rows' "validation/accuracy"; default: the first one that is not the loss.
+
+    Raises:
+        InputError: a file that is not there or not JSON lines, nothing to draw, or matplotlib is absent.
+    """
+    histories = {method: _histories(run) for method, run in runs.items()}
+    rows = [row for group in histories.values() for history in group for row in history]
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("validation/"))
+    other = [key for key in keys if key != "validation/loss"]
+    validation = f"validation/{metric}" if metric else next(iter(other or keys), None)
+    wanted = {"loss": "training loss"}
+    if validation:
+        wanted[validation] = f"validation {_arrow(validation.removeprefix('validation/'))}"
+    panels = {key: label for key, label in wanted.items() if any(key in row for row in rows)}
+    if not panels or (metric and validation not in panels):
+        raise InputError(
+            f"no run has {', '.join(wanted)}",
+            remedy=f"Keys there are: {', '.join(dict.fromkeys(key for row in rows for key in row)) or 'none'}",
+        )
+    figure, all_axes = _figure(5.2, 4.2, len(panels), title)
+    handles: dict[str, Any] = {}
+    for axes, (key, label) in zip(all_axes, panels.items(), strict=True):
+        for i, (method, group) in enumerate(histories.items()):
+            series = [{row["step"]: row[key] for row in history if key in row} for history in group]
+            series = [s for s in series if s]
+            if not series:
+                continue
+            style: dict[str, Any] = {
+                "color": COLOURS[i % len(COLOURS)],
+                "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+                "marker": "o" if key != "loss" else None,
+                "markersize": 3.5,
+            }
+            steps = sorted(set.intersection(*map(set, series)))
+            means = [mean_spread(s[step] for s in series)[0] for step in steps]
+            if len(series) > 1:
+                for s in series:
+                    axes.plot(list(s), list(s.values()), linewidth=0.8, alpha=0.3, color=style["color"])
+            (handles[method],) = axes.plot(steps, means, linewidth=1.8, **style)
+        axes.set(xlabel="optimiser step", ylabel=label)
+    names = [_plain(f"{m} ({len(histories[m])} seeds)" if len(histories[m]) > 1 else m) for m in handles]
+    inches = 0.7 + 0.08 * max(map(len, names))  # of the widest legend entry
+    columns = max(1, min(len(names), int(5.2 * len(panels) / inches)))
+    figure.legend(list(handles.values()), names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def bars(results: Sequence[Result], path: str | Path, metrics: Sequence[str] | None = None, title: str = "") -> None:
+    """A panel per metric, as a PNG: a bar per method (mean), whiskers (± sample standard deviation), a dot per seed."""
+    groups = _by_method(results)
+    metrics = _metrics(results, metrics)
+    figure, all_axes = _figure(6.0 if len(metrics) == 1 else 4.6, 1.2 + 0.5 * len(groups), len(metrics), title)
+    for panel, (axes, name) in enumerate(zip(all_axes, metrics, strict=True)):
+        for i, runs in enumerate(groups.values()):
+            values = [r.metrics[name] for r in runs if name in r.metrics]
+            mean, std = mean_spread(values)
+            colour = COLOURS[i % len(COLOURS)]
+            if math.isfinite(mean):
+                axes.barh(i, mean, height=0.62, color=colour, alpha=0.75)
+            if math.isfinite(std):
+                heights = [i + 0.36 * (k / (len(values) - 1) - 0.5) for k in range(len(values))]
+                axes.plot(values, heights, "o", markersize=3.5, color="white", markeredgecolor=colour)
+                axes.errorbar(mean, i, xerr=std, color="#222222", capsize=4, linewidth=1.3)
+            # Right of the axes, so that numbers line up and cover nothing.
+            axes.annotate(_spread(values), (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+        axes.set_yticks(range(len(groups)), [_plain(m) for m in groups] if panel % 3 == 0 else [""] * len(groups))
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.set_xlabel(_plain(_arrow(name)))
+        axes.axvline(0, color="#222222", linewidth=0.8)
+        axes.grid(axis="y", visible=False)
+        axes.locator_params(axis="x", nbins=5)
+    if any(len(runs) > 1 for runs in groups.values()):
+        figure.supxlabel("bar: mean · whiskers: ± sample standard deviation · dots: seeds", fontsize=8, color="#555555")
+    _save(figure, path)
+
+
+def heatmap(
+    matrix: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: str | Path,
+    label: str = "",
+    title: str = "",
+    axis_names: tuple[str, str] = ("", ""),
+) -> None:
+    """A matrix [rows, columns] in colour with its numbers, as a PNG, such as transfer from task to task. NaN stays grey.
+
+    Args:
+        label: what the numbers are, with their unit.
+        axis_names: what the rows are, and what the columns are.
+
+    Raises:
+        InputError: the matrix has other sizes than the names.
+    """
+    values = [[float(value) for value in row] for row in matrix]
+    if not columns or len(values) != len(rows) or any(len(row) != len(columns) for row in values) or not rows:
+        raise InputError(f"the matrix is not of {len(rows)} rows and {len(columns)} columns")
+    figure, (axes,) = _figure(2.6 + 0.75 * len(columns), 1.9 + 0.5 * len(rows), 1, title)
+    finite = [value for row in values for value in row if math.isfinite(value)]
+    image = axes.imshow(values, cmap="viridis", aspect="auto")
+    axes.set_facecolor("#DDDDDD")
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            dark = math.isfinite(value) and value < (low + high) / 2
+            text = _number(value) if math.isfinite(value) else "–"
+            axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    axes.set_xticks(range(len(columns)), list(map(_plain, columns)), rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), list(map(_plain, rows)))
+    axes.set(ylabel=_plain(axis_names[0]), xlabel=_plain(axis_names[1]))
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes, label=_plain(label))
+    _save(figure, path)
+
+
+# Pages
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1a1a1a; --page: #ffffff; --line: #d5d5d5; --soft: #f4f5f7; --mark: #005a8f; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e6; --page: #16181c; --line: #3a3d44; --soft: #1f2228; --mark: #7cc4f5; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 2rem auto;
+  max-width: 72rem; padding: 0 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+p { white-space: pre-line; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; }
+caption { caption-side: bottom; text-align: left; padding-top: .5rem; font-size: .85rem; opacity: .8; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+thead th { border-bottom-width: 2px; } tbody th { font-weight: 500; } tbody tr:nth-child(even) { background: var(--soft); }
+thead th { white-space: nowrap; }
+table.numbers :is(th, td) { white-space: nowrap; font-variant-numeric: tabular-nums; }
+table.numbers :is(th, td):not(:first-child) { text-align: right; }
+td.marked { font-weight: 700; color: var(--mark); }
+img { max-width: 100%; background: #ffffff; border-radius: 6px; }
+"""
+
+Item = str | Path | Grid
+
+
+def html(path: str | Path, title: str, sections: Sequence[tuple[str, Sequence[Item]]]) -> None:
+    """One self-contained page: pictures are embedded, text is escaped, and nothing is loaded from elsewhere.
+
+    Args:
+        sections: (heading, items); an item is text, the path of a PNG, or a Grid.
+
+    Raises:
+        InputError: a picture is not there or not a PNG.
+    """
+    body = [f"<h1>{markup.escape(title)}</h1>"]
+    for heading, items in sections:
+        body.append(f"<section>\n<h2>{markup.escape(heading)}</h2>")
+        body += [_html_item(item, heading) for item in items]
+        body.append("</section>")
+    content = "\n".join(body)
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{markup.escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{content}
+</body>
+</html>
+"""
+    _write(path, page.encode())
+
+
+def write_comparison(
+    folder: str | Path,
+    results: Sequence[Result],
+    histories: Mapping[str, History | Sequence[History]] | None = None,
+    title: str = "Comparison",
+    notes: str = "",
+    metrics: Sequence[str] | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write results.json, results.csv, table.md, bars.png, curves.png (where there are histories) and report.html.
+
+    Numbers come first, so that they are there even where pictures cannot be drawn.
+
+    Args:
+        folder: made if it is not there.
+        histories: method -> its run or runs, as for `curves`.
+        metrics: which, the main one first; default: all there are.
+        samples: predictions to show, as for `samples_grid`.
+
+    Returns:
+        The path of report.html.
+    """
+    folder = Path(folder)
+    grid, metrics = results_grid(results, metrics), _metrics(results, metrics)
+    differences = differences_grid(results, metrics)
+    folder.mkdir(parents=True, exist_ok=True)
+    to_json(results, folder / "results.json")
+    to_csv(results, folder / "results.csv")
+    text = [f"# {title}", *([notes] if notes else []), to_markdown(grid)]
+    text += [to_markdown(differences, title="Paired differences")] if differences.rows else []
+    _write(folder / "table.md", "\n\n".join(part.strip() for part in text).encode() + b"\n")
+
+    bars(results, folder / "bars.png", metrics)
+    sections: list[tuple[str, Sequence[Item]]] = [("Results", [*([notes] if notes else []), grid])]
+    sections.append(("Metrics by method", [folder / "bars.png"]))
+    sections += [("Paired differences", [differences])] if differences.rows else []
+    if histories:
+        # In the order of the results, so that a method has one colour in both pictures.
+        order = dict.fromkeys([result.method for result in results], ())
+        curves({**order, **histories}, folder / "curves.png")
+        sections.append(("Training", [folder / "curves.png"]))
+    sections += [("Sample predictions", [samples_grid(samples)])] if samples else []
+    html(folder / "report.html", title, sections)
+    return folder / "report.html"
+
+
+# Pieces
+
+
+def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
+    if not results:
+        raise InputError("there are no results to report")
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        runs = groups.setdefault(result.method, [])
+        if any(run.seed == result.seed for run in runs):
+            raise InputError(f"method {result.method!r} has seed {result.seed} twice", field="seed")
+        runs.append(result)
+    return groups
+
+
+def _metrics(results: Sequence[Result], metrics: Sequence[str] | None) -> list[str]:
+    there = list(dict.fromkeys(name for result in results for name in result.metrics))
+    for name in metrics or ():
+        if name not in there:
+            raise InputError(f"no result has the metric {name!r}", remedy=f"There are: {', '.join(there)}")
+    return there if metrics is None else list(metrics)
+
+
+def _caption(groups: Mapping[str, Sequence[Result]]) -> str:
+    if all(len(runs) == 1 for runs in groups.values()):
+        return "One seed each."
+    return "Mean ± sample standard deviation over seeds."
+
+
+def _arrow(metric: str) -> str:
+    return f"{metric} {'↑' if higher_is_better(metric) else '↓'}"
+
+
+def _decimals(value: float) -> int:
+    return 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 3
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:,.{_decimals(value)}f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation, to the decimals of the mean; of one value, the value."""
+    mean, std = mean_spread(values)
+    if len(values) < 2 or math.isnan(mean):
+        return _number(mean) if values else "–"
+    return f"{_number(mean)} ± {std:.1e}" if 0 < abs(mean) < 5e-4 else f"{_number(mean)} ± {std:,.{_decimals(mean)}f}"
+
+
+def _seconds(seconds: float) -> str:
+    """Three significant digits."""
+    return "–" if math.isnan(seconds) else f"{seconds:,.0f}" if seconds >= 99.95 else f"{seconds:#.3g}"
+
+
+def _size(size: float) -> str:
+    """Bytes in decimal units."""
+    if math.isnan(size):
+        return "–"
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _short(value: Any, limit: int = 300) -> str:
+    text = _number(value) if isinstance(value, float) else str(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _histories(runs: Any) -> list[list[Mapping[str, Any]]]:
+    """The rows of each run of a method, whether it is given as a file, as rows, or as several of these."""
+    if isinstance(runs, str | Path):
+        return [_read_history(Path(runs))]
+    if all(isinstance(row, Mapping) for row in runs):
+        return [list(runs)]
+    return [history for run in runs for history in _histories(run)]
+
+
+def _read_history(path: Path) -> list[Mapping[str, Any]]:
+    if not path.is_file():
+        raise InputError("no such file", remedy="Give a run's metrics.jsonl", file=path)
+    rows: list[Mapping[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"not valid JSON ({error})", file=path, row=number) from error
+    return rows
+
+
+def _figure(width: float, height: float, panels: int, title: str) -> tuple[Figure, list[Axes]]:
+    """Panels of `width` x `height` inches, three abreast, drawn by Agg; pyplot's global state is not touched."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("pictures need matplotlib", remedy="Install pt-core[report]") from error
+    columns = min(panels, 3)
+    lines = math.ceil(panels / columns)
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    all_axes: list[Axes] = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for unused in all_axes[panels:]:
+        unused.set_axis_off()
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#DDDDDD", linewidth=0.7)
+        axes.set_axisbelow(True)
+    if title:
+        figure.suptitle(_plain(title), fontsize=12)
+    return figure, all_axes[:panels]
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=160)
+    _write(path, png.getvalue())
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
+
+
+def _html_item(item: Item, heading: str) -> str:
+    if isinstance(item, str):
+        return f"<p>{markup.escape(item)}</p>"
+    if isinstance(item, Grid):
+        return _html_table(item)
+    png = item.read_bytes() if item.is_file() else b""
+    if not png.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise InputError("is not a PNG", file=item)
+    return f'<img alt="{markup.escape(heading)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _html_table(grid: Grid) -> str:
+    def cell(text: str, i: int, j: int) -> str:
+        text = markup.escape(text)
+        if j == 0:
+            return f'<th scope="row">{text}</th>'
+        return f'<td class="marked">{text}</td>' if (i, j) in grid.marked else f"<td>{text}</td>"
+
+    head = "".join(f'<th scope="col">{markup.escape(name)}</th>' for name in grid.header)
+    rows = ["<tr>" + "".join(cell(c, i, j) for j, c in enumerate(row)) + "</tr>" for i, row in enumerate(grid.rows)]
+    caption = f"<caption>{markup.escape(grid.caption)}</caption>" if grid.caption else ""
+    return "\n".join(
+        [
+            f'<div class="scroll"><table class="{"numbers" if grid.numbers else "text"}">{caption}',
+            f"<thead><tr>{head}</tr></thead>",
+            "<tbody>",
+            *rows,
+            "</tbody></table></div>",
+        ]
+    )
+
+
+def _write(path: str | Path, content: bytes) -> None:
+    """The file appears whole or not at all."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
