@@ -144,7 +144,9 @@ def uv() -> list[str]:
 def importable(python: Path, names: list[str]) -> list[str]:
     """Those of `names` that `python` would find, without importing them."""
     probe = "import sys; from importlib.util import find_spec; print(*filter(find_spec, sys.argv[1:]))"
-    return subprocess.run([python, "-I", "-c", probe, *names], check=True, capture_output=True, text=True).stdout.split()
+    return subprocess.run(
+        [python, "-I", "-c", probe, *names], check=True, capture_output=True, text=True
+    ).stdout.split()
 
 
 def isolated(package: str, oldest: bool) -> None:
@@ -163,14 +165,17 @@ def isolated(package: str, oldest: bool) -> None:
         environment, python = work / "env", work / "env" / "bin" / "python"
         (work / "constraints.txt").write_text("\n".join(held) + "\n", encoding="utf-8")
         run(*uv(), "venv", "--quiet", "--python", sys.executable, environment, cwd=work)
-        install = [*uv(), "pip", "install", "--quiet", "--python", python, "--constraint", "constraints.txt"]
+        install = [*uv(), "pip", "install", "--quiet", "--python", str(python), "--constraint", "constraints.txt"]
         # A workspace source would install the core in place; uv would reuse a cached build after an edit.
         fresh = ["--no-sources", *(option for name in targets for option in ("--refresh-package", name))]
         run(*install, *fresh, *targets.values(), *TEST_TOOLS, cwd=work)
         strays = importable(python, forbidden(package))
         if strays:
             sys.exit(f"{package}: its own environment holds {', '.join(strays)}: a dependency that it must not have")
-        print(f"{package}: installed in {time.monotonic() - started:.0f} s; absent: {', '.join(forbidden(package))}", flush=True)
+        print(
+            f"{package}: installed in {time.monotonic() - started:.0f} s; absent: {', '.join(forbidden(package))}",
+            flush=True,
+        )
         run(python.with_name("pytest"), folders[package] / "tests", environment=test_environment(environment))
 
 
@@ -212,7 +217,9 @@ def main() -> None:
         match chosen.command:
             case "packages":
                 folders, library = members(ROOT), chosen.declaring
-                print(json.dumps([name for name in folders if not library or lower_bound(ROOT / folders[name], library)]))
+                print(
+                    json.dumps([name for name in folders if not library or lower_bound(ROOT / folders[name], library)])
+                )
             case "affected":
                 print(json.dumps(affected(ROOT, chosen.base)))
             case "isolated":

@@ -388,6 +388,14 @@ def test_only_missing_rows_are_computed_and_each_once(tmp_path: Path) -> None:
     assert torch.equal(got, trunk.of(["c", "a", "d", "c", "b"]))
 
 
+def test_what_another_process_has_stored_is_not_computed_again(tmp_path: Path) -> None:
+    trunk, one, other = Counting(), FeatureCache(tmp_path, "f", "resize"), FeatureCache(tmp_path, "f", "resize")
+    assert torch.equal(trunk(["a", "b"], one), trunk(["a", "b"], other))
+    trunk(["b", "c"], other)
+    trunk(["c", "a"], one)
+    assert trunk.calls == [2, 1]
+
+
 def test_scalar_features_and_gradients(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "f", "resize")
     weight = torch.ones(2, requires_grad=True)

@@ -226,3 +226,47 @@ def naics(cache: Path | None = None, offline: bool | None = None) -> list[Indust
             parents = (sectors[code[:2]], *(code[:length] for length in range(3, len(code))))
             rows.append(Industry(code=code, title=title, level=levels[len(code)], parents=parents))
     return rows
+
+
+def bbc_records(cache: Path | None = None, offline: bool | None = None) -> list[Document]:
+    """BBC news as an extraction task: the answer is one JSON object with the article's topic and its headline.
+
+    Rows as `bbc_news`; `label` is `{"topic": ..., "headline": ...}` on one line. A frozen model that is asked for it writes
+    prose, other keys or a code block: the format is what a prompt has to teach.
+    """
+    rows = bbc_news(cache=cache, offline=offline)
+    return [
+        Document(
+            id=row["id"],
+            text=row["text"],
+            label=json.dumps({"topic": row["label"], "headline": row["text"].partition("\n")[0].strip()}, ensure_ascii=False),
+        )
+        for row in rows
+    ]
+
+
+def industry_titles(rows: list[Industry], level: str) -> list[dict[str, Any]]:
+    """Titles of all industries below `level` of a taxonomy, each with the title of its ancestor at `level` as its one label.
+
+    Every title is there once (an only child has its parent's), and none that is itself a label.
+    """
+    titles = {row["code"]: row["title"] for row in rows}
+    levels = {row["code"]: row["level"] for row in rows}
+    seen = {row["title"].casefold() for row in rows if row["level"] == level}
+    found = []
+    for row in rows:
+        ancestor = next((code for code in row["parents"] if levels[code] == level), None)
+        if ancestor is not None and row["title"].casefold() not in seen:
+            seen.add(row["title"].casefold())
+            found.append({"id": row["code"], "text": row["title"], "label": [titles[ancestor]]})
+    return found
+
+
+def naics_sectors(cache: Path | None = None, offline: bool | None = None) -> list[dict[str, Any]]:
+    """NAICS 2022 industries of every depth with their sector (20), as a tagging task."""
+    return industry_titles(naics(cache, offline), "sector")
+
+
+def isic_sections(cache: Path | None = None, offline: bool | None = None) -> list[dict[str, Any]]:
+    """ISIC revision 4 divisions, groups and classes with their section (21), as a tagging task."""
+    return industry_titles(isic(cache, offline), "section")

@@ -238,8 +238,7 @@ class Carried:
 
     @property
     def has_offset(self) -> bool:
-        probe = torch.zeros(1, dtype=torch.long)
-        return any(h is not None and h.prompt.offset(probe.to(_device(h.prompt))) is not None for h in self.handles)
+        return any(h is not None and h.prompt.offers("offset") for h in self.handles)
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -253,12 +252,24 @@ _SOURCE: ContextVar[Tensor | None] = ContextVar("pt_nlp_source", default=None)
 
 @contextmanager
 def source_tokens(mask: Tensor | None) -> Iterator[None]:
-    """In this context the input tokens in `mask` ([b, n], 1 = source) are source; the others are targets."""
+    """In this context the input tokens in `mask` ([b, n], 1 = source) are source; the others are targets.
+
+    A call of k times as many rows repeats each row k times (beams, label words); tokens behind the mask are targets.
+    """
     token = _SOURCE.set(mask)
     try:
         yield
     finally:
         _SOURCE.reset(token)
+
+
+def _source(mask: Tensor) -> Tensor:
+    """Source tokens among those of a call with this attention mask, [b, n]."""
+    source = _SOURCE.get()
+    if source is None:
+        return mask
+    source = source.to(mask).repeat_interleave(len(mask) // len(source), 0)
+    return nn.functional.pad(source, (0, mask.shape[1] - source.shape[1])) * mask
 
 
 def _keywords(original: Forward) -> list[str]:
@@ -446,16 +457,17 @@ def _causal_call(
             output.past_key_values.pt_owner = carried.key
         return output
     if past == 0 and carried.has_offset:
-        source = _SOURCE.get()
-        embeds = _embeds(base, arguments)
-        arguments["inputs_embeds"] = carried.offset(embeds, mask if source is None else source.to(mask) * mask)
+        arguments["inputs_embeds"] = carried.offset(_embeds(base, arguments), _source(mask))
     if carried.longest == 0:
-        return original(**arguments)
+        output = original(**arguments)
+        if output.past_key_values is not None:
+            output.past_key_values.pt_owner = carried.key
+        return output
 
     row_lengths = carried.row_lengths(device)
     full_mask = torch.cat([carried.mask(batch, mask), mask], dim=1)
     _check_length(base, carried.longest + mask.shape[1])
-    keys_given = any(h is not None and h.prompt.key_values() is not None for h in carried.handles)
+    keys_given = any(h is not None and h.prompt.offers("key_values") for h in carried.handles)
     refused = shortcut_refused(base) if owner is None or not past else None
     if refused is None and cache is not None and type(cache) is not DynamicCache:
         refused = f"the cache is a {type(cache).__name__}"
@@ -571,7 +583,7 @@ def _encoder_call(base: nn.Module, original: Forward, arguments: dict[str, Any],
         return deep_forward(base, deep[0], **arguments)
     _check_length(base, carried.longest + n)
     full_mask = torch.cat([carried.mask(batch, mask), mask], dim=1)
-    if any(h is not None and h.prompt.key_values() is not None for h in carried.handles):
+    if any(h is not None and h.prompt.offers("key_values") for h in carried.handles):
         if base.config.model_type not in KEY_VALUE_ENCODERS or checkpoints_blocks(base):
             raise InputError(
                 f"a {type(base).__name__} takes no trained keys and values (or checkpoints its blocks)",
@@ -617,7 +629,7 @@ def _text_encoder(encoder: nn.Module, selected: Callable[[], Rows | None]) -> Ca
             if mask is None:
                 mask = torch.ones(batch, n, dtype=torch.long, device=embeds.device)
             embeds = carried.offset(embeds, mask)
-            if carried.longest and not any(h is not None and h.prompt.tokens() is not None for h in carried.handles):
+            if carried.longest and not any(h is not None and h.prompt.offers("tokens") for h in carried.handles):
                 return original(**arguments, inputs_embeds=embeds)  # keys and values belong to the decoder
             prompt = _token_rows(carried, embeds).expand(batch, -1, -1)
             arguments |= {
@@ -648,7 +660,7 @@ def _text_decoder(decoder: nn.Module, selected: Callable[[], Rows | None]) -> Ca
                 mask = torch.ones(batch, memory.shape[1], dtype=torch.long, device=memory.device)
             if memory.shape[1] == mask.shape[1] + carried.longest:
                 arguments["encoder_attention_mask"] = torch.cat([carried.mask(batch, mask), mask], dim=1)
-            if any(h is not None and h.prompt.key_values() is not None for h in carried.handles):
+            if any(h is not None and h.prompt.offers("key_values") for h in carried.handles):
                 return _decoder_with_prefix(decoder, original, arguments, carried, batch, memory)
             return original(**arguments)
 
@@ -694,7 +706,7 @@ def _hide_prompt_rows(selected: Callable[[], Rows | None]) -> Callable[[Forward]
             memory = getattr(output, "encoder_last_hidden_state", None)
             if rows is not None and memory is not None:
                 carried = Carried.of(rows, memory.shape[0], memory.device)
-                if any(h is not None and h.prompt.tokens() is not None for h in carried.handles):
+                if any(h is not None and h.prompt.offers("tokens") for h in carried.handles):
                     output.encoder_last_hidden_state = memory[:, carried.longest :]
                     states = getattr(output, "encoder_hidden_states", None)
                     if states is not None:
@@ -707,7 +719,7 @@ def _hide_prompt_rows(selected: Callable[[], Rows | None]) -> Callable[[Forward]
 
 
 def _labels_are_targets(selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
-    """At the head, labels say which tokens are targets: everything with a label is not source."""
+    """At a language model head, labels say which tokens are targets: everything with a label is not source."""
 
     def wrap(original: Forward) -> Forward:
         def forward(*args: Any, **arguments: Any) -> Any:
@@ -761,7 +773,8 @@ class _TextFamily:
         base = base_of(backbone)
         if not is_causal(backbone):
             return [(base, _encoder(base, selected))]
-        head = [(backbone, _labels_are_targets(selected))] if base is not backbone else []
+        writes = base is not backbone and backbone.get_output_embeddings() is not None
+        head = [(backbone, _labels_are_targets(selected))] if writes else []
         return [(base, _causal(base, selected)), *head]
 
 

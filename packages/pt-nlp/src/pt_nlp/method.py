@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pt_core.attach import attach
@@ -58,6 +58,7 @@ class TextMethod(Method):
 
     config: Any
     config_class = TextConfig
+    reads_head: ClassVar[bool] = False  # True: the method cannot do without a trained head
 
     def __init__(self, backbone: nn.Module, config: MethodConfig | None = None) -> None:
         super().__init__(backbone, config)
@@ -113,35 +114,45 @@ class TextMethod(Method):
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> Output:
-        """Class logits [b, C] and, with a head, pooled features [b, d]."""
+        """Class logits [b, C], with a head pooled features [b, d], and the loss if the batch is labelled."""
+        features = None
         with self.active():
             if self.head is not None:
                 features = self.features(batch)
-                return Output(logits=self.head(features.to(self.head.weight.dtype)), features=features)
-            if "candidates" in batch:
-                return Output(logits=self.class_scores(batch))
-        raise InputError(
-            f"{self.name} has neither a head nor label words to score",
-            remedy="Set num_labels, or use a verbalizer task",
-        )
+                logits: Tensor = self.head(features.to(self.head.weight.dtype))
+            elif "candidates" in batch:
+                logits = self.class_scores(batch)
+            else:
+                raise InputError(
+                    f"{self.name} has neither a head nor label words to score",
+                    remedy="Set num_labels, or use a verbalizer task",
+                )
+        trained_here = "labels" in batch and (self.head is not None or "target_ids" not in batch)
+        return Output(logits, features, self.class_loss(logits, batch["labels"]) if trained_here else None)
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
-        """Cross-entropy: over classes (sum over rows), or over target tokens (sum over tokens); BCE for multi-label heads."""
+        """The class loss of a head or verbalizer, or the cross-entropy of target tokens (sum over tokens)."""
         if self.head is None and "target_ids" in batch:
             if "candidates" in batch and is_causal(self.backbone):
                 batch = _written_out(batch)
             with self.active():
                 return self.token_loss(batch)
-        logits = self.forward(batch).logits
-        assert logits is not None
+        loss = self.forward(batch).loss
+        if loss is None:
+            raise InputError(f"a batch for {self.name} has neither labels nor target tokens")
+        return loss
+
+    def class_loss(self, logits: Tensor, labels: Tensor) -> Loss:
+        """Cross-entropy (sum over rows), or for multi-label heads binary cross-entropy (sum over cells)."""
         if self.config.multilabel:
-            total = F.binary_cross_entropy_with_logits(logits.float(), batch["labels"].float(), reduction="sum")
+            total = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
             return Loss(total, logits.numel())
-        return Loss(F.cross_entropy(logits.float(), batch["labels"], reduction="sum"), len(logits))
+        return Loss(F.cross_entropy(logits.float(), labels, reduction="sum"), len(logits))
 
     def generate(self, batch: Mapping[str, Any], **options: Any) -> Tensor:
         """Token ids that the prompted backbone generates from a batch of sources (as the backbone's own `generate`)."""
-        with self.active():
+        # Without a cache every step reads source and continuation again: only the source is source.
+        with self.active(), source_tokens(torch.ones_like(batch["input_ids"])):
             tokens: Tensor = self.backbone.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options
             )
@@ -190,7 +201,7 @@ class TextMethod(Method):
             wanted = targets != -100
             picked, gold = logits[wanted], targets[wanted]
         else:
-            with source_tokens(batch.get("source_mask")):
+            with source_tokens(batch.get("source_mask", targets == -100)):
                 wanted = targets[:, 1:] != -100
                 gold = targets[:, 1:][wanted]
                 picked = self._logits_at(batch, wanted)
@@ -233,31 +244,30 @@ class TextMethod(Method):
         (b, n), (c, t) = ids.shape, words.shape
         after = words[None, :, :-1].expand(b, -1, -1).reshape(b * c, t - 1)
         long_mask = torch.cat([mask.repeat_interleave(c, 0), mask.new_ones(b * c, t - 1)], dim=1)
-        if checkpoints_blocks(base_of(self.backbone)):  # blocks keep no cache then: every continuation reads its source
-            whole = torch.cat([ids.repeat_interleave(c, 0), after], dim=1)
-            logits = self._all_logits(input_ids=whole, attention_mask=long_mask, position_ids=_positions(long_mask))
-            logits = logits.logits[:, n - 1 :].view(b, c, t, -1)
-        else:
-            first = self._all_logits(
-                input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
-            )
-            logits = first.logits[:, -1:, None].expand(-1, -1, c, -1).transpose(1, 2)
-            if t > 1:
-                cache = first.past_key_values
-                cache.batch_repeat_interleave(c)
-                rest = self._all_logits(
-                    input_ids=after,
-                    attention_mask=long_mask,
-                    position_ids=_positions(long_mask)[:, n:],
-                    past_key_values=cache,
-                    use_cache=True,
+        with source_tokens(torch.ones_like(ids)):
+            if checkpoints_blocks(base_of(self.backbone)):  # blocks keep no cache then: every word reads its source
+                whole = torch.cat([ids.repeat_interleave(c, 0), after], dim=1)
+                logits = self.backbone(
+                    input_ids=whole, attention_mask=long_mask, position_ids=_positions(long_mask)
+                ).logits
+                logits = logits[:, n - 1 :].view(b, c, t, -1)
+            else:
+                first = self.backbone(
+                    input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
                 )
-                logits = torch.cat([logits, rest.logits.view(b, c, t - 1, -1)], dim=2)
+                logits = first.logits[:, -1:, None].expand(-1, -1, c, -1).transpose(1, 2)
+                if t > 1:
+                    cache = first.past_key_values
+                    cache.batch_repeat_interleave(c)
+                    rest = self.backbone(
+                        input_ids=after,
+                        attention_mask=long_mask,
+                        position_ids=_positions(long_mask)[:, n:],
+                        past_key_values=cache,
+                        use_cache=True,
+                    )
+                    logits = torch.cat([logits, rest.logits.view(b, c, t - 1, -1)], dim=2)
         return logits.float().log_softmax(-1).gather(-1, words[None, ..., None].expand(b, -1, -1, -1))[..., 0]
-
-    def _all_logits(self, **arguments: Any) -> Any:
-        with source_tokens(torch.ones_like(arguments["input_ids"])):
-            return self.backbone(**arguments)
 
     def _seq2seq_scores(self, batch: Mapping[str, Any], words: Tensor) -> Tensor:
         b, (c, t) = len(batch["input_ids"]), words.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,9 +143,11 @@ class Bench:
         config = recipe.method_config(chosen, seed=seed)
         name = chosen.method["name"]
         overrides: dict[str, Any] = {"seed": seed}
-        if getattr(config, "init_text", ""):
-            ids = self.tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
-            overrides["init_ids"] = tuple(ids)
+        start = getattr(config, "init_text", "")
+        if not start and getattr(config, "init", None) == "labels":
+            start = " ".join(task.spec.labels)
+        if start:
+            overrides["init_ids"] = tuple(self.tokenizer(start, add_special_tokens=False)["input_ids"])
         if task.spec.kind in ("classification", "multilabel") or registry.find_method(name).reads_head:
             overrides |= {"num_labels": len(task.spec.labels), "multilabel": task.spec.kind == "multilabel"}
         config = recipe.method_config(chosen, **overrides)

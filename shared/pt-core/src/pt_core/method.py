@@ -29,14 +29,6 @@ class MethodConfig(BaseModel):
 
 
 @dataclass
-class Output:
-    """What a forward pass returns. Fields that a method does not produce are None."""
-
-    logits: Tensor | None = None
-    features: Tensor | None = None
-
-
-@dataclass
 class Loss:
     """A loss that can be split over micro-batches and processes: value = total / count.
 
@@ -61,6 +53,15 @@ class Loss:
     def mean(cls, value: Tensor, **parts: Tensor) -> Loss:
         """A loss over the batch as a whole, which does not decompose."""
         return cls(value, 1, parts, decomposes=False)
+
+
+@dataclass
+class Output:
+    """What a forward pass returns. Fields that a method does not produce are None."""
+
+    logits: Tensor | None = None
+    features: Tensor | None = None
+    loss: Loss | None = None  # where it comes for free with the logits; evaluation then runs one pass, not two
 
 
 class Method(nn.Module):

@@ -43,6 +43,10 @@ class Prompt(nn.Module):
         """Rows [m, d] that are inserted in front of the tokens before block `index`, by index."""
         return None
 
+    def offers(self, what: str) -> bool:
+        """Whether the prompt gives `what` (the name of one of the four methods above). Computes nothing."""
+        return getattr(type(self), what) is not getattr(Prompt, what)
+
     def count(self) -> int:
         """Number of trainable values."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)

@@ -6,41 +6,51 @@ the global count of terms (so accumulation equals the large batch and two proces
 is trained and nothing else (safetensors and JSON, written beside and renamed), from which a killed run goes on to the
 same result.
 
+What can be a function of seed and step is one: the rows of a batch, the learning rate, and the random numbers drawn in the
+step. None of these has to be restored, and evaluating more or less often does not change what is trained.
+
 Loops of another shape are written out of the same parts:
 
     loop = Loop(method, config, output_dir, total_steps=n)
     for step in loop.steps():            # goes on where a killed run stopped; progress, checkpoints, early stopping
         loop.backward(method.loss(batch), batch)
         loop.update()                    # reduce, divide, clip, schedule, step
+        loop.record(loop.evaluate(split))
+    result = loop.finish()
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.frozen import fingerprint
 from pt_core.method import Batch, Loss, Method
+from pt_core.metrics import evaluate_logits, higher_is_better
 
 
 class NonFiniteLoss(RuntimeError):
@@ -62,25 +72,36 @@ class FitConfig(BaseModel):
     micro_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all at once")
     optimiser: Literal["adamw", "adam", "adafactor", "sgd"] = "adamw"
     lr: float | None = Field(
-        None, gt=0, description="learning rate of groups that name none; default: the method's own"
+        None,
+        gt=0,
+        description="learning rate of the groups for which the method names none (1e-3 if this does not either)",
     )
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     warmup_steps: int = Field(0, ge=0, description="linear warm-up before the schedule")
     final_factor: float = Field(0.01, gt=0, le=1, description="share of the rate that `exponential` ends at (PTEC)")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="global norm of an optimiser's gradients is cut to this")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="global norm of an update's gradients is cut to this")
     evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; default: once an epoch")
     eval_batch_size: int = Field(32, ge=1)
-    monitor: str = Field("loss", description="validation metric that picks the best step and stops early")
+    monitor: str | None = Field(
+        None,
+        description="validation metric that picks the best step and stops early; default: the loss, or the first metric "
+        "of a method without one",
+    )
     patience: int | None = Field(None, ge=1, description="evaluations without gain before the run stops")
     min_delta: float = Field(0.0, ge=0, description="what counts as a gain")
+    interrupt_below: float | None = Field(
+        None, description="the run stops at once if the monitored metric is worse than this (PTEC)"
+    )
     keep_best: bool = Field(True, description="end with the best step's prompt rather than the last one's")
-    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: evaluate_every")
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; default: evaluate_every or 100"
+    )
     log_every: int = Field(10, ge=1)
     precision: Literal["float32", "bf16"] = Field("float32", description="autocast of the passes; prompts stay float32")
     device: str = Field("auto", description="`auto` (what accelerate finds) or `cpu`")
     bucket_by_length: bool = Field(False, description="batches of rows of like length; less padding, another order")
-    seed: int = 0
+    seed: int = Field(0, ge=0, description="of the batches and of all random numbers of the run")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     progress: bool = True
 
@@ -168,7 +189,7 @@ class FitResult:
     Args:
         steps: optimiser steps made, over all resumed parts.
         best_step: step whose prompt the method ends with.
-        metrics: validation metrics at that step (empty without validation).
+        metrics: validation metrics of that prompt (empty without validation).
         history: the rows of metrics.jsonl.
         seconds_per_step: mean wall time of forward, backward and update in this process, evaluation not counted.
         stopped_early: the monitored metric did not gain for `patience` evaluations.
@@ -188,14 +209,15 @@ class _State:
 
     step: int = 0
     log_offset: int = 0
-    window_total: float = 0.0
-    window_count: float = 0.0
-    window_parts: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)  # since the last log: of the loss and of its parts
+    count: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None
-    best_value: float | None = None
-    best_step: int = 0
+    monitor: str | None = None
+    last_metrics: dict[str, float] = field(default_factory=dict)
     best_metrics: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    gains: int = 0
     bad: int = 0
     stopped: bool = False
 
@@ -212,7 +234,7 @@ class Loop:
         identity: anything JSON that must be the same for a run to be resumed (data size, recipe).
 
     Raises:
-        InputError: the folder holds a run of another configuration.
+        InputError: the folder holds a run of another configuration, or a setting has no effect here.
     """
 
     def __init__(
@@ -226,68 +248,67 @@ class Loop:
     ) -> None:
         self.method, self.config, self.total_steps = method, config, total_steps
         self.folder = Path(output_dir) if output_dir is not None else None
-        self.accelerator = Accelerator(
-            cpu=config.device == "cpu",
-            log_with=list(config.trackers) or None,
-            project_dir=str(self.folder) if self.folder else None,
-        )
-        self.device = self.accelerator.device
+        self.accelerator, self.device = _accelerator(config, self.folder)
         method.place(self.device)
-        random.seed(config.seed)
-        np.random.seed(config.seed)
-        torch.manual_seed(config.seed)
+        self._seed(0)
         self.optimisers = method.optimisers(config)
-        self._base_lr = {
-            name: [group["lr"] for group in optimiser.param_groups] for name, optimiser in self.optimisers.items()
-        }
+        self._base_lr = {name: [g["lr"] for g in optimiser.param_groups] for name, optimiser in self.optimisers.items()}
+        if config.lr is not None and config.lr not in itertools.chain(*self._base_lr.values()):
+            raise InputError(
+                f"{method.name} names the rates of all its groups, so the run's rate has no effect",
+                remedy="Set the rates in the method's configuration",
+                field="lr",
+            )
         self.state = _State()
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] | None = None
         self.training_seconds, self._steps_here = 0.0, 0
-        self._count: Tensor | float = 0.0
-        self._backwards, self._decomposes = 0, True
+        self._in_step, self._started = False, 0.0
+        self._sums: list[Tensor] = []  # total and count of each backward since the last update
         self._ids: list[Any] = []
-        self._window: list[tuple[Tensor, Tensor | float, dict[str, Tensor]]] = []
+        self._coupled = False
+        self._window: list[tuple[Tensor, dict[str, Tensor]]] = []
+        # Reading a flag makes an accelerator wait, so there the flag of a step is read one step late.
+        self._reads_late = self.device.type != "cpu"
         self._suspect: tuple[Tensor, int, list[Any]] | None = None
-        self._started = 0.0
-        self._identity = {
-            "method": method.name,
-            "method_config": method.config.model_dump(mode="json"),
-            "config": {k: v for k, v in config.model_dump(mode="json").items() if k not in _MAY_CHANGE_ON_RESUME},
-            "total_steps": total_steps,
-            **(identity or {}),
-        }
         if self.folder is not None:
+            self._identity = json.loads(json.dumps(self._describe_run() | dict(identity or {})))
             self.folder.mkdir(parents=True, exist_ok=True)
             self._resume()
         if config.trackers:
-            self.accelerator.init_trackers("run", config={"method": method.name, "seed": config.seed})
+            again = {"purge_step": self.state.step + 1} if self.state.step else {}
+            values = {"method": method.name, "seed": config.seed}
+            self.accelerator.init_trackers("run", config=values, init_kwargs={"tensorboard": again})
 
     # --- the run ------------------------------------------------------------------------------------------------
     @property
     def main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def step(self) -> int:
+        """1-based number of the step in progress, or of the last one made."""
+        return self.state.step + self._in_step
+
     def steps(self) -> Iterator[int]:
         """1-based numbers of the steps still to make. What is due after a step (log, checkpoint) happens between them."""
         every = self.config.checkpoint_every or self.config.evaluate_every or 100
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, transient=True, disable=not (self.config.progress and self.main))
-        with bar:
-            task = bar.add_task(self.method.name, total=self.total_steps, completed=self.state.step)
+        shown = self.config.progress and self.main
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+            task = bar.add_task(self._progress(), total=self.total_steps, completed=self.state.step)
             while self.state.step < self.total_steps and not self.state.stopped:
-                self._started = time.perf_counter()
-                yield self.state.step + 1
+                self._seed(self.state.step + 1)
+                self._in_step, self._started = True, time.perf_counter()
+                yield self.step
                 self._close_step()
-                bar.update(task, completed=self.state.step, description=self._describe())
+                bar.update(task, completed=self.state.step, description=self._progress())
                 if self.folder is not None and self.state.step % every == 0:
                     self.checkpoint()
-        self._check_suspect()
+        self._check_finite()
         if self.folder is not None:
             self.checkpoint()
         self._warn_if_flat()
-        if self.config.trackers:
-            self.accelerator.end_training()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the passes: bf16 autocast if the run asks for it."""
@@ -301,55 +322,77 @@ class Loop:
 
     def share(self, rows: list[int]) -> list[list[int]]:
         """This process's part of a global batch, cut into micro-batches. No row is repeated or dropped."""
-        processes = self.accelerator.num_processes
-        mine = [int(i) for i in np.array_split(np.asarray(rows), processes)[self.accelerator.process_index]]
+        mine = _part(rows, self.accelerator)
         size = self.config.micro_batch_size or max(len(mine), 1)
         return [mine[i : i + size] for i in range(0, len(mine), size)]
 
     def backward(self, loss: Loss, batch: Batch | None = None) -> None:
-        """Add the gradient of a micro-batch's total. The division by the global count is `update`'s."""
-        self._backwards += 1
-        self._decomposes &= loss.decomposes
-        if not self._decomposes and (self._backwards > 1 or self.accelerator.num_processes > 1):
+        """Add the gradient of a micro-batch's total. The division by the global count is `update`'s.
+
+        Args:
+            loss: of the micro-batch.
+            batch: the micro-batch, whose `sample_ids` are named if the loss is not finite.
+
+        Raises:
+            InputError: the loss does not depend on anything trained, or couples rows and would be accumulated or split.
+        """
+        if not loss.total.requires_grad:
+            raise InputError(
+                f"the loss of {self.method.name} does not depend on anything that is trained",
+                remedy="Check that the prompt is attached, used, and not empty",
+            )
+        self._coupled |= not loss.decomposes
+        if self._coupled and (self._sums or self.accelerator.num_processes > 1):
             raise InputError(
                 f"the loss of {self.method.name} couples the rows of a batch: it cannot be accumulated or split",
                 remedy="Set micro_batch_size to batch_size and use one process",
             )
         self._ids.extend(batch.get("sample_ids", []) if batch is not None else [])
-        if self.device.type == "cpu" and not bool(torch.isfinite(loss.total)):
-            raise self._non_finite(self.state.step + 1, self._ids)
         loss.total.backward()
-        self._count = self._count + loss.count
-        self._window.append(
-            (loss.total.detach(), loss.count, {name: value.detach() for name, value in loss.parts.items()})
-        )
+        count = torch.as_tensor(loss.count, dtype=torch.float32, device=loss.total.device)
+        sums = torch.stack([loss.total.detach().float(), count]).to(self.device)
+        self._sums.append(sums)
+        self._window.append((sums, {name: value.detach().float() for name, value in loss.parts.items()}))
 
-    def update(self, name: str = "main") -> Tensor:
-        """Step one optimiser with the gradients since its last step: reduce over processes, divide, clip, schedule.
+    def update(self, *names: str) -> Tensor:
+        """Step optimisers with the gradients since the last update: reduce over processes, divide, clip, schedule.
+
+        Args:
+            names: of the optimisers that step together; default: all. Gradients of parameters that are in none of them
+                are dropped.
 
         Returns:
             The global gradient norm before clipping (a tensor: reading it waits for the device).
+
+        Raises:
+            NonFiniteLoss: the loss or a gradient is NaN or infinite (on an accelerator one update late, and before
+                anything is written).
         """
-        optimiser = self.optimisers[name]
-        parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        count = torch.as_tensor(self._count, dtype=torch.float32, device=self.device)
-        if self.accelerator.num_processes > 1:
-            count = self.accelerator.reduce(count, reduction="sum")
+        several = self.accelerator.num_processes > 1
+        if not self._sums and not several:
+            raise RuntimeError("update() without backward(): there is no gradient to step with")
+        chosen = {name: self.optimisers[name] for name in names or self.optimisers}
+        groups = [group for optimiser in chosen.values() for group in optimiser.param_groups]
+        parameters = list({id(p): p for group in groups for p in group["params"]}.values())
+        sums = torch.stack(self._sums).sum(0) if self._sums else torch.zeros(2, device=self.device)
+        if several:
+            sums = self.accelerator.reduce(sums, reduction="sum")
             for p in parameters:
                 p.grad = self.accelerator.reduce(p.grad if p.grad is not None else torch.zeros_like(p), reduction="sum")
+        total, count = sums
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
             gradient.div_(count.to(gradient.device))
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        finite = torch.isfinite(norm)
-        if self.device.type == "cpu":
-            if not bool(finite):
-                raise self._non_finite(self.state.step + 1, self._ids)
-        else:  # reading the flag now would make the device wait: the update is masked, the flag read one step late
+        norm = torch.nn.utils.get_total_norm(gradients).to(self.device)
+        finite = torch.isfinite(total) & torch.isfinite(norm)
+        self._check_finite()
+        self._suspect = (finite, self.step, self._ids)
+        if self._reads_late:  # no value of this step may reach the prompt
+            norm = torch.where(finite, norm, 0)
             for gradient in gradients:
                 gradient.copy_(torch.where(finite.to(gradient.device), gradient, 0))
-            self._check_suspect()
-            self._suspect = (finite, self.state.step + 1, list(self._ids))
+        else:
+            self._check_finite()
         if self.state.step == 0 and not bool(norm > 0):
             warnings.warn(
                 f"no gradient reaches what {self.method.name} trains: check that the prompt is attached and used",
@@ -359,63 +402,80 @@ class Loop:
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
         factor = lr_factor(self.config, self.state.step, self.total_steps)
-        for group, lr in zip(optimiser.param_groups, self._base_lr[name], strict=True):
-            group["lr"] = lr * factor
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        self._count, self._backwards, self._decomposes, self._ids = 0.0, 0, True, []
+        for name, optimiser in chosen.items():
+            for group, lr in zip(optimiser.param_groups, self._base_lr[name], strict=True):
+                group["lr"] = lr * factor
+            optimiser.step()
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+        self._sums, self._ids = [], []
         return norm
 
     # --- evaluation and early stopping --------------------------------------------------------------------------
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Metrics on a split in the run's precision; each process computes its share of the rows (see `evaluate`)."""
+        with self.autocast():
+            return evaluate(self.method, split, self.config.eval_batch_size, self.device, self.accelerator)
+
     def record(self, metrics: Mapping[str, float], larger_is_better: bool | None = None) -> None:
         """Log validation metrics of the step in progress, keep the best prompt, and stop when `patience` is used up.
 
         Args:
-            metrics: by name; the configuration's `monitor` must be among them.
-            larger_is_better: default: everything but a loss.
+            metrics: by name; the configuration's `monitor` must be among them. One that is NaN is never the best.
+            larger_is_better: default: by the metric's name (see `pt_core.metrics`).
         """
-        monitor = self.config.monitor
+        self._check_finite()
+        state = self.state
+        monitor = self.config.monitor or ("loss" if "loss" in metrics else next(iter(metrics), "loss"))
         if monitor not in metrics:
             raise InputError(
                 f"the run monitors {monitor!r}, which is not among the validation metrics",
-                remedy=f"Choose one of {', '.join(sorted(metrics))}",
+                remedy=f"Choose one of: {', '.join(sorted(metrics)) or 'there are none'}",
+                field="monitor",
             )
-        step = self.state.step + 1
+        larger = larger_is_better if larger_is_better is not None else higher_is_better(monitor)
+        best = state.best_metrics.get(monitor)
         value = metrics[monitor]
-        larger = larger_is_better if larger_is_better is not None else "loss" not in monitor
-        gain = math.inf if self.state.best_value is None else (value - self.state.best_value) * (1 if larger else -1)
-        if gain > self.config.min_delta:
-            self.state.best_value, self.state.best_step = value, step
-            self.state.best_metrics, self.state.bad = dict(metrics), 0
-            self.best = {name: tensor.clone() for name, tensor in self.method.trained_state().items()}
-            if self.folder is not None and self.main:
-                _write_tensors(self.folder / f"best-{step:07d}.safetensors", self.best)
+        gain = (value - best) * (1 if larger else -1) if best is not None else math.inf
+        state.monitor, state.last_metrics = monitor, dict(metrics)
+        if gain > self.config.min_delta and not math.isnan(value):
+            state.best_metrics, state.best_step = dict(metrics), self.step
+            state.gains, state.bad = state.gains + 1, 0
+            if self.config.keep_best:
+                self.best = {name: tensor.clone() for name, tensor in self.method.trained_state().items()}
+                if self.folder is not None and self.main:
+                    _write_tensors(self._best_file(), self.best)
         else:
-            self.state.bad += 1
-            self.state.stopped = self.config.patience is not None and self.state.bad >= self.config.patience
-        self.log({f"validation/{name}": value for name, value in metrics.items()}, step)
+            state.bad += 1
+            state.stopped = self.config.patience is not None and state.bad >= self.config.patience
+        self.log({f"validation/{name}": value for name, value in metrics.items()})
 
-    def log(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row to metrics.jsonl and the trackers."""
-        row = {"step": step if step is not None else self.state.step, **values}
+    def log(self, values: Mapping[str, float]) -> None:
+        """Append a row of the step in progress to metrics.jsonl and the trackers; values that are not finite are left out."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        row = {"step": self.step, **finite}
         self.history.append(row)
         if self.folder is not None and self.main:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self.config.trackers:
-            self.accelerator.log(dict(values), step=row["step"])
+            self.accelerator.log(finite, step=self.step)
 
     def finish(self) -> FitResult:
-        """Put the best prompt into the method (if the run keeps the best) and say what came out."""
-        if self.config.keep_best and self.best is not None:
-            self.method.load_trained_state({k: v.to(self.device) for k, v in self.best.items()})
+        """Put the best prompt into the method (if the run keeps the best), in eval mode, and say what came out."""
+        state = self.state
+        if self.best is not None:
+            self.method.load_trained_state(self.best)
+        self.method.eval()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return FitResult(
-            steps=self.state.step,
-            best_step=self.state.best_step if self.config.keep_best and self.best is not None else self.state.step,
-            metrics=self.state.best_metrics,
+            steps=state.step,
+            best_step=state.best_step if self.best is not None else state.step,
+            metrics=state.best_metrics if self.best is not None else state.last_metrics,
             history=self.history,
             seconds_per_step=self.training_seconds / max(self._steps_here, 1),
-            stopped_early=self.state.stopped,
+            stopped_early=state.stopped,
         )
 
     # --- between steps ------------------------------------------------------------------------------------------
@@ -425,220 +485,295 @@ class Loop:
             self.training_seconds += time.perf_counter() - self._started
             self._started = 0.0
 
+    def _seed(self, step: int) -> None:
+        """Seed what is drawn in a step by run, step and process (before the first step: the same in all processes)."""
+        words = (self.config.seed, step, self.accelerator.process_index if step else 0)
+        number = int(np.random.SeedSequence(words).generate_state(1)[0])
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+
     def _close_step(self) -> None:
         self.training_done()
         self._steps_here += 1
-        self.state.step += 1
-        if self.state.step % self.config.log_every == 0 or self.state.step == self.total_steps:
+        state = self.state
+        if self.step % self.config.log_every == 0 or self.step == self.total_steps or state.stopped:
             self._read_window()
-            state = self.state
-            if state.window_count:
-                row = {"loss": state.window_total / state.window_count}
-                row |= {name: total / state.window_count for name, total in state.window_parts.items()}
-                first = next(iter(self.optimisers.values()), None)
-                if first is not None:
-                    row |= {f"lr/{group.get('name', i)}": group["lr"] for i, group in enumerate(first.param_groups)}
+            if state.count:
+                row = {name: total / state.count for name, total in state.sums.items()}
                 state.last_loss = row["loss"]
-                state.first_loss = state.first_loss if state.first_loss is not None else row["loss"]
-                self.log(row)
-                state.window_total, state.window_count, state.window_parts = 0.0, 0.0, {}
+                state.first_loss = row["loss"] if state.first_loss is None else state.first_loss
+                state.sums, state.count = {}, 0.0
+                self.log(row | self._rates())
+        state.step, self._in_step = self.step, False
+
+    def _rates(self) -> dict[str, float]:
+        """Learning rates by group, and by optimiser where there are several."""
+        rates = {}
+        for name, optimiser in self.optimisers.items():
+            where = f"lr/{name}/" if len(self.optimisers) > 1 else "lr/"
+            rates |= {f"{where}{group.get('name', i)}": group["lr"] for i, group in enumerate(optimiser.param_groups)}
+        return rates
 
     def _read_window(self) -> None:
-        """Move the losses since the last log from the device into the state, summed over processes."""
-        for total, count, parts in self._window:
-            values = torch.stack([total, torch.as_tensor(count, device=total.device).to(total), *parts.values()])
-            if self.accelerator.num_processes > 1:
-                values = self.accelerator.reduce(values, reduction="sum")
-            numbers = values.double().tolist()
-            self.state.window_total += numbers[0]
-            self.state.window_count += numbers[1]
-            for name, number in zip(parts, numbers[2:], strict=True):
-                self.state.window_parts[name] = self.state.window_parts.get(name, 0.0) + number
+        """Move the losses since the last log from the device into the state; every process adds up those of all."""
+        entries = []
+        for sums, parts in self._window:
+            total, count, *values = torch.cat([sums, *(v.reshape(1).to(sums) for v in parts.values())]).tolist()
+            entries.append((count, {"loss": total} | dict(zip(parts, values, strict=True))))
+        if self.accelerator.num_processes > 1:
+            entries = gather_object(entries)
+        for count, sums_by_name in entries:
+            self.state.count += count
+            for name, value in sums_by_name.items():
+                self.state.sums[name] = self.state.sums.get(name, 0.0) + value
         self._window.clear()
 
-    def _describe(self) -> str:
-        parts = [self.method.name]
-        if self.state.last_loss is not None:
-            parts.append(f"loss {self.state.last_loss:.4f}")
-        if self.state.best_value is not None:
-            parts.append(f"best {self.config.monitor} {self.state.best_value:.4f}")
+    def _progress(self) -> str:
+        state, parts = self.state, [self.method.name]
+        if state.last_loss is not None:
+            parts.append(f"loss {state.last_loss:.4f}")
+        if state.monitor is not None:
+            best = f" (best {state.best_metrics[state.monitor]:.4f})" if state.best_metrics else ""
+            parts.append(f"{state.monitor} {state.last_metrics[state.monitor]:.4f}{best}")
         return "  ".join(parts)
 
-    def _non_finite(self, step: int, ids: list[Any]) -> NonFiniteLoss:
-        last = self._checkpoints()[-1] if self._checkpoints() else None
-        return NonFiniteLoss(
-            f"the loss or its gradient is not finite at step {step}; samples {ids}; last good checkpoint: "
-            f"{last if last is not None else 'none'}. Lower the learning rate, or look at these samples"
-        )
-
-    def _check_suspect(self) -> None:
-        if self._suspect is not None and not bool(self._suspect[0]):
-            raise self._non_finite(self._suspect[1], self._suspect[2])
-        self._suspect = None
+    def _check_finite(self) -> None:
+        """Raise if the last update that was made, or is being made, is not finite."""
+        if self._suspect is None:
+            return
+        (finite, step, ids), self._suspect = self._suspect, None
+        if not bool(finite):
+            kept = self._checkpoints()
+            raise NonFiniteLoss(
+                f"the loss or its gradient is not finite at step {step}; samples {ids}; last good checkpoint: "
+                f"{kept[-1] if kept else 'none'}. Lower the learning rate, or look at these samples"
+            )
 
     def _warn_if_flat(self) -> None:
-        first, last = self.state.first_loss, self.state.last_loss
-        if first is None or last is None or self.state.step < 5 * self.config.log_every or self._steps_here == 0:
+        """Warn if neither the loss nor the monitored metric moved. A loss that couples rows need not fall (PPO)."""
+        state = self.state
+        if self._coupled or state.first_loss is None or state.last_loss is None:
             return
-        if last > 0.99 * first:
-            rates = ", ".join(f"{lr:g}" for rates in self._base_lr.values() for lr in rates)
-            warnings.warn(
-                f"{self.method.name} is not learning: the loss went from {first:.4f} to {last:.4f} in {self.state.step} "
-                f"steps. Soft prompts need far larger learning rates than weights (now {rates}; try 3 to 30 times that), "
-                "and starting from embeddings of words helps",
-                NotLearning,
-                stacklevel=3,
-            )
+        fallen = state.first_loss - state.last_loss >= 0.01 * abs(state.first_loss)
+        if fallen or state.gains > 1 or state.step < 5 * self.config.log_every or self._steps_here == 0:
+            return
+        rates = ", ".join(f"{lr:g}" for rates in self._base_lr.values() for lr in rates)
+        warnings.warn(
+            f"{self.method.name} is not learning: the loss went from {state.first_loss:.4f} to {state.last_loss:.4f} in "
+            f"{state.step} steps. Soft prompts need far larger learning rates than weights (now {rates}; try 3 to 30 "
+            "times that), and starting from embeddings of words helps",
+            NotLearning,
+            stacklevel=3,
+        )
 
     # --- checkpoints --------------------------------------------------------------------------------------------
+    def _describe_run(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed."""
+        method, config = self.method, self.config
+        weights = None
+        if method.frozen_backbone and not any(p.is_meta for p in method.backbone.parameters()):
+            weights = fingerprint(method.backbone)
+        return {
+            "method": method.name,
+            "method_config": method.config.model_dump(mode="json"),
+            "config": {k: v for k, v in config.model_dump(mode="json").items() if k not in _MAY_CHANGE_ON_RESUME},
+            "total_steps": self.total_steps,
+            "backbone": weights,
+            "tensors": {name: list(tensor.shape) for name, tensor in method.trained_state().items()},
+        }
+
     def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*[0-9]")) if self.folder is not None else []
+        """Whole checkpoints, oldest first."""
+        found = self.folder.iterdir() if self.folder is not None else ()
+        numbered = {int(m[1]): path for path in found if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+        return [numbered[step] for step in sorted(numbered)]
+
+    def _best_file(self) -> Path:
+        assert self.folder is not None
+        return self.folder / f"best-{self.state.best_step:07d}.safetensors"
 
     def checkpoint(self) -> None:
-        """Write everything that the rest of the run depends on; a kill at any moment leaves the previous one whole."""
+        """Write everything that the rest of the run depends on; a kill at any moment leaves the previous one whole.
+
+        Called between steps, by `steps()`.
+        """
         assert self.folder is not None
+        self._check_finite()
         self._read_window()
-        if not self.main:
-            return
-        log = self.folder / "metrics.jsonl"
-        self.state.log_offset = log.stat().st_size if log.exists() else 0
-        tensors = {f"method.{name}": tensor for name, tensor in self.method.trained_state().items()}
-        scalars: dict[str, Any] = {}
-        for name, optimiser in self.optimisers.items():
-            for index, values in optimiser.state_dict()["state"].items():
-                for key, value in values.items():
-                    if isinstance(value, Tensor):
-                        tensors[f"optimiser.{name}.{index}.{key}"] = value
-                    elif value is not None:
-                        scalars[f"{name}.{index}.{key}"] = value
-        tensors["rng.torch"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        version, keys, gauss = random.getstate()
-        numpy_state: Any = np.random.get_state(legacy=False)
-        tensors["rng.numpy"] = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
-        tensors["rng.python"] = torch.tensor(keys, dtype=torch.int64)
-        content = {
-            "identity": self._identity,
-            "state": self.state.__dict__,
-            "optimiser_scalars": scalars,
-            "method_state": self.method.extra_state(),
-            "python": [version, gauss],
-            "numpy": [int(numpy_state["state"]["pos"]), numpy_state["has_gauss"], numpy_state["gauss"]],
-        }
         target = self.folder / f"checkpoint-{self.state.step:07d}"
-        if target.exists():
-            return
-        beside = self.folder / f".{target.name}.{os.getpid()}"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        _write_tensors(beside / "state.safetensors", tensors)
-        (beside / "state.json").write_text(json.dumps(content), "utf-8")
-        os.rename(beside, target)
-        for old in self._checkpoints()[:-1]:
-            shutil.rmtree(old)
-        for old in self.folder.glob("best-*.safetensors"):
-            if old.name != f"best-{self.state.best_step:07d}.safetensors":
-                old.unlink()
+        if self.main and not target.exists():
+            log = self.folder / "metrics.jsonl"
+            self.state.log_offset = log.stat().st_size if log.exists() else 0
+            tensors = {f"method.{name}": tensor for name, tensor in self.method.trained_state().items()}
+            scalars: dict[str, Any] = {}
+            for name, optimiser in self.optimisers.items():
+                for index, values in optimiser.state_dict()["state"].items():
+                    for key, value in values.items():
+                        where = tensors if isinstance(value, Tensor) else scalars
+                        where[f"optimiser.{name}.{index}.{key}"] = value
+            content = {
+                "identity": self._identity,
+                "state": asdict(self.state),
+                "scalars": scalars,
+                "method_state": self.method.extra_state(),
+            }
+            beside = self.folder / f".{target.name}.{os.getpid()}"
+            beside.mkdir()
+            _write_tensors(beside / "state.safetensors", tensors)
+            (beside / "state.json").write_text(json.dumps(content), "utf-8")
+            os.rename(beside, target)
+            for old in self._checkpoints()[:-1]:
+                shutil.rmtree(old)
+            for old in self.folder.glob("best-*.safetensors"):
+                if old != self._best_file():
+                    old.unlink()
+        self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
+        """Go on from the newest checkpoint, or start again where a run was killed before its first one."""
         assert self.folder is not None
         log = self.folder / "metrics.jsonl"
+        kept = self._checkpoints()
+        content = json.loads((kept[-1] / "state.json").read_text("utf-8")) if kept else {}
+        if content:
+            self._refuse_another_run(content["identity"])
+            self._load(load_file(kept[-1] / "state.safetensors"), content)
         if self.main:
-            for leftover in self.folder.glob(".checkpoint-*"):
-                shutil.rmtree(leftover)
-        if not self._checkpoints():
-            if log.exists() and self.main:  # a run that was killed before its first checkpoint: it starts again
-                log.unlink()
-            self.accelerator.wait_for_everyone()
-            return
-        folder = self._checkpoints()[-1]
-        content = json.loads((folder / "state.json").read_text("utf-8"))
-        mine = json.loads(json.dumps(self._identity))
-        if content["identity"] != mine:
-            changed = sorted(
-                k for k in mine.keys() | content["identity"].keys() if mine.get(k) != content["identity"].get(k)
-            )
-            raise InputError(
-                f"{self.folder} holds a run of another configuration (different: {', '.join(changed)})",
-                remedy="Choose another output folder, or delete this one to start again",
-            )
-        tensors = load_file(folder / "state.safetensors")
-        trained = {n.removeprefix("method."): t for n, t in tensors.items() if n.startswith("method.")}
-        self.method.load_trained_state({n: t.to(self.device) for n, t in trained.items()})
-        self.method.load_extra_state(content["method_state"])
-        for name, optimiser in self.optimisers.items():
-            saved = optimiser.state_dict()
-            state: dict[int, dict[str, Any]] = {}
-            for key, tensor in tensors.items():
-                kind, _, rest = key.partition(".")
-                if kind == "optimiser" and rest.startswith(f"{name}."):
-                    _, index, field_name = rest.split(".", 2)
-                    state.setdefault(int(index), {})[field_name] = tensor
-            for key, value in content["optimiser_scalars"].items():
-                if key.startswith(f"{name}."):
-                    _, index, field_name = key.split(".", 2)
-                    state.setdefault(int(index), {})[field_name] = value
-            optimiser.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-        torch.set_rng_state(tensors["rng.torch"])
-        if "rng.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        random.setstate((content["python"][0], tuple(tensors["rng.python"].tolist()), content["python"][1]))
-        position, has_gauss, gauss = content["numpy"]
-        key = tensors["rng.numpy"].numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", key, position, has_gauss, gauss))
-        self.state = _State(**content["state"])
-        best = self.folder / f"best-{self.state.best_step:07d}.safetensors"
-        self.best = load_file(best) if self.state.best_value is not None else None
-        if self.main and log.exists():
-            with log.open("r+b") as file:
-                file.truncate(self.state.log_offset)
+            for leftover in [*self.folder.glob(".checkpoint-*"), *self.folder.glob(".best-*")]:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if log.exists():
+                os.truncate(log, self.state.log_offset)  # what was logged after the checkpoint will be logged again
         self.accelerator.wait_for_everyone()
         self.history = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+
+    def _refuse_another_run(self, identity: Mapping[str, Any]) -> None:
+        theirs, ours = _flat(identity), _flat(self._identity)
+        changed = [
+            f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        if changed:
+            raise InputError(
+                f"{self.folder} holds a run of another configuration ({'; '.join(changed)})",
+                remedy="Choose another output folder, or delete this one to start again",
+            )
+
+    def _load(self, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        """Put a checkpoint into method, optimisers and state."""
+        start = "method."
+        self.method.load_trained_state({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
+        self.method.load_extra_state(content["method_state"])
+        values = {**tensors, **content["scalars"]}
+        for name, optimiser in self.optimisers.items():
+            start = f"optimiser.{name}."
+            state: dict[int, dict[str, Any]] = {}
+            for key in (key.removeprefix(start) for key in values if key.startswith(start)):
+                index, _, entry = key.partition(".")
+                state.setdefault(int(index), {})[entry] = values[start + key]
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        self.state = _State(**content["state"])
+        if self.config.keep_best and self.state.best_metrics:
+            self.best = load_file(self._best_file())
+
+
+def _accelerator(config: FitConfig, folder: Path | None) -> tuple[Accelerator, torch.device]:
+    """Processes and trackers, and the device of this process.
+
+    accelerate decides on the device once for the life of the process, so a run on the CPU does not ask it for one, unless
+    there are several processes, which then talk to each other as CPU processes do.
+    """
+    if "tensorboard" in config.trackers and folder is None:
+        raise InputError("tensorboard needs a folder to write to", remedy="Give an output folder", field="trackers")
+    on_cpu = config.device == "cpu"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    accelerator = Accelerator(
+        cpu=on_cpu and several, log_with=list(config.trackers) or None, project_dir=str(folder) if folder else None
+    )
+    found = {str(getattr(kind, "value", kind)) for kind in accelerator.log_with}
+    if missing := [name for name in config.trackers if name not in found]:
+        raise InputError(f"{missing[0]} is not installed", remedy=f"Install {missing[0]}", field="trackers")
+    return accelerator, torch.device("cpu") if on_cpu else accelerator.device
+
+
+def _part(rows: list[int], accelerator: Accelerator) -> list[int]:
+    """This process's contiguous part of `rows`."""
+    return [int(i) for i in np.array_split(np.asarray(rows), accelerator.num_processes)[accelerator.process_index]]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"config": {"lr": 1}} -> {"config.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, beside)
     os.replace(beside, path)
+
+
+def has_loss(method: Method) -> bool:
+    """Whether a method is trained by a loss of a batch (and not by a protocol of its own, or not at all)."""
+    return method.trains and type(method).loss is not Method.loss
 
 
 @torch.no_grad()
 def evaluate(
-    method: Method, split: Split, batch_size: int = 32, device: torch.device | None = None
+    method: Method,
+    split: Split,
+    batch_size: int = 32,
+    device: torch.device | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """Metrics of a method on a split: the split's own scorer if it has one, else its metrics on the logits, and the loss.
 
-    Returns:
-        Metric name -> value; `loss` is the mean over the loss's own terms.
-    """
-    from pt_core.metrics import evaluate_logits
+    Args:
+        method: in whatever mode; it is evaluated in eval mode and put back.
+        split: labelled rows.
+        batch_size: rows of a forward pass.
+        device: where the batches go; default: where the method is.
+        accelerator: of several processes. Each computes its share of the rows, all get the same numbers. A scorer is
+            not split: all processes run it, and the main one's numbers count.
 
+    Returns:
+        Metric name -> value; `loss` is the mean over the loss's own terms (over batches, if the loss couples rows).
+    """
+    if device is None:
+        tensors = itertools.chain(method.parameters(), method.backbone.parameters())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     was_training = method.training
     method.eval()
-    results: dict[str, float] = {}
+    on_logits = bool(split.metrics) and split.scorer is None
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     total, count = 0.0, 0.0
-    for batch in split.batches(batch_size):
-        batch = send_to_device(batch, device) if device is not None else batch
-        if method.trains:
+    rows = list(range(len(split)))
+    for batch in split.batches(batch_size, rows if accelerator is None else _part(rows, accelerator)):
+        batch = send_to_device(batch, device)
+        if has_loss(method):
             loss = method.loss(batch)
             total, count = total + float(loss.total), count + float(loss.count)
-        if split.metrics and split.scorer is None:
+        if on_logits:
             output = method(batch)
             if output.logits is None:
                 raise InputError(f"{method.name} gives no logits for the metrics {', '.join(split.metrics)}")
             logits.append(output.logits.float().cpu())
             labels.append(torch.as_tensor(batch["labels"]).cpu())
-    if count:
-        results["loss"] = total / count
-    if logits:
-        results |= evaluate_logits(split.metrics, split.task, torch.cat(logits), torch.cat(labels))
-    if split.scorer is not None:
-        results |= split.scorer(method, split)
+    scores = split.scorer(method, split) if split.scorer is not None else {}
+    if accelerator is not None and accelerator.num_processes > 1:
+        gathered = gather_object([(total, count, logits, labels, scores)])
+        totals, counts, all_logits, all_labels, all_scores = zip(*gathered, strict=True)
+        total, count, scores = sum(totals), sum(counts), all_scores[0]
+        logits, labels = list(itertools.chain(*all_logits)), list(itertools.chain(*all_labels))
     method.train(was_training)
-    return results
+    results = {"loss": total / count} if count else {}
+    if on_logits:
+        results |= evaluate_logits(split.metrics, split.task, torch.cat(logits), torch.cat(labels), split.missing)
+    return results | scores
 
 
 def fit(
@@ -650,7 +785,7 @@ def fit(
     *,
     after_step: Callable[[int], None] | None = None,
 ) -> FitResult:
-    """Plain supervised training.
+    """Plain supervised training. A method that trains nothing is only evaluated.
 
     Args:
         method: what is trained.
@@ -665,11 +800,16 @@ def fit(
         NonFiniteLoss: the loss became NaN or infinite.
     """
     config = config or FitConfig(epochs=10)
+    _check(method, train, validation, config)
+    if not method.trains:
+        method.place(_accelerator(config, Path(output_dir) if output_dir is not None else None)[1])
+        metrics = evaluate(method, validation, config.eval_batch_size) if validation is not None else {}
+        return FitResult(0, 0, metrics, [], 0.0, False)
     lengths = list(train.lengths) if config.bucket_by_length and train.lengths is not None else None
     plan = BatchPlan(len(train), config.batch_size, config.seed, lengths)
     total = config.max_steps or plan.per_epoch * (config.epochs or 1)
     every = config.evaluate_every or plan.per_epoch
-    identity = {"train": len(train), "validation": len(validation) if validation is not None else None}
+    identity = {"train_rows": len(train), "validation_rows": len(validation) if validation is not None else None}
     loop = Loop(method, config, output_dir, total_steps=total, identity=identity)
     method.train()
     for step in loop.steps():
@@ -681,8 +821,26 @@ def fit(
         loop.update()
         loop.training_done()
         if validation is not None and (step % every == 0 or step == total):
-            with loop.autocast():
-                loop.record(evaluate(method, validation, config.eval_batch_size, loop.device))
+            loop.record(loop.evaluate(validation))
         if after_step is not None:
             after_step(step)
     return loop.finish()
+
+
+def _check(method: Method, train: Split, validation: Split | None, config: FitConfig) -> None:
+    """Refuse, before the first step, settings that could not be followed."""
+    if config.bucket_by_length and train.lengths is None:
+        raise InputError("the training rows have no lengths", remedy="Leave bucket_by_length off", field="lengths")
+    if config.patience is not None and validation is None:
+        raise InputError("stopping early needs validation rows", remedy="Give some", field="patience")
+    if config.monitor is None or validation is None:
+        return
+    known = {*validation.metrics} | ({"loss"} if has_loss(method) else set())
+    if config.monitor not in known and validation.scorer is not None:  # a scorer's names are known by trying
+        known |= validation.scorer(method, validation.subset([0])).keys()
+    if config.monitor not in known:
+        raise InputError(
+            f"the run monitors {config.monitor!r}, which is not among the validation metrics",
+            remedy=f"Choose one of: {', '.join(sorted(known))}",
+            field="monitor",
+        )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from pt_core.errors import InputError
-from pt_core.prompts import SoftPrompt, sample_rows
+from pt_core.prompts import SoftPrompt, sample_rows, tile
 from pt_nlp.backbones import shape_of
 from pt_nlp.method import TextConfig, TextMethod
 from pydantic import Field
@@ -19,11 +20,19 @@ class PromptTuningConfig(TextConfig):
     prompt_length: int = Field(
         20, ge=0, description="l; 100 in Lester et al. 2021 (gin configurations), 20 in peft examples"
     )
-    init: Literal["vocabulary", "text", "random", "uniform"] = Field(
+    init: Literal["vocabulary", "text", "labels", "random", "uniform"] = Field(
         "vocabulary",
-        description="start: sampled embedding rows (Lester et al. 2021), rows of a text, N(0, 1) (peft), U",
+        description="start: sampled embedding rows, rows of a text, rows of class labels (Lester et al. 2021), "
+        "N(0, 1) (peft), U",
     )
+    init_text: str = Field("", description="text that `init: text` starts from; recipes turn it into `init_ids`")
     init_ids: tuple[int, ...] = Field((), description="token ids of the text that `init: text` tiles and cuts")
+    label_ids: tuple[tuple[int, ...], ...] = Field(
+        (), description="token ids of each class label, for `init: labels`: a row is the mean of a label's pieces"
+    )
+    vocabulary_top: int | None = Field(
+        None, ge=1, description="sample from the first ids only; 5000 in Lester et al. 2021 (the most frequent of T5)"
+    )
     uniform_scale: float = Field(0.5, gt=0, description="U(-s, s) of `init: uniform` (torch ports of Lester's start)")
     lr: float = Field(
         5e-3,
@@ -41,8 +50,10 @@ class PromptTuning(TextMethod):
 
     Fidelity: the start, length and rates are fields with their sources. Lester et al. train with Adafactor and constant
     rate 0.3; AdamW is this library's default because small-norm embeddings need 1e-3 to 1e-2 (baselines card). One set
-    of rows is trained for encoder-decoders, on the encoder's input; peft creates a second set that never receives gradient.
-    Lester's class-label start is `init: text` with the label words.
+    of rows is trained for encoder-decoders, on the encoder's input; peft creates a second set that never receives
+    gradient. `init: labels` fills what the labels leave over with sampled rows, as the paper does; `init: uniform` is
+    symmetric, where the released JAX code draws from [0, s). Positions of real tokens come from the attention mask;
+    peft ignores given positions and counts padding on the left.
 
     Reference: Lester, Al-Rfou, Constant. The Power of Scale for Parameter-Efficient Prompt Tuning. EMNLP 2021.
     """
@@ -56,16 +67,32 @@ class PromptTuning(TextMethod):
 
     def start(self, config: Any, dim: int) -> Tensor:
         """Start values of the prompt, [l, d]."""
-        table = self.backbone.get_input_embeddings().weight
+        table, length = self.backbone.get_input_embeddings().weight, config.prompt_length
         if config.init == "vocabulary":
-            return sample_rows(table, config.prompt_length, self.generator)
+            return sample_rows(table, length, self.generator, config.vocabulary_top)
         if config.init == "text":
-            return rows_of_text(table, config.init_ids, config.prompt_length)
-        values = torch.randn(config.prompt_length, dim, generator=self.generator)
+            return rows_of_text(table, config.init_ids, length)
+        if config.init == "labels":
+            labels = rows_of_labels(table, config.label_ids)[:length]
+            rest = sample_rows(table, length - len(labels), self.generator, config.vocabulary_top)
+            return torch.cat([labels, rest])
         if config.init == "uniform":
-            values = torch.rand(config.prompt_length, dim, generator=self.generator) * 2 - 1
-            values = values * config.uniform_scale
-        return values
+            return (torch.rand(length, dim, generator=self.generator) * 2 - 1) * config.uniform_scale
+        return torch.randn(length, dim, generator=self.generator)
+
+
+def check_ids(ids: Sequence[int], vocabulary: int, field: str) -> None:
+    """Refuse a text that is empty or not of this vocabulary.
+
+    Raises:
+        InputError: there are no ids, or one is outside of 0..vocabulary-1.
+    """
+    if not ids or max(ids) >= vocabulary or min(ids) < 0:
+        raise InputError(
+            f"what the prompt starts from has no ids, or ids outside of 0..{vocabulary - 1}",
+            field=field,
+            remedy="Pass the token ids of the backbone's own tokenizer",
+        )
 
 
 def rows_of_text(table: Tensor, ids: tuple[int, ...], length: int) -> Tensor:
@@ -74,8 +101,18 @@ def rows_of_text(table: Tensor, ids: tuple[int, ...], length: int) -> Tensor:
     Raises:
         InputError: there are no ids, or one is outside the table.
     """
-    from pt_core.prompts import tile
-
-    if not ids or max(ids) >= len(table) or min(ids) < 0:
-        raise InputError("the text that the prompt starts from has no ids of this vocabulary", field="init_ids")
+    check_ids(ids, len(table), "init_ids")
     return tile(table[torch.tensor(ids, device=table.device)], length).cpu()
+
+
+def rows_of_labels(table: Tensor, labels: tuple[tuple[int, ...], ...]) -> Tensor:
+    """One row for each label, the mean of the embedding rows of its pieces, [C, d] (Lester et al. 2021, section 3.2).
+
+    Raises:
+        InputError: there are no labels, one has no ids, or an id is outside the table.
+    """
+    if not labels:
+        raise InputError("there are no labels to start from", field="label_ids", remedy="Pass the ids of each label")
+    for ids in labels:
+        check_ids(ids, len(table), "label_ids")
+    return torch.stack([rows_of_text(table, ids, len(ids)).mean(0) for ids in labels])

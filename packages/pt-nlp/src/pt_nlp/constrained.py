@@ -1,0 +1,274 @@
+"""Labels as text: several labels for a text, written by a language model, and decoding that can write nothing else.
+
+Prompt tuning with trie search, the baseline of PTEC (Buchner et al. 2024): the target is the text's labels, the most frequent
+of the training split first, joined by "; ".
+
+    rows = labels_as_text({"train": train_rows, "test": test_rows})
+    task = TextTask.from_rows(rows, tokenizer, kind="text-to-text")
+    method = PromptTuning(backbone, PromptTuningConfig())
+    method.fit(task.train, None, FitConfig(epochs=10))
+    constrained_labels(method, task, texts, labels)                    # existing, distinct labels
+    [parse_labels(a["text"], labels) for a in task.predict(method, texts)]     # free decoding
+
+The released code weighs each example's loss by the sum of its labels' weights; here every target token counts alike. It finds
+labels in free text as substrings, so that a label within another counts as well; here text is split at the separator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from pt_core.data import Split, encode_multilabels
+from pt_core.errors import InputError
+from pt_core.metrics import evaluate_logits
+from torch import Tensor
+
+from pt_nlp.data import TextTask
+
+SEPARATOR = "; "
+
+
+def labels_as_text(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows whose `label` is a list of labels as rows whose `label` is text, for a text-to-text task.
+
+    Args:
+        rows: split name -> rows; labels are ordered by falling frequency in `train` (ties by name).
+
+    Raises:
+        InputError: a row has no label, or a label cannot be told from the text around it.
+    """
+    counts = Counter(label for row in rows["train"] for label in row["label"])
+    written = {}
+    for name, part in rows.items():
+        written[name] = []
+        for number, row in enumerate(part, start=1):
+            if not row["label"]:
+                raise InputError(
+                    f"a row of {name} has no label",
+                    row=number,
+                    field="label",
+                    remedy="Text needs something to write: add a label that says so, such as none",
+                )
+            _check(row["label"])
+            ordered = sorted(row["label"], key=lambda label: (-counts[label], label))
+            written[name].append({**row, "label": SEPARATOR.join(ordered)})
+    return written
+
+
+def parse_labels(text: str, labels: Sequence[str]) -> list[str]:
+    """The labels that a text consists of, in its order, each once. What is not exactly a label is passed over."""
+    known = set(labels)
+    parts = (part.strip() for part in text.split(SEPARATOR.strip()))
+    return list(dict.fromkeys(part for part in parts if part in known))
+
+
+@dataclass
+class _Node:
+    """A place in a prefix tree: what may follow, the labels below (this one included), and the label that ends here."""
+
+    children: dict[int, _Node] = field(default_factory=dict)
+    below: set[int] = field(default_factory=set)
+    label: int | None = None
+
+    def open(self, used: set[int]) -> list[int]:
+        """Tokens that lead to a label that is not used yet."""
+        return [token for token, child in self.children.items() if child.below - used]
+
+
+@dataclass
+class LabelTree:
+    """What may be written next: labels, each once, with separators between them and the end-of-sequence token behind.
+
+    Two prefix trees of tokens: one for the first label, one for the labels that follow, with the separator in front; a
+    label's tokens are those it has there (" a" and "; a" need not agree). A label that was written is no longer open. It keeps
+    no state: everything is read again from the tokens, so any batch, beam or thread can use it.
+
+    Args:
+        first, later: the trees.
+        end, pad: token ids.
+        longest: tokens of the longest text there is, `end` included.
+    """
+
+    first: _Node
+    later: _Node
+    end: int
+    pad: int
+    longest: int
+
+    @classmethod
+    def of(cls, task: TextTask, labels: Sequence[str]) -> Self:
+        """The tree of a task's labels, in the words of its tokenizer.
+
+        Raises:
+            InputError: labels that are not distinct, as text or as tokens, or that hold the separator.
+        """
+        _check(labels)
+        tokenizer, prefix = task.tokenizer, task.encoder.target_prefix
+
+        def ids(text: str) -> list[int]:
+            return list(tokenizer(f"{prefix}{text}", add_special_tokens=False)["input_ids"])
+
+        ahead = len(ids("a"))  # a stand-in for the label before
+        first = [ids(label) for label in labels]
+        later = [ids(f"a{SEPARATOR}{label}")[ahead:] for label in labels]
+        longest = sum(max(map(len, both)) for both in zip(first, later, strict=True)) + 1
+        tree = cls(_tree(first, labels), _tree(later, labels), tokenizer.eos_token_id, task.encoder.pad, longest)
+        tree._check_ends(tree.first, labels)
+        tree._check_ends(tree.later, labels)
+        return tree
+
+    def allowed(self, written: Sequence[int]) -> list[int]:
+        """Tokens that may follow `written` (which has no source in it): never none."""
+        node, used = self._walk(written)
+        if node is None:
+            return [self.pad]
+        tokens = node.open(set(used))
+        if node.label is not None and node.label not in used:
+            tokens += [self.end, *self.later.open({*used, node.label})]
+        return tokens or [self.end]  # all labels are written
+
+    def read(self, written: Sequence[int]) -> list[int]:
+        """Indices of the labels in `written`, in order; one that is not closed does not count."""
+        return self._walk(written)[1]
+
+    def constrain(self, source: int) -> Callable[[int, Tensor], list[int]]:
+        """`prefix_allowed_tokens_fn` for `generate`, where the first `source` tokens of every row are not written ones."""
+        return lambda row, tokens: self.allowed(tokens[source:].tolist())
+
+    def _walk(self, written: Sequence[int]) -> tuple[_Node | None, list[int]]:
+        """Where `written` leads (None: it is closed, or not of this tree), and the labels that are closed in it."""
+        node, used = self.first, list[int]()
+        for token in written:
+            after = node.children.get(token)
+            if after is None and node.label is not None and node.label not in used:
+                used.append(node.label)
+                after = self.later.children.get(token)
+            if after is None:
+                return None, used
+            node = after
+        return node, used
+
+    def _check_ends(self, node: _Node, labels: Sequence[str]) -> None:
+        """After the last token of a label, what closes it must not be the next token of a longer label."""
+        if node.label is not None and node.children.keys() & {self.end, *self.later.children}:
+            raise InputError(
+                f"the tokens behind label {labels[node.label]!r} could also be those of a longer label",
+                field="labels",
+                remedy="Rename one of them",
+            )
+        for child in node.children.values():
+            self._check_ends(child, labels)
+
+
+def _tree(sequences: Sequence[Sequence[int]], labels: Sequence[str]) -> _Node:
+    """Prefix tree of token sequences, one for each label."""
+    root = _Node()
+    for label, tokens in enumerate(sequences):
+        node = root
+        node.below.add(label)
+        for token in tokens:
+            node = node.children.setdefault(token, _Node())
+            node.below.add(label)
+        if node.label is not None:
+            raise InputError(
+                f"labels {labels[node.label]!r} and {labels[label]!r} have the same tokens",
+                field="labels",
+                remedy="Rename one of them",
+            )
+        node.label = label
+    return root
+
+
+def _check(labels: Sequence[str]) -> None:
+    for label in labels:
+        if SEPARATOR.strip() in label or label != label.strip() or not label:
+            raise InputError(
+                f"label {label!r} cannot be read back from text joined by {SEPARATOR!r}",
+                field="label",
+                remedy="Rename it: no separator in it, no white space around it, and not empty",
+            )
+    if len(set(labels)) < len(labels):
+        raise InputError("a label is named twice", field="label", remedy="Name each label once")
+
+
+def constrained_labels(
+    method: Any,
+    task: TextTask,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    batch_size: int = 32,
+    **options: Any,
+) -> list[list[str]]:
+    """Labels that a text-to-text method writes for each text, by decoding that is kept to the labels.
+
+    Args:
+        method: a text method with a language model head.
+        task: its text-to-text task.
+        texts: inputs.
+        labels: all there are.
+        options: of the backbone's `generate`, such as `num_beams`; greedy by default.
+
+    Returns:
+        At least one label for each text, distinct, in the order in which they were written.
+    """
+    tree = LabelTree.of(task, labels)
+    return _written(method, task, task.texts(texts), labels, tree, batch_size, options)
+
+
+def score_labels(
+    task: TextTask, labels: Sequence[str], constrained: bool = True
+) -> Callable[[Any, Split], dict[str, float]]:
+    """Scorer of a text-to-text split (`Split.scorer`): macro-F1 and micro-F1 of the written labels.
+
+    Args:
+        task: the task of the split, made of `labels_as_text`.
+        labels: all there are.
+        constrained: keep decoding to the labels; else the greedy text is parsed.
+    """
+    tree = LabelTree.of(task, labels) if constrained else None
+
+    def score(method: Any, split: Split) -> dict[str, float]:
+        rows = [split.rows[i] for i in range(len(split))]
+        written = encode_multilabels(_written(method, task, rows, labels, tree), labels)
+        wanted = encode_multilabels([parse_labels(row["reference"], labels) for row in rows], labels)
+        return evaluate_logits(("macro-f1", "micro-f1"), "multilabel", 2 * written - 1, wanted)
+
+    return score
+
+
+@torch.no_grad()
+def _written(
+    method: Any,
+    task: TextTask,
+    rows: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    tree: LabelTree | None,
+    batch_size: int = 32,
+    options: Mapping[str, Any] | None = None,
+) -> list[list[str]]:
+    """Labels written for encoded rows: kept to a tree, or parsed from free text."""
+    device = next(method.backbone.parameters()).device
+    method.eval()
+    found: list[list[str]] = []
+    for start in range(0, len(rows), batch_size):
+        batch = task.encoder.batch(rows[start : start + batch_size], with_targets=False)
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if tree is None:
+            found += [parse_labels(text, labels) for text in task.generate(method, batch)]
+            continue
+        source = batch["input_ids"].shape[1] if task.spec.backbone == "causal-lm" else 1  # the decoder's start token
+        settings = {
+            "max_new_tokens": tree.longest,
+            "do_sample": False,
+            "eos_token_id": tree.end,
+            "pad_token_id": tree.pad,
+        }
+        tokens = method.generate(
+            batch, prefix_allowed_tokens_fn=tree.constrain(source), **settings | dict(options or {})
+        )
+        found += [[labels[i] for i in tree.read(row)] for row in tokens[:, source:].tolist()]
+    return found
