@@ -46,14 +46,14 @@ def decoder(family: str = "llama", attention: str = "sdpa", **changes) -> nn.Mod
     config, model, extra = DECODERS[family]
     sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "vocab_size": VOCAB}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    special = {"initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    special = {"initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     return small(model, config(**(sizes | heads | special | extra | changes), attn_implementation=attention))
 
 
 def encoder(family: str = "bert", attention: str = "sdpa", **changes) -> nn.Module:
     config, model = ENCODERS[family]
     sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "vocab_size": VOCAB}
-    rest = {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.3}
+    rest = {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.15}
     return small(model, config(**(sizes | rest | changes), attn_implementation=attention))
 
 
@@ -106,6 +106,14 @@ def rows(count: int = 4, *, train: bool = False, scale: float = 1.0) -> Tensor:
 
 def worst(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # Zero prompts.
@@ -331,22 +339,20 @@ PROMPTS = {
 
 
 def generate(model: nn.Module, use_cache: bool, **inputs) -> tuple[Tensor, Tensor]:
-    """[b, 8] greedy tokens and [8, b, VOCAB] logits of the steps."""
+    """[b, 8] greedy tokens, no token twice, and [8, b, VOCAB] logits of the steps. Near ties would make tokens incomparable."""
     output = model.generate(
         **inputs,
         use_cache=use_cache,
         max_new_tokens=8,
         do_sample=False,
+        no_repeat_ngram_size=1,  # small random models repeat one token
         return_dict_in_generate=True,
         output_logits=True,
+        output_scores=True,
     )
+    first, second = torch.stack(output.scores).topk(2, dim=-1).values.unbind(-1)
+    assert (first - second).min() > 1e-4
     return output.sequences[:, -8:], torch.stack(output.logits)
-
-
-def assert_clear(logits: Tensor, ids: Tensor) -> None:
-    """Greedy choices are comparable: no near ties, and not one token over and over."""
-    top = logits.topk(2, dim=-1).values
-    assert (top[..., 0] - top[..., 1]).min() > 1e-3 and all(len(set(row.tolist())) > 2 for row in ids)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -358,7 +364,6 @@ def test_cached_generation_equals_uncached(prompts, mask, attention, monkeypatch
     monkeypatch.setattr(model.model, "forward", partial(deep_forward, model.model, PROMPTS[prompts]))
     cached, cached_logits = generate(model, True, **inputs)
     uncached, uncached_logits = generate(model, False, **inputs)
-    assert_clear(uncached_logits, uncached)
     assert worst(cached_logits, uncached_logits) < 1e-5
     assert cached.equal(uncached) and not cached.equal(plain)
 
@@ -369,7 +374,6 @@ def test_the_other_decoders_generate_too(family, monkeypatch):
     monkeypatch.setattr(model.model, "forward", partial(deep_forward, model.model, PROMPTS["first and last"]))
     cached, cached_logits = generate(model, True, **inputs)
     uncached, uncached_logits = generate(model, False, **inputs)
-    assert_clear(uncached_logits, uncached)
     assert worst(cached_logits, uncached_logits) < 1e-5 and cached.equal(uncached)
 
 
@@ -379,7 +383,6 @@ def test_a_left_padded_row_generates_what_it_generates_alone(layer, monkeypatch)
     monkeypatch.setattr(model.model, "forward", partial(deep_forward, model.model, {layer: BlockPrompt(rows())}))
     batch, batch_logits = generate(model, True, input_ids=text(), attention_mask=MASKS["left"])
     alone, alone_logits = generate(model, True, input_ids=text()[1:, 2:])
-    assert_clear(alone_logits, alone)
     assert batch[1:].equal(alone) and worst(batch_logits[:, 1:], alone_logits) < 1e-5
 
 
@@ -424,7 +427,6 @@ def test_a_prompted_t5_generates_the_same_cached_and_uncached(prompts, monkeypat
         monkeypatch.setattr(stack, "forward", partial(deep_forward, stack, PROMPTS[prompts]))
     cached, cached_logits = generate(model, True, **inputs)
     uncached, uncached_logits = generate(model, False, **inputs)
-    assert_clear(uncached_logits, uncached)
     assert worst(cached_logits, uncached_logits) < 1e-5
     assert cached.equal(uncached) and not cached.equal(plain)
 

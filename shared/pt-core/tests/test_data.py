@@ -135,7 +135,7 @@ def test_seeds_draw_different_rows_and_a_seed_always_the_same():
 
 def test_classes_come_sorted_or_in_the_order_asked_for():
     assert few_shot(["b", "a", "c"], 1, seed=0) == [1, 0, 2]
-    assert few_shot(["b", "a", "c"], 1, seed=0, classes=["c", "b"]) == [2, 0]
+    assert few_shot(["b", "a", "c"], 1, seed=0, classes=["c", "b", "c"]) == [2, 0]
 
 
 def test_draws_are_close_to_uniform():

@@ -49,6 +49,14 @@ def test_multiclass_numbers_by_hand():
     assert values["macro-f1"] == pytest.approx((4 / 6 + 2 / 3 + 2 / 3) / 3)
 
 
+def test_balanced_accuracy_is_the_mean_recall_of_the_classes_that_have_rows():
+    # Recall: class 0 2/4, class 1 1/1; class 2 is predicted but has no rows.
+    values = evaluate_logits(
+        ["balanced-accuracy"], "multiclass", logits_of([0, 0, 1, 2, 1], 3), torch.tensor([0, 0, 0, 0, 1])
+    )
+    assert values == pytest.approx({"balanced-accuracy": (1 / 2 + 1) / 2})
+
+
 def test_macro_f1_leaves_out_a_class_absent_on_both_sides_and_counts_one_absent_on_one_side_as_zero():
     labels = torch.tensor([0, 0, 1, 1])
     nowhere = evaluate_logits(["macro-f1"], "multiclass", logits_of([0, 0, 1, 0], 4), labels)["macro-f1"]

@@ -239,7 +239,9 @@ def bbc_records(cache: Path | None = None, offline: bool | None = None) -> list[
         Document(
             id=row["id"],
             text=row["text"],
-            label=json.dumps({"topic": row["label"], "headline": row["text"].partition("\n")[0].strip()}, ensure_ascii=False),
+            label=json.dumps(
+                {"topic": row["label"], "headline": row["text"].partition("\n")[0].strip()}, ensure_ascii=False
+            ),
         )
         for row in rows
     ]

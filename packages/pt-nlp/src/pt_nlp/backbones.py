@@ -630,7 +630,7 @@ def _text_encoder(encoder: nn.Module, selected: Callable[[], Rows | None]) -> Ca
                 mask = torch.ones(batch, n, dtype=torch.long, device=embeds.device)
             embeds = carried.offset(embeds, mask)
             if carried.longest and not any(h is not None and h.prompt.offers("tokens") for h in carried.handles):
-                return original(**arguments, inputs_embeds=embeds)  # keys and values belong to the decoder
+                return original(**arguments | {"inputs_embeds": embeds})  # keys and values belong to the decoder
             prompt = _token_rows(carried, embeds).expand(batch, -1, -1)
             arguments |= {
                 "inputs_embeds": torch.cat([prompt, embeds], dim=1),

@@ -112,9 +112,16 @@ class LabelTree:
         def ids(text: str) -> list[int]:
             return list(tokenizer(f"{prefix}{text}", add_special_tokens=False)["input_ids"])
 
-        ahead = len(ids("a"))  # a stand-in for the label before
+        ahead = ids("a")  # stands for the label before
         first = [ids(label) for label in labels]
-        later = [ids(f"a{SEPARATOR}{label}")[ahead:] for label in labels]
+        joined = [ids(f"a{SEPARATOR}{label}") for label in labels]
+        if any(tokens[: len(ahead)] != ahead for tokens in joined):
+            raise InputError(
+                f"this tokenizer makes other tokens of a word with {SEPARATOR!r} behind it",
+                field="tokenizer",
+                remedy="Decode freely, and read the text by parse_labels",
+            )
+        later = [tokens[len(ahead) :] for tokens in joined]
         longest = sum(max(map(len, both)) for both in zip(first, later, strict=True)) + 1
         tree = cls(_tree(first, labels), _tree(later, labels), tokenizer.eos_token_id, task.encoder.pad, longest)
         tree._check_ends(tree.first, labels)
@@ -173,12 +180,9 @@ def _tree(sequences: Sequence[Sequence[int]], labels: Sequence[str]) -> _Node:
         for token in tokens:
             node = node.children.setdefault(token, _Node())
             node.below.add(label)
-        if node.label is not None:
-            raise InputError(
-                f"labels {labels[node.label]!r} and {labels[label]!r} have the same tokens",
-                field="labels",
-                remedy="Rename one of them",
-            )
+        if node is root or node.label is not None:
+            why = "has no tokens" if node is root else f"has the tokens of {labels[node.label]!r}"
+            raise InputError(f"label {labels[label]!r} {why}", field="labels", remedy="Rename it")
         node.label = label
     return root
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from pt_nlp.backbones import is_causal, shape_of
+from pt_nlp.backbones import base_of, is_causal, shape_of
 from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig, flatten, unflatten
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -89,8 +89,9 @@ def export_peft(method: Method, path: str | Path) -> Path:
             "a peft prompt holds no head of this library", remedy="Use save_pretrained, or train with label words"
         )
     backbone, shape = method.backbone, shape_of(method.backbone)
+    writes = is_causal(backbone) and base_of(backbone) is not backbone
     seq2seq = backbone.config.is_encoder_decoder
-    task = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM" if is_causal(backbone) else "FEATURE_EXTRACTION"
+    task = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM" if writes else "FEATURE_EXTRACTION"
     if isinstance(method, PrefixTuning):
         _check_prefix(backbone)
         kind: dict[str, Any] = {"peft_type": "PREFIX_TUNING", "prefix_projection": False}

@@ -133,7 +133,7 @@ def few_shot_split(
     if k < 1 or k_validation < 0:
         raise InputError(f"{k} training and {k_validation} validation rows per class cannot be drawn", field="k")
     ranking = _ranking(labels, seed, "few-shot")
-    chosen = list(ranking) if classes is None else list(classes)
+    chosen = list(ranking if classes is None else dict.fromkeys(classes))
     for name in chosen:
         has, wanted = len(ranking.get(name, ())), k + k_validation
         if has < wanted:
@@ -210,7 +210,7 @@ def class_names(labels: Iterable[Any], file: File = None) -> list[str]:
     if len({type(name) for name in seen}) > 1:
         first = next(name for name in seen if type(name) is not type(next(iter(seen))))
         raise InputError(
-            f"label {first!r} is {_kind(first)}, the labels before it are not",
+            f"label {first!r} is {'text' if isinstance(first, str) else 'an integer'}, the labels before it are not",
             remedy="Write all labels as text, or all as integers",
             file=file,
             row=seen[first],
@@ -267,10 +267,6 @@ def _values(labels: Iterable[Any]) -> list[Any]:
 
 def _is_integer(name: str) -> bool:
     return re.fullmatch(r"0|-?[1-9][0-9]*", name) is not None
-
-
-def _kind(label: object) -> str:
-    return "text" if isinstance(label, str) else "an integer" if isinstance(label, int) else type(label).__name__
 
 
 def _checked(label: Any, row: int, file: File, field: str = "label") -> str | int:

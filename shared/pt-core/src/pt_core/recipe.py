@@ -23,8 +23,10 @@ class Recipe(BaseModel):
     about: str = Field("", description="what the recipe shows, for `pt list --recipes`")
     method: dict[str, Any] = Field(description="`name`, and the method's own settings")
     training: FitConfig
-    compare: dict[str, dict[str, Any]] = Field(
-        {}, description="for `pt compare`: label -> settings; `method` names the method where the label is another name"
+    compare: dict[str, dict[str, Any] | None] = Field(
+        {},
+        description="for `pt compare`: label -> settings; `method` names the method where the label is another name, "
+        "`training` changes the run; null leaves the label out",
     )
     seed: int = 0
 
@@ -37,13 +39,14 @@ class Recipe(BaseModel):
 
     def labels(self) -> list[str]:
         """What `pt compare` runs by default: the recipe's method, then those of its `compare` section."""
-        return list(dict.fromkeys([str(self.method["name"]), *self.compare]))
+        others = [label for label, settings in self.compare.items() if settings is not None]
+        return list(dict.fromkeys([str(self.method["name"]), *others]))
 
     def with_method(self, label: str) -> Recipe:
         """This recipe with another method: one of the `compare` section, or any installed method at its defaults."""
         if label == self.method["name"]:
             return self
-        settings = dict(self.compare.get(label, {}))
+        settings = dict(self.compare.get(label) or {})
         training = settings.pop("training", {})
         name = settings.pop("method", label)
         update: dict[str, Any] = {"method": {"name": name, **settings}}

@@ -1,0 +1,323 @@
+"""Training step and generation of prompt tuning: ours against peft, in one run.
+
+    uv run tooling/bench/nlp_step.py                  # the grid on a small random Llama, then SmolLM2-135M
+    uv run tooling/bench/nlp_step.py --quick          # the headline cells only
+    uv run tooling/bench/nlp_step.py --device cuda
+
+For each cell (prompt length, text length, batch) it alternates between four training steps of the same loss in the same
+dtype with the same attention kernel, and prints the median and the spread (quartiles) of the ratio to ours:
+
+    ours        shared prefix, logits at labels only
+    peft        PeftModelForCausalLM with labels
+    peft-lean   peft's base model with logits at labels only, so that the gain is not all in the language model head
+    floor       the same model and batch without a prompt: forward, and backward to the input embeddings, logits at labels
+
+The predicted ceiling is arithmetic: multiply-adds of peft's step over those of ours (linear layers, attention, head).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import PromptTuningConfig as PeftConfig
+from peft import get_peft_model
+from pt_core.attach import attach, route
+from pt_core.prompts import SoftPrompt
+from pt_nlp import assets
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+console = Console(width=150)
+LABELS = 8  # labelled tokens at the end of each row
+
+
+def small_llama(device: torch.device, dtype: torch.dtype) -> Any:
+    """6 layers, d 384, 6 heads with 2 key-value heads, vocabulary 8000; random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+def smollm2(device: torch.device, dtype: torch.dtype) -> Any:
+    """SmolLM2-135M-Instruct from its published package."""
+    return AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=dtype).to(device).eval()
+
+
+MODELS = {"small-llama": small_llama, "smollm2-135m": smollm2}
+
+
+def multiply_adds(config: Any, rows: int, tokens: int, prompt: int, shared: bool, labels: int) -> float:
+    """Multiply-adds of one forward pass; the backward pass to the inputs costs as much again and cancels in ratios.
+
+    Args:
+        shared: the prompt is computed once for the batch, and logits only at `labels` positions of each row.
+    """
+    d, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or d // heads
+    q, kv = heads * head_dim, config.num_key_value_heads * head_dim
+    linear = config.num_hidden_layers * (d * (2 * q + 2 * kv) + 3 * d * config.intermediate_size)
+    attention = config.num_hidden_layers * 2 * q
+    if shared:
+        positions = rows * tokens + prompt
+        pairs = rows * tokens * (prompt + tokens) + prompt * prompt
+        read = rows * labels
+    else:
+        positions = rows * (tokens + prompt)
+        pairs = rows * (tokens + prompt) ** 2
+        read = positions
+    return float(positions * linear + pairs * attention + read * d * config.vocab_size)
+
+
+class Cell:
+    """One model, prompt, text length and batch, and the steps that are timed on it."""
+
+    def __init__(self, model: Any, prompt: int, text: int, batch: int) -> None:
+        self.model, self.config = model, model.config
+        device = model.device
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.config.vocab_size
+        ids = torch.randint(0, vocabulary, (batch, text), generator=generator)
+        lengths = torch.randint(int(0.7 * text), text + 1, (batch,), generator=generator)
+        mask = (torch.arange(text)[None] < lengths[:, None]).long()
+        at = torch.arange(text)[None]
+        targets = torch.where((at < lengths[:, None]) & (at >= lengths[:, None] - LABELS), ids, -100)
+        self.ids, self.mask, self.targets = ids.to(device), mask.to(device), targets.to(device)
+        self.wanted = self.targets[:, 1:] != -100
+        start = torch.randn(prompt, self.config.hidden_size, generator=generator) * 0.02
+        # Structure copied, weights shared: peft wraps a model of its own without a second copy in memory.
+        clone = copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+        self.method = PromptTuning(model, PromptTuningConfig(prompt_length=prompt))
+        self.method.to(device)
+        self.peft = get_peft_model(clone, PeftConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompt))
+        self.peft.eval()
+        self.weight = self.peft.prompt_encoder.default.embedding.weight
+        with torch.no_grad():
+            self.method.prompt.weight.copy_(start)
+            self.weight.copy_(start)
+
+    def ours(self) -> torch.Tensor:
+        self.method.prompt.weight.grad = None
+        batch = {"input_ids": self.ids, "attention_mask": self.mask, "target_ids": self.targets}
+        loss = self.method.loss(batch).value
+        loss.backward()
+        return loss.detach()
+
+    def peft_step(self) -> torch.Tensor:
+        self.weight.grad = None
+        loss = self.peft(input_ids=self.ids, attention_mask=self.mask, labels=self.targets).loss
+        loss.backward()
+        return loss.detach()
+
+    def peft_lean(self) -> torch.Tensor:
+        self.weight.grad = None
+        base = self.peft.get_base_model()
+        prompt = self.peft.get_prompt(batch_size=len(self.ids)).to(base.dtype)
+        embeds = torch.cat([prompt, base.get_input_embeddings()(self.ids)], dim=1)
+        mask = torch.cat([self.mask.new_ones(len(self.ids), prompt.shape[1]), self.mask], dim=1)
+        states = base.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        return self._loss(base, states[:, prompt.shape[1] :])
+
+    def floor(self) -> torch.Tensor:
+        base = self.peft.get_base_model()
+        embeds = base.get_input_embeddings()(self.ids).detach().requires_grad_()
+        states = base.model(inputs_embeds=embeds, attention_mask=self.mask, use_cache=False).last_hidden_state
+        return self._loss(base, states)
+
+    def _loss(self, base: Any, states: torch.Tensor) -> torch.Tensor:
+        logits = base.lm_head(states[:, :-1][self.wanted])
+        loss = F.cross_entropy(logits.float(), self.targets[:, 1:][self.wanted])
+        loss.backward()
+        return loss.detach()
+
+    def gradient_difference(self) -> float:
+        """Relative difference of the prompt's gradients, ours against peft."""
+        self.ours()
+        self.peft_step()
+        ours, theirs = self.method.prompt.weight.grad, self.weight.grad
+        assert ours is not None and theirs is not None
+        return float((ours - theirs).norm() / theirs.norm())
+
+    def close(self) -> None:
+        self.method.remove()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternate(steps: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each step, `repeats` rounds that alternate between them, after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(repeats + 1):
+        for name, step in steps.items():
+            _wait(device)
+            started = time.perf_counter()
+            step()
+            _wait(device)
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratios(times: dict[str, list[float]], of: str, to: str) -> tuple[float, float, float]:
+    """Median and quartiles of the round-by-round ratio of two steps' times."""
+    values = sorted(a / b for a, b in zip(times[of], times[to], strict=True))
+    quarter = len(values) // 4
+    return statistics.median(values), values[quarter], values[-1 - quarter]
+
+
+def peak_memory(name: str, cell: tuple[int, int, int], step: str, device: str, dtype: str) -> float:
+    """Peak memory of one kind of step in MiB beyond the loaded model, measured in a process of its own."""
+    arguments = json.dumps([name, *cell, step, device, dtype])
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory-of", arguments], check=True, capture_output=True, text=True
+    )
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def _measure_memory(arguments: str) -> None:
+    name, prompt, text, batch, step, device_name, dtype = json.loads(arguments)
+    device = torch.device(device_name)
+    cell = Cell(MODELS[name](device, getattr(torch, dtype)), prompt, text, batch)
+    run = {"ours": cell.ours, "peft": cell.peft_step}[step]
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+
+
+def training(
+    name: str, cells: list[tuple[int, int, int]], repeats: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Print the table of training steps of one model."""
+    model = MODELS[name](device, dtype)
+    table = Table(
+        *("prompt", "text", "batch", "peft / ours", "quartiles", "ceiling", "share", "lean / ours", "ours / floor"),
+        *("ours s", "peft s", "gradient diff", "MiB ours", "MiB peft"),
+        title=f"training step, {name}, {str(dtype).removeprefix('torch.')}, {device.type}",
+    )
+    for prompt, text, batch in cells:
+        cell = Cell(model, prompt, text, batch)
+        difference = cell.gradient_difference()
+        steps = {"ours": cell.ours, "peft": cell.peft_step, "lean": cell.peft_lean, "floor": cell.floor}
+        times = alternate(steps, repeats, device)
+        cell.close()
+        ceiling = multiply_adds(model.config, batch, text, prompt, False, LABELS) / multiply_adds(
+            model.config, batch, text, prompt, True, LABELS
+        )
+        ratio, low, high = ratios(times, "peft", "ours")
+        memory = [
+            peak_memory(name, (prompt, text, batch), step, device.type, str(dtype).removeprefix("torch."))
+            for step in ("ours", "peft")
+        ]
+        table.add_row(
+            *(str(prompt), str(text), str(batch), f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{ceiling:.2f}"),
+            *(
+                f"{ratio / ceiling:.0%}",
+                f"{ratios(times, 'lean', 'ours')[0]:.2f}",
+                f"{ratios(times, 'ours', 'floor')[0]:.2f}",
+            ),
+            *(
+                f"{statistics.median(times['ours']):.3f}",
+                f"{statistics.median(times['peft']):.3f}",
+                f"{difference:.1e}",
+            ),
+            *(f"{m:.0f}" for m in memory),
+        )
+    console.print(table)
+
+
+def generation(name: str, repeats: int, device: torch.device, dtype: torch.dtype, new_tokens: int = 16) -> None:
+    """Print generation throughput: a stored prompt against peft, and 16 prompts in one batch against one."""
+    model = MODELS[name](device, dtype)
+    cell = Cell(model, 100, 48, 16)
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    left = {"input_ids": cell.ids.flip(1), "attention_mask": cell.mask.flip(1)}
+    handles = [
+        attach(model, SoftPrompt(100, model.config.hidden_size, std=0.02).to(device), always=False) for _ in range(16)
+    ]
+
+    def many() -> Any:
+        with route(model, handles):
+            return model.generate(**left, **options)
+
+    steps = {
+        "one stored prompt": lambda: cell.method.generate(left, **options),
+        "16 stored prompts": many,
+        "peft": lambda: cell.peft.generate(**left, **options),
+    }
+    with torch.no_grad():
+        times = alternate(steps, repeats, device)
+    table = Table(
+        "generation",
+        "tokens / s",
+        "against peft",
+        "against one prompt",
+        title=f"generate, {name}: 16 rows x 48, prompt 100",
+    )
+    for step in steps:
+        speed = 16 * new_tokens / statistics.median(times[step])
+        table.add_row(
+            step,
+            f"{speed:.0f}",
+            f"{ratios(times, 'peft', step)[0]:.2f}",
+            f"{ratios(times, 'one stored prompt', step)[0]:.2f}",
+        )
+    console.print(table)
+    for handle in handles:
+        handle.remove()
+    cell.close()
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    repeats: Annotated[int, typer.Option(help="alternating rounds of the small model")] = 7,
+    quick: Annotated[bool, typer.Option(help="headline cells only")] = False,
+    memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Run the benchmark; see the file's first lines."""
+    if memory_of is not None:
+        _measure_memory(memory_of)
+        return
+    where, kind = torch.device(device), getattr(torch, dtype)
+    grid = [(p, t, b) for p in (20, 100) for t in (48, 512) for b in (4, 16)]
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {repeats} alternating rounds")
+    training("small-llama", [(100, 48, 16)] if quick else grid, repeats, where, kind)
+    training("smollm2-135m", [(100, 48, 16)] if quick else [(20, 48, 4), (100, 48, 4), (100, 48, 16)], 3, where, kind)
+    generation("small-llama", repeats, where, kind)
+    if not quick:
+        generation("smollm2-135m", 3, where, kind)
+
+
+if __name__ == "__main__":
+    typer.run(main)
