@@ -338,14 +338,15 @@ PROMPTS = {
 }
 
 
-def generate(model: nn.Module, use_cache: bool, **inputs) -> tuple[Tensor, Tensor]:
-    """[b, 8] greedy tokens, no token twice, and [8, b, VOCAB] logits of the steps. Near ties would make tokens incomparable."""
+def generate(model: nn.Module, use_cache: bool, distinct: bool = True, **inputs) -> tuple[Tensor, Tensor]:
+    """[b, 8] greedy tokens, no token twice if `distinct`, and [8, b, VOCAB] logits of the steps. Near ties would make tokens incomparable."""
     output = model.generate(
         **inputs,
         use_cache=use_cache,
         max_new_tokens=8,
         do_sample=False,
-        no_repeat_ngram_size=1,  # small random models repeat one token
+        suppress_tokens=[0],
+        no_repeat_ngram_size=int(distinct),  # small random models repeat one token
         return_dict_in_generate=True,
         output_logits=True,
         output_scores=True,
@@ -381,7 +382,8 @@ def test_the_other_decoders_generate_too(family, monkeypatch):
 def test_a_left_padded_row_generates_what_it_generates_alone(layer, monkeypatch):
     model = decoder()
     monkeypatch.setattr(model.model, "forward", partial(deep_forward, model.model, {layer: BlockPrompt(rows())}))
-    batch, batch_logits = generate(model, True, input_ids=text(), attention_mask=MASKS["left"])
+    ids = text() * MASKS["left"]
+    batch, batch_logits = generate(model, True, input_ids=ids, attention_mask=MASKS["left"])
     alone, alone_logits = generate(model, True, input_ids=text()[1:, 2:])
     assert batch[1:].equal(alone) and worst(batch_logits[:, 1:], alone_logits) < 1e-5
 
@@ -410,11 +412,11 @@ def test_beams_are_the_same_cached_and_uncached(layer, monkeypatch):
 def test_a_generation_continues_from_its_cache(layer, monkeypatch):
     model, ids = decoder(), text()
     monkeypatch.setattr(model.model, "forward", partial(deep_forward, model.model, {layer: BlockPrompt(rows())}))
-    whole, logits = generate(model, True, input_ids=ids)
+    whole, logits = generate(model, True, distinct=False, input_ids=ids)
     cache = DynamicCache(config=model.config)
     model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
     rest, rest_logits = generate(
-        model, True, input_ids=ids[:, 4:], attention_mask=torch.ones_like(ids), past_key_values=cache
+        model, True, distinct=False, input_ids=ids[:, 4:], attention_mask=torch.ones_like(ids), past_key_values=cache
     )
     assert rest.equal(whole) and worst(logits, rest_logits) < 1e-5
 

@@ -413,7 +413,8 @@ def test_a_cache_that_other_prompts_filled_is_refused(decoder):
     run(decoder, decoder.embed(x[:, :4]), prompts, cache)
     for other in ({}, {1: BlockPrompt(rows(2))}, {2: BlockPrompt(rows(3))}):
         with pytest.raises(InputError, match=r"cache of block 1 holds 7 slots, the prompts account for [46]"):
-            run(decoder, decoder.embed(x[:, 4:], past=4), other, list(cache))
+            run(decoder, decoder.embed(x[:, 4:], past=4), other, cache)
+    assert [k.shape[1] for k, _ in cache] == [4, 7, 7, 7]  # nothing was written
 
 
 # Refusals.

@@ -593,6 +593,8 @@ def _encoder_call(base: nn.Module, original: Forward, arguments: dict[str, Any],
         cache = DynamicCache()
         for i, layer in enumerate(_prefix_layers(base, original, carried, batch, dtype)):
             cache.update(layer.keys, layer.values, i)
+        if arguments.get("position_ids") is not None:
+            arguments["position_ids"] = arguments["position_ids"] + carried.longest
         output = original(**arguments | {"attention_mask": full_mask, "past_key_values": cache})
         output.past_key_values = None
         return output

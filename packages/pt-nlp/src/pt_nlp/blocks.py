@@ -227,8 +227,8 @@ def block_stack(
 def deep_forward(
     base_model: PreTrainedModel,
     prompts: Mapping[int, BlockPrompt],
-    *,
     input_ids: Tensor | None = None,
+    *,
     inputs_embeds: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,

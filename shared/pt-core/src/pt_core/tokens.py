@@ -258,18 +258,33 @@ def run(
         raise InputError(f"prompts for blocks {outside}", remedy=f"Blocks are 0 .. {stack.num_blocks - 1}")
     if cache is not None and not stack.causal:
         raise InputError("a bidirectional stack cannot continue from a cache", remedy="Leave the cache out")
+    blocks = range(start, stack.num_blocks if stop is None else stop)
+    if cache is not None:
+        _check_cache(stack, tokens, prompts, cache, blocks)
     context, laid_out = None, None
-    for index in range(start, stack.num_blocks if stop is None else stop):
+    for index in blocks:
         tokens = prompts[index](tokens) if index in prompts else tokens
         if tokens.mask is not laid_out:
             context, laid_out = stack.prepare(index, tokens, cache), tokens.mask
-        if cache is not None and (held := stack.cached(index, cache)) != tokens.past:
-            raise InputError(
-                f"the cache of block {index} holds {held} slots, the prompts account for {tokens.past}",
-                remedy="Pass the prompts that the cache was filled with",
-            )
         tokens = dataclasses.replace(tokens, hidden=stack.block(index, tokens.hidden, context, cache))
     return tokens
+
+
+def _check_cache(
+    stack: BlockStack, tokens: Tokens, prompts: Mapping[int, BlockPrompt], cache: Any, blocks: range
+) -> None:
+    """Refuse a cache that other prompts filled, before any block writes to it."""
+    slots, among = tokens.past, int(tokens.is_prompt.sum())
+    for index in blocks:
+        if slots and index in prompts:
+            prompt = prompts[index]
+            more = {"insert": prompt.size, "replace": 0, "renew": prompt.size - among}[prompt.mode]
+            slots, among = slots + more, among + more
+        if (held := stack.cached(index, cache)) != slots:
+            raise InputError(
+                f"the cache of block {index} holds {held} slots, the prompts account for {slots}",
+                remedy="Pass the prompts that the cache was filled with",
+            )
 
 
 def _rows(tokens: Tokens, prompt: Tensor) -> Tensor:

@@ -436,7 +436,8 @@ class Loop:
         larger = larger_is_better if larger_is_better is not None else higher_is_better(monitor)
         best = state.best_metrics.get(monitor)
         value = metrics[monitor]
-        gain = (value - best) * (1 if larger else -1) if best is not None else math.inf
+        sign = 1 if larger else -1
+        gain = (value - best) * sign if best is not None else math.inf
         state.monitor, state.last_metrics = monitor, dict(metrics)
         if gain > self.config.min_delta and not math.isnan(value):
             state.best_metrics, state.best_step = dict(metrics), self.step
@@ -448,6 +449,9 @@ class Loop:
         else:
             state.bad += 1
             state.stopped = self.config.patience is not None and state.bad >= self.config.patience
+        bound = self.config.interrupt_below
+        if bound is not None and (value - bound) * sign < 0:
+            state.stopped = True
         self.log({f"validation/{name}": value for name, value in metrics.items()})
 
     def log(self, values: Mapping[str, float]) -> None:

@@ -169,7 +169,7 @@ class PTEC(TextMethod):
         """Supervised training; first sets the weights of the labels from `train`, unless the configuration gives them.
 
         Args:
-            config: default: `recommended_fit()`.
+            config: default: `recommended_fit()`; without validation rows it cannot stop early.
 
         Raises:
             InputError: a label has no positive row in `train`.
@@ -177,7 +177,9 @@ class PTEC(TextMethod):
         if self.config.multilabel and self.config.pos_weight is None:
             labels = torch.cat([batch["labels"] for batch in train.batches(256)])
             self.pos_weight.copy_(positive_weights(labels))
-        return super().fit(train, validation, config or self.recommended_fit(), output_dir)
+        if config is None:
+            config = self.recommended_fit() if validation is not None else self.recommended_fit(patience=None)
+        return super().fit(train, validation, config, output_dir)
 
     @staticmethod
     def recommended_fit(**changes: Any) -> FitConfig:
