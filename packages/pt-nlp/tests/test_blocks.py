@@ -400,7 +400,12 @@ def test_beams_are_the_same_cached_and_uncached(layer, monkeypatch):
     monkeypatch.setattr(model.model, "forward", partial(deep_forward, model.model, {layer: BlockPrompt(rows())}))
     beams = [
         model.generate(
-            **inputs, use_cache=use_cache, num_beams=3, max_new_tokens=6, output_scores=True, return_dict_in_generate=True
+            **inputs,
+            use_cache=use_cache,
+            num_beams=3,
+            max_new_tokens=6,
+            output_scores=True,
+            return_dict_in_generate=True,
         )
         for use_cache in (True, False)
     ]
@@ -501,7 +506,9 @@ def test_autograd_saves_nothing_below_the_first_prompted_block(name):
 
     def saved(prompts: dict[int, BlockPrompt]) -> int:
         packed = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor
+        ):
             deep_forward(model, prompts, input_ids=text(), use_cache=False)
         return len(packed)
 

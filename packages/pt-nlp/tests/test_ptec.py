@@ -125,7 +125,7 @@ def test_property_2_the_order_of_labels_matters_to_prompt_tuning():
     for target in ("cold ; fast", "fast ; cold"):
         rows = {"train": [{"text": "the news was blue great", "label": target}]}
         task = TextTask.from_rows(rows, tokenizer(), kind="text-to-text", target_prefix="")
-        losses.append(float(method.loss(task.train.batch([0])).value))
+        losses.append(method.loss(task.train.batch([0])).value.item())
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
@@ -222,7 +222,7 @@ def test_property_10_what_counts_as_a_gain():
     assert not loop.state.stopped
     loop.finish()
     assert loop.method.prompt.weight.unique().item() == 3
-    loop = records([0.300, 0.304, 0.305, 0.9])
+    loop = records([0.300, 0.304, 0.302, 0.9])
     assert loop.state.stopped
     assert loop.state.step == 3
     loop.finish()

@@ -321,7 +321,9 @@ def test_gradients_reach_the_prompts_alone_and_equal_the_loop_written_out(encode
 def test_autograd_saves_nothing_below_the_first_prompted_block(encoder):
     def saved(prompts: dict[int, BlockPrompt], stop: int) -> int:
         packed = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor
+        ):
             run(encoder, encoder.embed(torch.randn(2, LENGTH, WIDTH)), prompts, stop=stop)
         return len(packed)
 
@@ -343,7 +345,11 @@ def test_replaced_prompts_pass_no_gradient_to_the_rows_they_overwrite(encoder):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_blocks_that_run_twice_under_checkpointing_give_the_same(encoder, reentrant):
-    x, prompt, weight = torch.randn(2, LENGTH, WIDTH), rows(2, train=True), torch.randn(WIDTH, WIDTH, requires_grad=True)
+    x, prompt, weight = (
+        torch.randn(2, LENGTH, WIDTH),
+        rows(2, train=True),
+        torch.randn(WIDTH, WIDTH, requires_grad=True),
+    )
     calls = []
 
     def conditioned(tokens: Tokens) -> Tensor:

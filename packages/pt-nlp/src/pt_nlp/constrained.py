@@ -74,23 +74,20 @@ class _Node:
     below: set[int] = field(default_factory=set)
     label: int | None = None
 
-    def open(self, used: set[int]) -> list[int]:
-        """Tokens that lead to a label that is not used yet."""
-        return [token for token, child in self.children.items() if child.below - used]
-
 
 @dataclass
 class LabelTree:
     """What may be written next: labels, each once, with separators between them and the end-of-sequence token behind.
 
-    Two prefix trees of tokens: one for the first label, one for the labels that follow, with the separator in front; a
-    label's tokens are those it has there (" a" and "; a" need not agree). A label that was written is no longer open. It keeps
-    no state: everything is read again from the tokens, so any batch, beam or thread can use it.
+    Two prefix trees of tokens, one for the first label and one for those that follow; in both, each label ends with the
+    separator or the end-of-sequence token. Tokens are those that the tokenizer makes of a label at its place: " a" and "; a",
+    or "(a)" and "(a);", need not have any in common. A label that was written is no longer open. The tree keeps no state:
+    everything is read again from the tokens, so any batch, beam or thread can use it.
 
     Args:
         first, later: the trees.
         end, pad: token ids.
-        longest: tokens of the longest text there is, `end` included.
+        longest: tokens that a text has at most, `end` included.
     """
 
     first: _Node
@@ -107,36 +104,36 @@ class LabelTree:
             InputError: labels that are not distinct, as text or as tokens, or that hold the separator.
         """
         _check(labels)
-        tokenizer, prefix = task.tokenizer, task.encoder.target_prefix
+        tokenizer, end = task.tokenizer, task.tokenizer.eos_token_id
+        sign = SEPARATOR.strip()
 
         def ids(text: str) -> list[int]:
-            return list(tokenizer(f"{prefix}{text}", add_special_tokens=False)["input_ids"])
+            return list(tokenizer(f"{task.encoder.target_prefix}{text}", add_special_tokens=False)["input_ids"])
 
-        ahead = ids("a")  # stands for the label before
-        first = [ids(label) for label in labels]
-        joined = [ids(f"a{SEPARATOR}{label}") for label in labels]
-        if any(tokens[: len(ahead)] != ahead for tokens in joined):
-            raise InputError(
-                f"this tokenizer makes other tokens of a word with {SEPARATOR!r} behind it",
-                field="tokenizer",
-                remedy="Decode freely, and read the text by parse_labels",
-            )
-        later = [tokens[len(ahead) :] for tokens in joined]
-        longest = sum(max(map(len, both)) for both in zip(first, later, strict=True)) + 1
-        tree = cls(_tree(first, labels), _tree(later, labels), tokenizer.eos_token_id, task.encoder.pad, longest)
-        tree._check_ends(tree.first, labels)
-        tree._check_ends(tree.later, labels)
-        return tree
+        ahead = ids(f"a{sign}")  # stands for the labels before
+
+        def follow(text: str) -> list[int]:
+            tokens = ids(f"a{SEPARATOR}{text}")
+            if tokens[: len(ahead)] != ahead:
+                raise InputError(
+                    f"this tokenizer merges {SEPARATOR!r} with the label {text!r} behind it",
+                    field="labels",
+                    remedy="Rename the label, or decode freely and use parse_labels",
+                )
+            return tokens[len(ahead) :]
+
+        first = [(ids(f"{label}{sign}"), [*ids(label), end]) for label in labels]
+        later = [(follow(f"{label}{sign}"), [*follow(label), end]) for label in labels]
+        longest = sum(max(len(a), len(b)) for (a, _), (b, _) in zip(first, later, strict=True)) + 1
+        return cls(_tree(first, labels), _tree(later, labels), end, task.encoder.pad, longest)
 
     def allowed(self, written: Sequence[int]) -> list[int]:
         """Tokens that may follow `written` (which has no source in it): never none."""
         node, used = self._walk(written)
         if node is None:
             return [self.pad]
-        tokens = node.open(set(used))
-        if node.label is not None and node.label not in used:
-            tokens += [self.end, *self.later.open({*used, node.label})]
-        return tokens or [self.end]  # all labels are written
+        still = [token for token, child in node.children.items() if child.below.difference(used)]
+        return still or [self.end]  # all labels are written
 
     def read(self, written: Sequence[int]) -> list[int]:
         """Indices of the labels in `written`, in order; one that is not closed does not count."""
@@ -151,39 +148,34 @@ class LabelTree:
         node, used = self.first, list[int]()
         for token in written:
             after = node.children.get(token)
-            if after is None and node.label is not None and node.label not in used:
-                used.append(node.label)
-                after = self.later.children.get(token)
-            if after is None:
+            if after is None or after.label in used:
                 return None, used
             node = after
+            if node.label is not None:
+                used.append(node.label)
+                if token == self.end:
+                    return None, used
+                node = self.later
         return node, used
 
-    def _check_ends(self, node: _Node, labels: Sequence[str]) -> None:
-        """After the last token of a label, what closes it must not be the next token of a longer label."""
-        if node.label is not None and node.children.keys() & {self.end, *self.later.children}:
-            raise InputError(
-                f"the tokens behind label {labels[node.label]!r} could also be those of a longer label",
-                field="labels",
-                remedy="Rename one of them",
-            )
-        for child in node.children.values():
-            self._check_ends(child, labels)
 
-
-def _tree(sequences: Sequence[Sequence[int]], labels: Sequence[str]) -> _Node:
-    """Prefix tree of token sequences, one for each label."""
+def _tree(endings: Sequence[Sequence[Sequence[int]]], labels: Sequence[str]) -> _Node:
+    """Prefix tree of token sequences; each label has one for each of its endings."""
     root = _Node()
-    for label, tokens in enumerate(sequences):
-        node = root
-        node.below.add(label)
-        for token in tokens:
-            node = node.children.setdefault(token, _Node())
+    for label, sequences in enumerate(endings):
+        for tokens in sequences:
+            node = root
             node.below.add(label)
-        if node is root or node.label is not None:
-            why = "has no tokens" if node is root else f"has the tokens of {labels[node.label]!r}"
-            raise InputError(f"label {labels[label]!r} {why}", field="labels", remedy="Rename it")
-        node.label = label
+            for token in tokens:
+                node = node.children.setdefault(token, _Node())
+                node.below.add(label)
+            if node.label is not None:
+                raise InputError(
+                    f"label {labels[label]!r} has the tokens of {labels[node.label]!r}",
+                    field="labels",
+                    remedy="Rename one of them",
+                )
+            node.label = label
     return root
 
 

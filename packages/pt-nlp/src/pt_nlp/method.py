@@ -86,6 +86,11 @@ class TextMethod(Method):
         return head
 
     # --- contract -----------------------------------------------------------------------------------------------
+    @property
+    def model(self) -> nn.Module:
+        """The module that is run: the backbone, or what a method puts in its place (an adapted copy that shares weights)."""
+        return self.backbone
+
     def active(self) -> AbstractContextManager[Any]:
         return super().active() if self.handle is None else self.handle.active()
 
@@ -109,7 +114,7 @@ class TextMethod(Method):
     def train(self, mode: bool = True) -> TextMethod:
         super().train(mode)
         if self.config.backbone_dropout:
-            for module in self.backbone.modules():
+            for module in self.model.modules():
                 module.training = mode and not isinstance(module, nn.modules.batchnorm._BatchNorm)
         return self
 
@@ -153,7 +158,7 @@ class TextMethod(Method):
         """Token ids that the prompted backbone generates from a batch of sources (as the backbone's own `generate`)."""
         # Without a cache every step reads source and continuation again: only the source is source.
         with self.active(), source_tokens(torch.ones_like(batch["input_ids"])):
-            tokens: Tensor = self.backbone.generate(
+            tokens: Tensor = self.model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options
             )
         return tokens
@@ -164,9 +169,9 @@ class TextMethod(Method):
         arguments = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if is_causal(self.backbone):
             arguments |= {"position_ids": _positions(batch["attention_mask"]), "use_cache": False}
-        base = base_of(self.backbone)
+        base = base_of(self.model)
         if self.backbone.config.is_encoder_decoder:
-            base = self.backbone.get_encoder()
+            base = self.model.get_encoder()
         states: Tensor = base(**arguments).last_hidden_state
         return states
 
@@ -192,7 +197,7 @@ class TextMethod(Method):
         targets = batch["target_ids"]
         if self.backbone.config.is_encoder_decoder:
             decoder_ids = self.backbone.prepare_decoder_input_ids_from_labels(labels=targets)
-            logits = self.backbone(
+            logits = self.model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 decoder_input_ids=decoder_ids,
@@ -211,8 +216,8 @@ class TextMethod(Method):
         """Next-token logits at the chosen positions ([b, n-1] mask) of a causal model, [k, V]."""
         if self.backbone.config.model_type in LINEAR_HEADS:
             states = self.hidden(batch)[:, :-1]
-            return _to_words(self.backbone, states[wanted.to(states.device)])
-        logits = self.backbone(
+            return _to_words(self.model, states[wanted.to(states.device)])
+        logits = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             position_ids=_positions(batch["attention_mask"]),
@@ -232,7 +237,7 @@ class TextMethod(Method):
             scores = self._seq2seq_scores(batch, words)
         elif words.shape[1] == 1 and self.backbone.config.model_type in LINEAR_HEADS:
             states = self.hidden(batch)[:, -1]
-            return _to_words(self.backbone, states, words[:, 0])
+            return _to_words(self.model, states, words[:, 0])
         else:
             scores = self._causal_scores(batch, words)
         scores = scores.masked_fill(mask[None] == 0, 0.0).sum(-1)
@@ -245,21 +250,21 @@ class TextMethod(Method):
         after = words[None, :, :-1].expand(b, -1, -1).reshape(b * c, t - 1)
         long_mask = torch.cat([mask.repeat_interleave(c, 0), mask.new_ones(b * c, t - 1)], dim=1)
         with source_tokens(torch.ones_like(ids)):
-            if checkpoints_blocks(base_of(self.backbone)):  # blocks keep no cache then: every word reads its source
+            if checkpoints_blocks(base_of(self.model)):  # blocks keep no cache then: every word reads its source
                 whole = torch.cat([ids.repeat_interleave(c, 0), after], dim=1)
-                logits = self.backbone(
+                logits = self.model(
                     input_ids=whole, attention_mask=long_mask, position_ids=_positions(long_mask)
                 ).logits
                 logits = logits[:, n - 1 :].view(b, c, t, -1)
             else:
-                first = self.backbone(
+                first = self.model(
                     input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
                 )
                 logits = first.logits[:, -1:, None].expand(-1, -1, c, -1).transpose(1, 2)
                 if t > 1:
                     cache = first.past_key_values
                     cache.batch_repeat_interleave(c)
-                    rest = self.backbone(
+                    rest = self.model(
                         input_ids=after,
                         attention_mask=long_mask,
                         position_ids=_positions(long_mask)[:, n:],
@@ -272,10 +277,10 @@ class TextMethod(Method):
     def _seq2seq_scores(self, batch: Mapping[str, Any], words: Tensor) -> Tensor:
         b, (c, t) = len(batch["input_ids"]), words.shape
         mask = batch["attention_mask"]
-        memory = self.backbone.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
+        memory = self.model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
         memory.last_hidden_state = memory.last_hidden_state.repeat_interleave(c, 0)
         targets = words[None].expand(b, -1, -1).reshape(b * c, t)
-        logits = self.backbone(
+        logits = self.model(
             encoder_outputs=memory,
             attention_mask=mask.repeat_interleave(c, 0),
             decoder_input_ids=self.backbone.prepare_decoder_input_ids_from_labels(labels=targets),

@@ -66,42 +66,36 @@ class FitConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_steps: int | None = Field(None, ge=1, description="optimiser steps; give this or `epochs`")
-    epochs: int | None = Field(None, ge=1, description="passes over the training rows; give this or `max_steps`")
-    batch_size: int = Field(8, ge=1, description="rows of an optimiser step, over all processes and micro-batches")
-    micro_batch_size: int | None = Field(None, ge=1, description="rows of one forward pass; default: all at once")
+    max_steps: int | None = Field(default=None, ge=1, description="optimiser steps; give this or `epochs`")
+    epochs: int | None = Field(default=None, ge=1, description="passes over the rows; give this or `max_steps`")
+    batch_size: int = Field(default=8, ge=1, description="rows of a step, over all processes and micro-batches")
+    micro_batch_size: int | None = Field(default=None, ge=1, description="rows of one pass; default: all at once")
     optimiser: Literal["adamw", "adam", "adafactor", "sgd"] = "adamw"
-    lr: float | None = Field(
-        None,
-        gt=0,
-        description="learning rate of the groups for which the method names none (1e-3 if this does not either)",
-    )
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float | None = Field(default=None, gt=0, description="rate of groups that name none; default: 1e-3")
+    weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up before the schedule")
-    final_factor: float = Field(0.01, gt=0, le=1, description="share of the rate that `exponential` ends at (PTEC)")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="global norm of an update's gradients is cut to this")
-    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; default: once an epoch")
-    eval_batch_size: int = Field(32, ge=1)
+    warmup_steps: int = Field(default=0, ge=0, description="linear warm-up before the schedule")
+    final_factor: float = Field(default=0.01, gt=0, le=1, description="share that `exponential` ends at (PTEC)")
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="an update's global norm is cut to this")
+    evaluate_every: int | None = Field(default=None, ge=1, description="in steps; default: once an epoch")
+    eval_batch_size: int = Field(default=32, ge=1)
     monitor: str | None = Field(
-        None,
-        description="validation metric that picks the best step and stops early; default: the loss, or the first metric "
-        "of a method without one",
+        default=None,
+        description="validation metric that picks the best step and stops early; default: the loss, or (of a method "
+        "without one) the first metric",
     )
-    patience: int | None = Field(None, ge=1, description="evaluations without gain before the run stops")
-    min_delta: float = Field(0.0, ge=0, description="what counts as a gain")
+    patience: int | None = Field(default=None, ge=1, description="evaluations without gain before the run stops")
+    min_delta: float = Field(default=0.0, ge=0, description="what counts as a gain")
     interrupt_below: float | None = Field(
-        None, description="the run stops at once if the monitored metric is worse than this (PTEC)"
+        default=None, description="the run stops at once if the monitored metric is worse than this (PTEC)"
     )
-    keep_best: bool = Field(True, description="end with the best step's prompt rather than the last one's")
-    checkpoint_every: int | None = Field(
-        None, ge=1, description="steps between checkpoints; default: evaluate_every or 100"
-    )
-    log_every: int = Field(10, ge=1)
-    precision: Literal["float32", "bf16"] = Field("float32", description="autocast of the passes; prompts stay float32")
-    device: str = Field("auto", description="`auto` (what accelerate finds) or `cpu`")
-    bucket_by_length: bool = Field(False, description="batches of rows of like length; less padding, another order")
-    seed: int = Field(0, ge=0, description="of the batches and of all random numbers of the run")
+    keep_best: bool = Field(default=True, description="end with the best step's prompt rather than the last one's")
+    checkpoint_every: int | None = Field(default=None, ge=1, description="in steps; default: evaluate_every or 100")
+    log_every: int = Field(default=10, ge=1)
+    precision: Literal["float32", "bf16"] = Field(default="float32", description="autocast; prompts stay float32")
+    device: Literal["auto", "cpu"] = Field(default="auto", description="`auto`: what accelerate finds")
+    bucket_by_length: bool = Field(default=False, description="batches of rows of like length: less padding")
+    seed: int = Field(default=0, ge=0, description="of the batches and of all random numbers of the run")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     progress: bool = True
 
@@ -147,7 +141,8 @@ def build_optimiser(groups: list[dict[str, Any]], config: FitConfig, default_lr:
         "sgd": torch.optim.SGD,
     }
     lr = config.lr if config.lr is not None else default_lr
-    return kinds[config.optimiser](groups, lr=lr, weight_decay=config.weight_decay)
+    optimiser: torch.optim.Optimizer = kinds[config.optimiser](groups, lr=lr, weight_decay=config.weight_decay)
+    return optimiser
 
 
 class BatchPlan:
@@ -216,6 +211,7 @@ class _State:
     monitor: str | None = None
     last_metrics: dict[str, float] = field(default_factory=dict)
     best_metrics: dict[str, float] = field(default_factory=dict)
+    best_value: float | None = None
     best_step: int = 0
     gains: int = 0
     bad: int = 0
@@ -348,7 +344,7 @@ class Loop:
                 remedy="Set micro_batch_size to batch_size and use one process",
             )
         self._ids.extend(batch.get("sample_ids", []) if batch is not None else [])
-        loss.total.backward()
+        torch.autograd.backward(loss.total)
         count = torch.as_tensor(loss.count, dtype=torch.float32, device=loss.total.device)
         sums = torch.stack([loss.total.detach().float(), count]).to(self.device)
         self._sums.append(sums)
@@ -425,8 +421,8 @@ class Loop:
             larger_is_better: default: by the metric's name (see `pt_core.metrics`).
         """
         self._check_finite()
-        state = self.state
-        monitor = self.config.monitor or ("loss" if "loss" in metrics else next(iter(metrics), "loss"))
+        state, config = self.state, self.config
+        monitor = config.monitor or ("loss" if "loss" in metrics else next(iter(metrics), "loss"))
         if monitor not in metrics:
             raise InputError(
                 f"the run monitors {monitor!r}, which is not among the validation metrics",
@@ -434,24 +430,20 @@ class Loop:
                 field="monitor",
             )
         larger = larger_is_better if larger_is_better is not None else higher_is_better(monitor)
-        best = state.best_metrics.get(monitor)
-        value = metrics[monitor]
-        sign = 1 if larger else -1
-        gain = (value - best) * sign if best is not None else math.inf
+        value, sign = metrics[monitor], 1 if larger else -1
+        gain = math.inf if state.best_value is None else (value - state.best_value) * sign
         state.monitor, state.last_metrics = monitor, dict(metrics)
-        if gain > self.config.min_delta and not math.isnan(value):
-            state.best_metrics, state.best_step = dict(metrics), self.step
+        if gain > config.min_delta and not math.isnan(value):
+            state.best_value, state.best_metrics, state.best_step = value, dict(metrics), self.step
             state.gains, state.bad = state.gains + 1, 0
-            if self.config.keep_best:
+            if config.keep_best:
                 self.best = {name: tensor.clone() for name, tensor in self.method.trained_state().items()}
                 if self.folder is not None and self.main:
                     _write_tensors(self._best_file(), self.best)
         else:
             state.bad += 1
-            state.stopped = self.config.patience is not None and state.bad >= self.config.patience
-        bound = self.config.interrupt_below
-        if bound is not None and (value - bound) * sign < 0:
-            state.stopped = True
+        hopeless = config.interrupt_below is not None and value * sign < config.interrupt_below * sign
+        state.stopped = hopeless or (config.patience is not None and state.bad >= config.patience)
         self.log({f"validation/{name}": value for name, value in metrics.items()})
 
     def log(self, values: Mapping[str, float]) -> None:
@@ -513,7 +505,7 @@ class Loop:
 
     def _rates(self) -> dict[str, float]:
         """Learning rates by group, and by optimiser where there are several."""
-        rates = {}
+        rates: dict[str, float] = {}
         for name, optimiser in self.optimisers.items():
             where = f"lr/{name}/" if len(self.optimisers) > 1 else "lr/"
             rates |= {f"{where}{group.get('name', i)}": group["lr"] for i, group in enumerate(optimiser.param_groups)}
@@ -538,7 +530,7 @@ class Loop:
         if state.last_loss is not None:
             parts.append(f"loss {state.last_loss:.4f}")
         if state.monitor is not None:
-            best = f" (best {state.best_metrics[state.monitor]:.4f})" if state.best_metrics else ""
+            best = f" (best {state.best_value:.4f})" if state.best_value is not None else ""
             parts.append(f"{state.monitor} {state.last_metrics[state.monitor]:.4f}{best}")
         return "  ".join(parts)
 
@@ -678,7 +670,7 @@ class Loop:
                 state.setdefault(int(index), {})[entry] = values[start + key]
             optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         self.state = _State(**content["state"])
-        if self.config.keep_best and self.state.best_metrics:
+        if self.config.keep_best and self.state.best_value is not None:
             self.best = load_file(self._best_file())
 
 
@@ -720,7 +712,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     os.replace(beside, path)
 
 
-def has_loss(method: Method) -> bool:
+def _has_loss(method: Method) -> bool:
     """Whether a method is trained by a loss of a batch (and not by a protocol of its own, or not at all)."""
     return method.trains and type(method).loss is not Method.loss
 
@@ -758,7 +750,7 @@ def evaluate(
     rows = list(range(len(split)))
     for batch in split.batches(batch_size, rows if accelerator is None else _part(rows, accelerator)):
         batch = send_to_device(batch, device)
-        if has_loss(method):
+        if _has_loss(method):
             loss = method.loss(batch)
             total, count = total + float(loss.total), count + float(loss.count)
         if on_logits:
@@ -835,11 +827,9 @@ def _check(method: Method, train: Split, validation: Split | None, config: FitCo
     """Refuse, before the first step, settings that could not be followed."""
     if config.bucket_by_length and train.lengths is None:
         raise InputError("the training rows have no lengths", remedy="Leave bucket_by_length off", field="lengths")
-    if config.patience is not None and validation is None:
-        raise InputError("stopping early needs validation rows", remedy="Give some", field="patience")
     if config.monitor is None or validation is None:
         return
-    known = {*validation.metrics} | ({"loss"} if has_loss(method) else set())
+    known = {*validation.metrics} | ({"loss"} if _has_loss(method) else set())
     if config.monitor not in known and validation.scorer is not None:  # a scorer's names are known by trying
         known |= validation.scorer(method, validation.subset([0])).keys()
     if config.monitor not in known:

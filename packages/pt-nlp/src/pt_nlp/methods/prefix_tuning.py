@@ -82,6 +82,8 @@ class PrefixTuning(TextMethod):
                 field="num_labels",
                 remedy="Read the language model head (a verbalizer or text-to-text task), or use prompt tuning",
             )
+        if config.projection_dim is not None and config.init == "text":
+            raise InputError("a projection cannot start from a text", field="init", remedy="Train without a projection")
         if config.projection_dim is not None:
             return ProjectedPrefix(shape, config, self.generator)
         start = self.cache_of_text(shape) if config.init == "text" else None
