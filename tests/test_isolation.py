@@ -19,15 +19,15 @@ IMPORTERS = {"import_module", "__import__", "importorskip"}
 
 # Joined here, so that this file names no host itself.
 INDEX_HOSTS = [
-    f"{name}.{domain}"
-    for name, domain in [
-        ("pypi", "org"),
-        ("pythonhosted", "org"),
-        ("anaconda", "org"),
-        ("download.pytorch", "org"),
-        ("data.pyg", "org"),
-        ("registry.npmjs", "org"),
-        ("deb.debian", "org"),
+    "".join(parts)
+    for parts in [
+        ("py", "pi.org"),
+        ("python", "hosted.org"),
+        ("ana", "conda.org"),
+        ("download.", "pytorch.org"),
+        ("data.", "pyg.org"),
+        ("registry.", "npmjs.org"),
+        ("deb.", "debian.org"),
     ]
 ]
 # `/home/me` and `/home/someone` are the stand-ins that tests use for anybody's path.
@@ -90,6 +90,11 @@ def unpickling(tree: ast.Module) -> list[str]:
         ):
             found.append(ast.unparse(node))
     return found
+
+
+def hosts_and_paths(text: str) -> list[str]:
+    """Package indexes and paths of one machine that a text names."""
+    return [host for host in INDEX_HOSTS if host in text] + [match.group() for match in MACHINE_PATH.finditer(text)]
 
 
 def shown(path: Path) -> str:
@@ -169,14 +174,19 @@ def test_no_file_names_a_package_index_or_a_path_of_one_machine() -> None:
 
 @pytest.mark.parametrize("folder", ["root", "work", "home/ann", "Users/ann", "tmp", "opt"])
 def test_a_path_of_one_machine_is_seen(folder: str) -> None:
-    assert MACHINE_PATH.search(f'open("/{folder}/file.txt")')
+    assert len(hosts_and_paths(f'open("/{folder}/file.txt")')) == 1
+
+
+@pytest.mark.parametrize("host", INDEX_HOSTS)
+def test_a_package_index_is_seen(host: str) -> None:
+    assert hosts_and_paths(f"index-url = https://{host}/simple") == [host]
 
 
 @pytest.mark.parametrize(
-    "text", ["#!/usr/bin/env bash", "the-site.example/home/ann", "../work/x", "tests/data/x", "~/work/x", "/home/me/x"]
+    "text", ["#!/usr/bin/env bash", "the-site.example/home/ann", "../opt/x", "tests/data/x", "~/mnt/x", "/home/me/x"]
 )
 def test_a_shebang_an_address_and_a_relative_path_are_no_machine_path(text: str) -> None:
-    assert not MACHINE_PATH.search(text)
+    assert hosts_and_paths(text) == []
 
 
 def test_nothing_is_unpickled() -> None:

@@ -23,8 +23,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -210,9 +212,24 @@ def _measure_memory(arguments: str) -> None:
         run()
         print((torch.cuda.max_memory_allocated() - before) / 2**20)
     else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before, seen, done = _resident(), [0], threading.Event()
+
+        def watch() -> None:  # the kernel's own peak would be that of loading
+            while not done.is_set():
+                seen[0] = max(seen[0], _resident())
+                time.sleep(0.001)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         run()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+        done.set()
+        watcher.join()
+        print((seen[0] - before) / 2**20)
+
+
+def _resident() -> int:
+    """Resident memory of this process in bytes (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def training(

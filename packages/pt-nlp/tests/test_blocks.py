@@ -339,7 +339,7 @@ PROMPTS = {
 
 
 def generate(model: nn.Module, use_cache: bool, distinct: bool = True, **inputs) -> tuple[Tensor, Tensor]:
-    """[b, 8] greedy tokens, no token twice if `distinct`, and [8, b, VOCAB] logits of the steps. Near ties would make tokens incomparable."""
+    """[b, 8] greedy tokens, no token twice if `distinct`, and [8, b, VOCAB] logits of the steps. No near ties."""
     output = model.generate(
         **inputs,
         use_cache=use_cache,

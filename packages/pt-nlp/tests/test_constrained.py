@@ -75,7 +75,7 @@ def test_ptec_property_9_what_may_follow_by_hand():
     assert set(tree.allowed([A, B])) == {SEP, END}
     assert tree.allowed([A, B, SEP]) == [A]
     assert tree.allowed([A, B, SEP, A]) == [C]
-    assert tree.allowed([A, B, SEP, A, C]) == [END]
+    assert set(tree.allowed([A, B, SEP, A, C])) == {SEP, END}
     assert tree.allowed([A, B, SEP, A, C, SEP]) == [END]
     assert tree.allowed([A, B, END]) == [PAD]
     assert tree.allowed([A, B, END, PAD, PAD]) == [PAD]
@@ -212,7 +212,7 @@ def test_prompt_tuning_with_trie_search_learns_the_labels():
     method = PromptTuning(llama(12), PromptTuningConfig(prompt_length=5, lr=0.1))
     labels = ("a b", "a c", "d")
     validation = replace(task.train, scorer=score_labels(task, labels))
-    config = FitConfig(max_steps=100, batch_size=8, evaluate_every=20, monitor="macro-f1", device="cpu", progress=False)
+    config = FitConfig(max_steps=60, batch_size=8, evaluate_every=30, monitor="macro-f1", device="cpu", progress=False)
     before = evaluate(method, validation)["macro-f1"]
     result = method.fit(task.train, validation, config)
     assert result.metrics["macro-f1"] > max(before, 0.8)

@@ -116,11 +116,11 @@ def test_zero_start_shrinks_values_by_n_over_n_plus_l_where_all_scores_are_zero(
 
 def test_random_start_is_normal_with_its_own_seed() -> None:
     backbone = llama(layers=3, kv_heads=4)
-    first, again, other = (prefix(backbone, seed=s).prompt.weight for s in (3, 3, 4))
+    first, again, other = (prefix(backbone, seed=s).prompt.weight.detach() for s in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert abs(float(first.std()) - 1) < 0.1
-    assert abs(float(prefix(backbone, init_std=0.02).prompt.weight.std()) - 0.02) < 0.002
+    assert abs(float(prefix(backbone, init_std=0.02).prompt.weight.detach().std()) - 0.02) < 0.002
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -278,7 +278,7 @@ def test_folding_keeps_outputs_and_leaves_keys_and_values_only(dropout: float) -
 
 def test_zero_start_of_a_projection_still_learns() -> None:
     method = prefix(llama(), projection_dim=8, init="zero")
-    assert float(method.prompt.key_values().abs().max()) == 0
+    assert int(method.prompt.key_values().count_nonzero()) == 0
     batch = ragged()
     method.loss(batch | {"target_ids": batch["input_ids"]}).total.backward()
     assert float(method.prompt.projection[2].weight.grad.abs().max()) > 1e-4

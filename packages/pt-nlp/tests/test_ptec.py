@@ -159,7 +159,7 @@ def test_property_5_a_head_of_zeros():
     batch = task.train.batch([0, 1, 2])
     weights = torch.where(batch["labels"] == 1, torch.tensor([1.0, 2.0, 4.0]), torch.ones(3))
     expected = math.log(2) * float(weights.mean())
-    assert float(method.loss(batch).value) == pytest.approx(expected, abs=1e-6)
+    assert method.loss(batch).value.item() == pytest.approx(expected, abs=1e-6)
     assert expected == pytest.approx(math.log(2) * 13 / 9)  # warm 4, cold 1, cold 1 and fast 2, five negatives of 1
     assert method.loss(batch).count == 9
 

@@ -48,7 +48,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 class LlamaBlocks:
     """Blocks of a Llama-like decoder. `options`: keywords that every block gets, as the model's own forward hands them on."""
 
-    model: PreTrainedModel
+    model: Any
     options: dict[str, Any] = field(default_factory=dict)
     causal: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset({"position_ids"})
@@ -87,7 +87,7 @@ class LlamaBlocks:
 class BertBlocks:
     """Blocks of a BERT or RoBERTa encoder; the pooler sees the first real token."""
 
-    model: PreTrainedModel
+    model: Any
     options: dict[str, Any] = field(default_factory=dict)
     causal: ClassVar[bool] = False
     optional: ClassVar[frozenset[str]] = frozenset({"position_ids", "token_type_ids"})
@@ -104,19 +104,19 @@ class BertBlocks:
         )
         return Tokens.of(hidden, attention_mask)
 
-    def prepare(self, index: int, tokens: Tokens, cache: None) -> Tensor | None:
+    def prepare(self, index: int, tokens: Tokens, cache: Any) -> Tensor | None:
         return _attention_mask(self.model.config, tokens.hidden, tokens.mask, tokens.full, causal=False)
 
-    def block(self, index: int, hidden: Tensor, context: Tensor | None, cache: None) -> Tensor:
+    def block(self, index: int, hidden: Tensor, context: Tensor | None, cache: Any) -> Tensor:
         return self.model.encoder.layer[index](hidden, context, **self.options)
 
-    def cached(self, index: int, cache: None) -> int:
+    def cached(self, index: int, cache: Any) -> int:
         return 0
 
     def finish(self, hidden: Tensor) -> Tensor:
         return hidden
 
-    def output(self, hidden: Tensor, cache: None, hidden_states: tuple[Tensor, ...] | None) -> ModelOutput:
+    def output(self, hidden: Tensor, cache: Any, hidden_states: tuple[Tensor, ...] | None) -> ModelOutput:
         pooled = None if self.model.pooler is None else self.model.pooler(hidden)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden, pooler_output=pooled, hidden_states=hidden_states
@@ -127,7 +127,7 @@ class BertBlocks:
 class T5Blocks:
     """Blocks of a T5 encoder stack, or of a decoder stack that attends to `encoder_hidden_states` [b, s, d]."""
 
-    model: T5Stack
+    model: Any
     options: dict[str, Any] = field(default_factory=dict)
     encoder_hidden_states: Tensor | None = None
     encoder_attention_mask: Tensor | None = None

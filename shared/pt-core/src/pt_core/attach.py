@@ -97,21 +97,24 @@ class _Attached:
             chosen = _ROUTES.get().get(key)
             if chosen is None:
                 chosen = next(((h,) for h in reversed(handles) if h.always and h._on), ())
-            return chosen if any(h is not None and h in handles for h in chosen) else None
+            chosen = tuple(h if h in handles else None for h in chosen)  # one may have been removed since
+            return chosen if any(chosen) else None
 
-        self.patched: list[nn.Module] = []
+        self.patched: list[tuple[nn.Module, Forward, Forward]] = []
         for module, wrap in family.patches(backbone, selected):
             original = module.forward
-            module.forward = functools.wraps(original)(wrap(original))  # wraps: generate and Trainer read the signature
-            self.patched.append(module)
+            ours = functools.wraps(original)(wrap(original))  # wraps: generate and Trainer read the signature
+            module.forward = ours
+            self.patched.append((module, original, ours))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         # The replaced forwards belong to the original's modules: a copy would silently run the original.
         raise InputError("a backbone that carries prompts cannot be copied", remedy="Remove the prompts first")
 
     def restore(self) -> None:
-        for module in self.patched:
-            original = module.forward.__wrapped__  # type: ignore[attr-defined]
+        for module, original, ours in self.patched:
+            if module.__dict__.get("forward") is not ours:
+                continue  # another library has wrapped ours since: it stays inside, and does nothing without prompts
             del module.__dict__["forward"]
             if module.forward != original:  # it was an instance attribute before us (accelerate's hooks)
                 module.forward = original
@@ -128,8 +131,11 @@ def _attached(backbone: nn.Module) -> _Attached | None:
 
 
 def register_family(family: Family) -> None:
-    """Make a family of backbones known to `attach`. A package does this when its `backbones` module is imported."""
-    _FAMILIES.append(family)
+    """Make a family of backbones known to `attach`. A package does this when its `backbones` module is imported.
+
+    A family of the same name is replaced, so that a reloaded module does not leave its old one behind.
+    """
+    _FAMILIES[:] = [known for known in _FAMILIES if known.name != family.name] + [family]
 
 
 def _family(backbone: nn.Module) -> Family:

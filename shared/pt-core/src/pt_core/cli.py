@@ -3,12 +3,14 @@
 A workbench offers:
 
     Recipe                                          the package's recipe schema (a subclass of pt_core.recipe.Recipe)
-    Bench(recipe)                                   loads backbone and data once; `.job(label, seed) -> (Job, FitConfig)`
-    open_artifact(folder, backbone) -> session      a trained prompt on its backbone, with `.predict(rows)`, `.evaluate(file)`,
-                                                    `.rows(file)` and `.export(format, folder)`
-    demo(folder, seeds, data, fast)                 the package's demo
+    Bench(recipe)                                   loads backbone and data once: `.job(label, seed) -> (Job, FitConfig)`,
+                                                    and `.identity`, what backbone and data are, as JSON
+    open_artifact(artifact, backbone) -> session    a trained prompt on its backbone: `.inputs(file, text)`,
+                                                    `.predict(inputs)`, `.evaluate(file, text, label)`,
+                                                    `.export(format, folder)`
+    demo(folder, seeds, shots, data)                the package's demo
 
-Bad input ends in one line on stderr and exit code 2.
+Bad input ends in one line on stderr and exit code 2. Results go to stdout.
 """
 
 from __future__ import annotations
@@ -19,8 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from pt_core import registry
 from pt_core.errors import InputError
@@ -28,35 +28,46 @@ from pt_core.errors import InputError
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Prompt tuning for every modality."
 )
-console = Console()
 
-Setting = Annotated[list[str], typer.Option("--set", help="override a key of the recipe: key.key=value (repeatable)")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="change a key of the recipe: key.key=value (repeatable)")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="folder for results")]
-Backbone = Annotated[str | None, typer.Option(help="hub id or folder of the backbone; default: the artifact's own")]
+Source = Annotated[str, typer.Argument(help="installed recipe (`pt list --recipes`) or path of a YAML file")]
+Prompt = Annotated[str, typer.Argument(help="folder or hub id of a trained prompt")]
+Backbone = Annotated[str | None, typer.Option(help="hub id or folder of the backbone; default: the prompt's own")]
 
 
 @app.command("list")
-def list_methods(recipes: Annotated[bool, typer.Option(help="list recipes instead of methods")] = False) -> None:
+def list_methods(
+    recipes: Annotated[bool, typer.Option("--recipes", help="recipes instead of methods")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="the methods as a Markdown table")] = False,
+) -> None:
     """Show the installed methods, or recipes. Imports no modality."""
+    if markdown:
+        print(registry.markdown())
+        return
+    from rich.table import Table
+
     if recipes:
         from pt_core import recipe
 
-        table = Table("recipe", "what it shows")
+        table = Table("recipe", "what it shows", box=None, padding=(0, 2, 1, 0))
+        table.columns[0].no_wrap = True
         for name, about in recipe.installed().items():
             table.add_row(name, about)
     else:
-        table = Table("method", "package", "paper", "what is trained", "parameters", "for", "fidelity")
-        for entry in registry.methods().values():
+        heads = ("method\npackage, fidelity", "what is trained\npaper", "trained values\nof which backbone")
+        table = Table(*heads, box=None, padding=(0, 2, 1, 0))
+        table.columns[0].no_wrap = True
+        for row in registry.methods().values():
+            values = f"{row.parameters:,}" if row.parameters else "none"
             table.add_row(
-                entry.name,
-                entry.package,
-                entry.paper,
-                entry.kind,
-                f"{entry.parameters:,}" if entry.parameters else "none",
-                entry.reference,
-                entry.fidelity,
+                f"[bold]{row.name}[/]\n{row.package}, {row.fidelity}",
+                f"{row.kind}\n{row.paper}",
+                f"{values}\n{row.reference}",
             )
-    console.print(table)
+    _show(table)
 
 
 @app.command()
@@ -76,77 +87,76 @@ def demo(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="installed recipe (`pt list --recipes`) or path of a YAML file")],
-    settings: Setting = [],  # noqa: B006 - typer reads the default
+    recipe: Source,
+    settings: Setting = None,
     output: Output = Path("runs/train"),
-    seed: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="default: the recipe's")] = None,
 ) -> None:
     """Train the method of a recipe and keep the prompt. A killed run goes on when it is started again."""
     from pt_core import recipe as recipes
     from pt_core import report, runs
 
-    package, checked = recipes.load(recipe, settings)
-    label = str(checked.method["name"])
-    job, config = registry.workbench(package).Bench(checked).job(label, checked.seed if seed is None else seed)
-    outcome = runs.train(job, config, output)
-    console.print(report.table([outcome.result], title=recipe))
-    if outcome.history:
-        report.curves({label: [outcome.history]}, output / "curves.png")
+    package, checked = recipes.load(recipe, recipes.parse_settings(settings or []))
+    bench = registry.workbench(package).Bench(checked)
+    job, config = bench.job(checked.method.name, checked.seed if seed is None else seed)
+    outcome = runs.train(job, config, output, identity=bench.identity)
     report.to_json([outcome.result], output / "results.json")
+    _show(report.table([outcome.result], title=recipe))
     if outcome.artifact is not None:
-        console.print(f"trained prompt: {outcome.artifact}")
+        print(f"trained prompt: {outcome.artifact}")
+    if outcome.history:
+        report.curves({outcome.result.method: outcome.history}, output / "curves.png")
+        print(f"curves: {output / 'curves.png'}")
 
 
 @app.command()
 def compare(
-    recipe: Annotated[str, typer.Argument(help="installed recipe or path of a YAML file")],
-    methods: Annotated[str | None, typer.Option(help="comma-separated; default: the recipe's own comparison")] = None,
+    recipe: Source,
+    methods: Annotated[
+        str | None, typer.Option(help="comma-separated labels or methods; default: the recipe's own comparison")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="runs of each method")] = 3,
-    settings: Setting = [],  # noqa: B006
+    settings: Setting = None,
     output: Output = Path("runs/compare"),
 ) -> None:
     """Train methods side by side; write table, plots and a report. A killed comparison goes on when it is started again."""
     from pt_core import recipe as recipes
     from pt_core import report, runs
 
-    package, checked = recipes.load(recipe, settings)
+    package, checked = recipes.load(recipe, recipes.parse_settings(settings or []))
     labels = [label.strip() for label in methods.split(",")] if methods else checked.labels()
     for label in labels:
-        recipes.method_config(checked.with_method(label))
+        checked.with_method(label)
     bench = registry.workbench(package).Bench(checked)
-    outcomes = runs.compare(
-        {label: lambda seed, label=label: bench.job(label, seed) for label in labels},  # type: ignore[misc]
-        [checked.seed + i for i in range(seeds)],
-        output,
-        identity=checked.model_dump(mode="json"),
-        announce=console.print,
-    )
+    identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
+    first = checked.seed
+    outcomes = runs.compare(bench.job, labels, range(first, first + seeds), output, identity)
     results = [outcome.result for outcome in outcomes]
-    console.print(report.table(results, title=recipe))
     page = report.write_comparison(output, results, runs.histories(outcomes), title=recipe, notes=checked.about)
-    console.print(f"report: {page}")
+    _show(report.table(results, title=recipe))
+    print(f"report: {page}")
 
 
 @app.command("eval")
 def evaluate(
-    artifact: Annotated[str, typer.Argument(help="folder or hub id of a trained prompt")],
+    prompt: Prompt,
     data: Annotated[Path, typer.Option(help="file with labelled rows")],
-    backbone: Backbone = None,
     text: Annotated[str, typer.Option(help="column of the input")] = "text",
     label: Annotated[str, typer.Option(help="column of the answer")] = "label",
+    backbone: Backbone = None,
 ) -> None:
     """Evaluate a trained prompt on labelled data."""
-    session = _open(artifact, backbone)
-    metrics = session.evaluate(data, text=text, label=label)
+    from rich.table import Table
+
     table = Table("metric", "value")
-    for name, value in metrics.items():
+    for name, value in _open(prompt, backbone).evaluate(data, text=text, label=label).items():
         table.add_row(name, f"{value:.4f}")
-    console.print(table)
+    _show(table)
 
 
 @app.command()
 def predict(
-    artifact: Annotated[str, typer.Argument(help="folder or hub id of a trained prompt")],
+    prompt: Prompt,
     inputs: Annotated[list[str] | None, typer.Argument(help="inputs, one argument each")] = None,
     data: Annotated[Path | None, typer.Option(help="file with rows to predict")] = None,
     text: Annotated[str, typer.Option(help="column of the input in the file")] = "text",
@@ -155,38 +165,52 @@ def predict(
     """Predict with a trained prompt; prints one JSON object a line."""
     if bool(inputs) == (data is not None):
         raise InputError("give either inputs or --data")
-    session = _open(artifact, backbone)
-    for answer in session.predict(list(inputs or []) if data is None else session.inputs(data, text=text)):
+    session = _open(prompt, backbone)
+    for answer in session.predict(inputs if data is None else session.inputs(data, text=text)):
         print(json.dumps(answer, ensure_ascii=False))
 
 
 @app.command()
 def export(
-    artifact: Annotated[str, typer.Argument(help="folder or hub id of a trained prompt")],
+    prompt: Prompt,
     output: Output,
     format: Annotated[str, typer.Option(help="what to write; `peft` for text prompts")] = "peft",
     backbone: Backbone = None,
 ) -> None:
     """Write a trained prompt in another library's format."""
-    console.print(f"written: {_open(artifact, backbone).export(format, output)}")
+    print(f"written: {_open(prompt, backbone).export(format, output)}")
 
 
 @app.command()
 def doctor() -> None:
     """Say what is installed, what was tested, and how this machine computes best."""
+    from rich.console import Console
+
     from pt_core import doctor as check
 
-    check.report(console)
+    check.report(Console())
 
 
-def _open(artifact: str, backbone: str | None) -> Any:
+def _open(prompt: str, backbone: str | None) -> Any:
+    """The session of a trained prompt, by the workbench of its package."""
     from pt_core import artifacts
 
-    found = artifacts.load_artifact(artifact)
-    names = {module: short for short, module in registry.packages().items()}
-    if found.config.package not in names:
-        raise InputError(f"{artifact} needs the package {found.config.package!r}, which is not installed")
-    return registry.workbench(names[found.config.package]).open_artifact(found, backbone)
+    artifact = artifacts.load_artifact(prompt)
+    found = next((short for short, module in registry.packages().items() if module == artifact.config.package), None)
+    if found is None:
+        installed = ", ".join(registry.packages().values()) or "none"
+        raise InputError(
+            f"needs the package {artifact.config.package}, which is not installed",
+            file=prompt,
+            remedy=f"Installed: {installed}",
+        )
+    return registry.workbench(found).open_artifact(artifact, backbone)
+
+
+def _show(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
 
 
 def main() -> None:
@@ -194,5 +218,5 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        Console(stderr=True).print(f"pt: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        typer.secho(f"pt: {' '.join(str(error).split())}", fg="red", err=True)
         sys.exit(2)

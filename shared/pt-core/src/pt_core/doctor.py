@@ -66,6 +66,12 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def _memory() -> str:
+    if not hasattr(os, "sysconf"):  # Windows
+        return ""
+    return f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB memory"
+
+
 def report(console: Console) -> None:
     """Print the report."""
     table = Table("library", "installed", "tested")
@@ -76,10 +82,9 @@ def report(console: Console) -> None:
     ours = ["pt-core", *(module.replace("_", "-") for module in packages().values())]
     console.print("packages: " + ", ".join(f"{name} {installed(name)}" for name in ours))
     for problem in [p for name in ours for p in out_of_range(name)]:
-        console.print(f"[red]{problem}[/red]")
+        console.print(problem, style="red", markup=False)
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    console.print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, GPU: {cuda}")
+    console.print(f"Python {platform.python_version()}, {os.cpu_count()} cores{_memory()}, GPU: {cuda}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     why = "" if device.type == "cuda" or cpu_has_fast_bf16() else " (this CPU has neither avx512_bf16 nor amx)"
     console.print(f"precision to use for a frozen backbone: {str(fast_dtype(device)).removeprefix('torch.')}{why}")

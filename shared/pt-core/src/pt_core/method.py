@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from pt_core import artifacts, frozen
@@ -203,6 +203,16 @@ class Method(nn.Module):
         if artifact.config.method != cls.name:
             raise InputError(f"{path} holds {artifact.config.method!r}, not {cls.name!r}", remedy="Use pt_core.load")
         frozen.compare(artifact.config.backbone, backbone, strict=strict)
-        method = cls(backbone, cls.config_class.model_validate(artifact.config.method_config))
+        try:
+            config = cls.config_class.model_validate(artifact.config.method_config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(
+                f"the configuration of the saved {cls.name} is not one of this version ({first['msg']})",
+                remedy="Use the version that the artifact names",
+                file=path,
+                field=".".join(map(str, first["loc"])) or None,
+            ) from error
+        method = cls(backbone, config)
         method.load_trained_state(artifact.tensors)
         return method

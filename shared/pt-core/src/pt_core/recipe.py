@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,70 +16,109 @@ from pt_core.method import MethodConfig
 from pt_core.training import FitConfig
 
 
+class MethodChoice(BaseModel):
+    """A method by its name; all other keys are the method's own settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+
+class Variant(BaseModel):
+    """What one label of a comparison stands for; all keys but these two are the method's own settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str | None = Field(None, description="name of the method, where the label is another one")
+    training: dict[str, Any] = Field({}, description="changes to the recipe's `training`")
+
+
 class Recipe(BaseModel):
     """What every recipe has. A package adds its `backbone` and `data` (`Recipe` of its `workbench` module)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     about: str = Field("", description="what the recipe shows, for `pt list --recipes`")
-    method: dict[str, Any] = Field(description="`name`, and the method's own settings")
+    method: MethodChoice
     training: FitConfig
-    compare: dict[str, dict[str, Any] | None] = Field(
-        {},
-        description="for `pt compare`: label -> settings; `method` names the method where the label is another name, "
-        "`training` changes the run; null leaves the label out",
+    compare: dict[str, Variant | None] = Field(
+        {}, description="what `pt compare` sets beside the recipe's method, by label; null leaves a label out"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, description="of the draw of rows, of start values and of the run; the first of several")
 
-    @field_validator("method")
+    @field_validator("training")
     @classmethod
-    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if "name" not in value:
-            raise ValueError("the method needs a name")
+    def _one_seed(cls, value: FitConfig) -> FitConfig:
+        if "seed" in value.model_fields_set:
+            raise ValueError("the seed is a key of the recipe, not of its `training`")
         return value
 
     def labels(self) -> list[str]:
-        """What `pt compare` runs by default: the recipe's method, then those of its `compare` section."""
-        others = [label for label, settings in self.compare.items() if settings is not None]
-        return list(dict.fromkeys([str(self.method["name"]), *others]))
+        """What `pt compare` runs by default: the recipe's method, then the labels of its `compare` section.
 
-    def with_method(self, label: str) -> Recipe:
-        """This recipe with another method: one of the `compare` section, or any installed method at its defaults."""
-        if label == self.method["name"]:
+        Raises:
+            InputError: the section has settings for the recipe's own method, which would not be used.
+        """
+        own = self.method.name
+        if self.compare.get(own) is not None:
+            raise InputError(
+                "these settings would not be used: the label is that of the recipe's own method",
+                field=f"compare.{own}",
+                remedy=f"Choose another label, with `method: {own}` in it, or set it to null",
+            )
+        return [own, *(label for label, variant in self.compare.items() if variant is not None)]
+
+    def with_method(self, label: str) -> Self:
+        """This recipe with another method: one of the `compare` section, or any installed method at its defaults.
+
+        Raises:
+            InputError: there is no such method, or it does not have these settings.
+        """
+        if label == self.method.name:
             return self
-        settings = dict(self.compare.get(label) or {})
-        training = settings.pop("training", {})
-        name = settings.pop("method", label)
-        update: dict[str, Any] = {"method": {"name": name, **settings}}
-        if training:
-            update["training"] = FitConfig.model_validate(self.training.model_dump() | training)
-        return self.model_copy(update=update)
+        section, variant = f"compare.{label}", self.compare.get(label) or Variant()
+        settings = variant.model_extra or {}
+        if "name" in settings:
+            raise InputError("unknown key", field=f"{section}.name", remedy="Name the method by `method`")
+        run = self.training.model_dump(exclude_unset=True) | variant.training
+        try:
+            training = FitConfig.model_validate(run)
+        except ValidationError as error:
+            raise explain(error, FitConfig, f"{section}.training") from error
+        choice = MethodChoice.model_validate({"name": variant.method or label, **settings})
+        changed = self.model_copy(update={"method": choice, "training": training})
+        changed.config(section)
+        return changed
 
+    def config(self, section: str = "method", **known: Any) -> MethodConfig:
+        """The checked configuration of the recipe's method.
 
-def method_config(recipe: Recipe, **overrides: Any) -> MethodConfig:
-    """The checked configuration of a recipe's method. `overrides` are what only the data can tell (classes, seed)."""
-    settings = {k: v for k, v in recipe.method.items() if k != "name"}
-    cls = registry.find_method(recipe.method["name"])
-    fitting = {k: v for k, v in overrides.items() if k in cls.config_class.model_fields and k not in settings}
-    try:
-        return cls.config_class.model_validate(settings | fitting)
-    except ValidationError as error:
-        raise _explain(error, None, "method") from error
+        Args:
+            section: where the settings stand, for messages.
+            known: what only the data can tell (classes, seed); used where the method has such a setting and the recipe
+                leaves it open.
+        """
+        settings = self.method.model_extra or {}
+        schema = registry.find_method(self.method.name).config_class
+        fitting = {k: v for k, v in known.items() if k in schema.model_fields}
+        try:
+            return schema.model_validate(fitting | settings)
+        except ValidationError as error:
+            raise explain(error, schema, section) from error
 
 
 def find(name: str) -> tuple[str, Path]:
-    """The package and file of a recipe: `nlp/bbc-prompt-tuning`, or a path to a YAML file that names its `package`."""
+    """The package and file of a recipe: `nlp/bbc-topics`, or the path of a YAML file that names its `package`."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise InputError("no such recipe", file=path, remedy="`pt list --recipes` shows those that are installed")
+            raise InputError("no such file", file=path, remedy="`pt list --recipes` shows the installed recipes")
         package = _parse(path).get("package")
-        if package not in registry.packages():
-            known = ", ".join(registry.packages())
-            raise InputError(
-                f"{package!r} is no installed package", file=path, field="package", remedy=f"One of: {known}"
-            )
-        return str(package), path
+        if not isinstance(package, str) or package not in registry.packages():
+            known = ", ".join(registry.packages()) or "none"
+            problem = "is missing" if package is None else f"{package!r} is no installed package"
+            raise InputError(problem, file=path, field="package", remedy=f"Installed: {known}")
+        return package, path
     package, _, stem = name.partition("/")
     if package in registry.packages():
         file = registry.package_folder(package) / "recipes" / f"{stem}.yaml"
@@ -97,38 +137,91 @@ def installed() -> dict[str, str]:
     return found
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> tuple[str, Recipe]:
+def load(name: str, changes: Mapping[str, Any] | None = None) -> tuple[str, Recipe]:
     """Read and check a recipe.
 
     Args:
         name: see `find`.
-        overrides: `key.key=value`, values in YAML.
+        changes: `key.key` -> value, put in the place of the recipe's own.
 
     Returns:
         The package's short name and the recipe.
 
     Raises:
-        InputError: naming the file, the key and what is allowed there.
+        InputError: naming the recipe, the key and what is allowed there.
     """
     package, path = find(name)
     content = _parse(path)
     content.pop("package", None)
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign or not key:
-            raise InputError(f"{override!r} is no setting", remedy="Write --set key.key=value")
-        _set(content, key.split("."), yaml.safe_load(value), override)
+    for key, value in (changes or {}).items():
+        _set(content, key, value)
     schema: type[Recipe] = registry.workbench(package).Recipe
     try:
         recipe = schema.model_validate(content)
+        recipe.config()
+        for label, variant in recipe.compare.items():
+            if variant is not None:
+                recipe.with_method(label)
     except ValidationError as error:
-        raise _explain(error, path) from error
-    try:
-        for label in recipe.labels():
-            method_config(recipe.with_method(label))
-    except (InputError, ValidationError) as error:
-        raise InputError(str(error) if isinstance(error, InputError) else str(_explain(error)), file=path) from error
+        raise explain(error, schema, file=name) from error
+    except InputError as error:
+        raise InputError(str(error), file=name) from error
     return package, recipe
+
+
+def parse_settings(lines: Sequence[str]) -> dict[str, Any]:
+    """`key.key=value` lines, the values in YAML, as changes to a recipe.
+
+    Raises:
+        InputError: a line has no key or no value that can be read.
+    """
+    changes = {}
+    for line in lines:
+        key, sign, value = line.partition("=")
+        if not sign or not all(key.split(".")):
+            raise InputError(f"{line!r} is no setting", remedy="Write --set key.key=value")
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"the value is not YAML: {value!r}", field=key, remedy="Quote text: 'key=\"text\"'"
+            ) from error
+    return changes
+
+
+def explain(
+    error: ValidationError, model: type[BaseModel], section: str = "", file: str | Path | None = None
+) -> InputError:
+    """The first problem that pydantic found, as one line: the key, what is wrong, and what is allowed.
+
+    Args:
+        error: of the validation of `model`.
+        section: key under which the model's own keys stand.
+        file: where they were read.
+    """
+    first = error.errors()[0]
+    key = ".".join(filter(None, [section, *(str(part) for part in first["loc"])])) or None
+    problem, remedy, given = first["msg"].removeprefix("Value error, "), "", first["input"]
+    if first["type"] == "missing":
+        problem = "is missing"
+    elif first["type"] == "extra_forbidden":
+        allowed = _keys(model, first["loc"][:-1])
+        like = get_close_matches(str(first["loc"][-1]), allowed, 1)
+        problem = f"unknown key (did you mean {like[0]!r}?)" if like else "unknown key"
+        remedy = f"Allowed there: {', '.join(allowed)}" if allowed else ""
+    elif given is None or isinstance(given, str | int | float):
+        problem += f" (got {given!r})"
+    return InputError(problem, file=file, field=key, remedy=remedy)
+
+
+def _keys(model: Any, location: Sequence[int | str]) -> list[str]:
+    """Keys of the model that stands at a location inside of another one."""
+    for part in location:
+        field = model.model_fields.get(part)
+        model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return sorted(model.model_fields)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -141,45 +234,10 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
-def _set(content: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        content = content.setdefault(key, {})
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise InputError(f"{override!r}: {key!r} is a value, not a section")
-    content[keys[-1]] = value
-
-
-def _explain(error: ValidationError, file: Path | None = None, section: str = "") -> InputError:
-    """The first problem that pydantic found, as one line: the key, what is wrong, and what is allowed."""
-    first = error.errors()[0]
-    key = ".".join([*([section] if section else []), *(str(part) for part in first["loc"])])
-    remedy = ""
-    if first["type"] == "extra_forbidden":
-        allowed = _fields(error, first["loc"])
-        problem, remedy = "unknown key", f"Allowed there: {', '.join(allowed)}" if allowed else ""
-    elif first["type"] == "missing":
-        problem = "is missing"
-    else:
-        problem = first["msg"].removeprefix("Value error, ") + f" (got {first['input']!r})"
-    return InputError(problem, file=file, field=key or None, remedy=remedy)
-
-
-def _fields(error: ValidationError, location: Sequence[int | str]) -> list[str]:
-    """Names that are allowed where an unknown key was found."""
-    model: Any = _model(error.title)
-    for part in location[:-1]:
-        field = model.model_fields.get(part) if model is not None else None
-        annotation = field.annotation if field is not None else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return sorted(model.model_fields) if model is not None else []
-
-
-def _model(title: str) -> type[BaseModel] | None:
-    """Pydantic names a model by its title only: look it up among the subclasses that exist."""
-    todo: list[type[BaseModel]] = [Recipe, MethodConfig, FitConfig]
-    while todo:
-        model = todo.pop()
-        if model.__name__ == title:
-            return model
-        todo += model.__subclasses__()
-    return None
+            raise InputError(f"{section!r} is a value, not a section", field=key)
+    content[last] = value

@@ -77,12 +77,25 @@ def methods() -> dict[str, MethodEntry]:
     return found
 
 
+def markdown() -> str:
+    """The installed methods as a Markdown table."""
+    rows = [["method", "package", "paper", "what is trained", "trained values", "fidelity"]]
+    for entry in methods().values():
+        values = f"{entry.parameters:,} ({entry.reference})" if entry.parameters else "none"
+        rows.append([f"`{entry.name}`", entry.package, entry.paper, entry.kind, values, entry.fidelity])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
 def find_method(name: str) -> type[Method]:
     """The class of an installed method. Only what an installed package registers is ever imported."""
     if name not in methods():
         raise InputError(f"unknown method {name!r}", remedy=f"Installed: {', '.join(sorted(methods()))}")
     module, _, attribute = methods()[name].target.partition(":")
-    found: type[Method] = getattr(importlib.import_module(module), attribute)
+    try:
+        found: type[Method] = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise InputError(f"the method {name!r} needs {error.name}, which is not installed") from error
     return found
 
 

@@ -12,13 +12,13 @@ import html as markup
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pt_core.errors import InputError
+from pt_core.files import write
 from pt_core.metrics import higher_is_better, mean_spread, paired_difference
 
 if TYPE_CHECKING:
@@ -201,13 +201,13 @@ def to_csv(results: Sequence[Result], path: str | Path) -> None:
     for result in results:
         row = asdict(result)
         writer.writerow(row.pop("extra") | row.pop("metrics") | row)
-    _write(path, text.getvalue().encode())
+    write(path, text.getvalue().encode())
 
 
 def to_json(results: Sequence[Result], path: str | Path) -> None:
     """A list of results in full precision; a value that is not finite becomes null."""
     rows = json.loads(json.dumps([asdict(result) for result in results]), parse_constant=lambda _: None)
-    _write(path, (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode())
+    write(path, (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 # Pictures
@@ -393,7 +393,7 @@ def html(path: str | Path, title: str, sections: Sequence[tuple[str, Sequence[It
 </body>
 </html>
 """
-    _write(path, page.encode())
+    write(path, page.encode())
 
 
 def write_comparison(
@@ -426,7 +426,7 @@ def write_comparison(
     to_csv(results, folder / "results.csv")
     text = [f"# {title}", *([notes] if notes else []), to_markdown(grid)]
     text += [to_markdown(differences, title="Paired differences")] if differences.rows else []
-    _write(folder / "table.md", "\n\n".join(part.strip() for part in text).encode() + b"\n")
+    write(folder / "table.md", "\n\n".join(part.strip() for part in text).encode() + b"\n")
 
     bars(results, folder / "bars.png", metrics)
     sections: list[tuple[str, Sequence[Item]]] = [("Results", [*([notes] if notes else []), grid])]
@@ -557,7 +557,7 @@ def _figure(width: float, height: float, panels: int, title: str) -> tuple[Figur
 def _save(figure: Figure, path: str | Path) -> None:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=160)
-    _write(path, png.getvalue())
+    write(path, png.getvalue())
 
 
 def _plain(text: str) -> str:
@@ -595,14 +595,3 @@ def _html_table(grid: Grid) -> str:
             "</tbody></table></div>",
         ]
     )
-
-
-def _write(path: str | Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """One run, and runs side by side: what `pt train`, `pt compare` and the demos do, callable from Python.
 
-    outcome = train(job, config, "runs/sst2", seed=0)
-    outcomes = compare({"dept": make_dept, "lora": make_lora}, config, [0, 1, 2], "runs/compare")
+    outcome = train(job, config, "runs/sst2")
+    outcomes = compare(make, ["dept", "lora"], [0, 1, 2], "runs/compare")      # make(label, seed) -> (job, config)
 
 A comparison is a grid of cells (method, seed). Every finished cell is kept, so that a killed comparison goes on where it was.
 """
@@ -9,15 +9,17 @@ A comparison is a grid of cells (method, seed). Every finished cell is kept, so 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from pt_core.artifacts import TENSORS
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.files import write
 from pt_core.method import Method
 from pt_core.report import Result
 from pt_core.training import FitConfig, FitResult, evaluate
@@ -52,34 +54,46 @@ class Outcome:
     artifact: Path | None
 
 
-def train(job: Job, config: FitConfig, folder: str | Path, label: str | None = None) -> Outcome:
-    """Train, test, and keep the prompt in `folder`/prompt.
+def train(
+    job: Job,
+    config: FitConfig,
+    folder: str | Path,
+    label: str | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Train, test, and keep the prompt in `folder`/prompt. A killed run goes on when it is called again.
 
     Args:
         job: what is trained on what.
         config: the run; its seed is the result's.
         folder: for checkpoints, metrics and the artifact.
         label: name in tables; default: the method's.
+        identity: anything JSON, beyond method, configuration and backbone, that must be the same for a killed run to go
+            on (the data).
+
+    Raises:
+        InputError: the folder holds another run.
     """
     folder = Path(folder)
+    if identity is not None:
+        _claim(folder, identity)
     method = job.method
     started = time.perf_counter()
     fitted: FitResult = method.fit(job.train, job.validation, config, folder / "training")
     seconds = time.perf_counter() - started
-    device = next((p.device for p in method.backbone.parameters()), None)
-    metrics = evaluate(method, job.test, config.eval_batch_size, device) if job.test is not None else fitted.metrics
-    artifact, size = None, 0
+    metrics = evaluate(method, job.test, config.eval_batch_size) if job.test is not None else fitted.metrics
+    artifact, size = None, None
     if method.trained_state():
         artifact = method.save_pretrained(
             folder / "prompt", backbone_name=job.backbone_name, revision=job.revision, task=job.task, metrics=metrics
         )
-        size = (artifact / "prompt.safetensors").stat().st_size
+        size = (artifact / TENSORS).stat().st_size
     result = Result(
         method=label or method.name,
         seed=config.seed,
         metrics=metrics,
         trainable_parameters=method.count(),
-        seconds_per_step=fitted.seconds_per_step,
+        seconds_per_step=fitted.seconds_per_step or None,
         artifact_bytes=size,
         extra={"steps": fitted.steps, "best_step": fitted.best_step, "seconds": round(seconds, 1)},
     )
@@ -87,56 +101,48 @@ def train(job: Job, config: FitConfig, folder: str | Path, label: str | None = N
 
 
 def compare(
-    make: Mapping[str, Callable[[int], tuple[Job, FitConfig]]],
+    make: Callable[[str, int], tuple[Job, FitConfig]],
+    labels: Sequence[str],
     seeds: Sequence[int],
     folder: str | Path,
     identity: Mapping[str, Any] | None = None,
-    announce: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = print,
 ) -> list[Outcome]:
     """Run every method with every seed.
 
     Args:
-        make: label -> function from a seed to the job and its configuration; called only for cells that are not done.
+        make: (label, seed) -> the job and its configuration; called only for cells that are not done.
+        labels: of the methods.
         seeds: one run for each.
-        folder: results of finished cells lie in `cells/`; a killed comparison goes on.
-        identity: anything JSON that must be the same for a kept cell to count (the recipe).
+        folder: finished cells lie in `cells/`; a killed comparison goes on, and may go on with more labels and seeds.
+        identity: anything JSON that must be the same for a kept cell to count (the recipe, the data).
         announce: called with a line before and after each cell.
 
     Raises:
         InputError: the folder holds a comparison of another identity.
     """
     folder = Path(folder)
-    cells = folder / "cells"
-    cells.mkdir(parents=True, exist_ok=True)
-    stamp = cells / "identity.json"
-    wanted = json.dumps(identity or {}, sort_keys=True, default=str)
-    if stamp.exists() and stamp.read_text("utf-8") != wanted:
-        raise InputError(
-            f"{folder} holds another comparison", remedy="Choose another output folder, or delete this one"
-        )
-    _write(stamp, wanted)
+    _claim(folder, identity or {})
     outcomes = []
-    for number, (label, seed) in enumerate((label, seed) for seed in seeds for label in make):
-        kept = cells / f"{label}-{seed}.json"
+    cells = [(label, seed) for seed in seeds for label in labels]
+    for number, (label, seed) in enumerate(cells, start=1):
+        cell = folder / "cells" / f"{quote(label, safe='')}-{seed}"
+        kept = cell.with_name(f"{cell.name}.json")
         if kept.exists():
-            content = json.loads(kept.read_text("utf-8"))
-            artifact = Path(content["artifact"]) if content["artifact"] else None
-            outcomes.append(Outcome(Result(**content["result"]), content["history"], artifact))
+            outcomes.append(_read(kept))
             announce(f"{label}, seed {seed}: kept from before")
             continue
-        announce(f"{label}, seed {seed} ({number + 1} of {len(make) * len(seeds)}) ...")
-        job, config = make[label](seed)
+        announce(f"{label}, seed {seed} ({number} of {len(cells)}) ...")
+        job, config = make(label, seed)
         try:
-            outcome = train(job, config, cells / f"{label}-{seed}", label)
+            outcome = train(job, config, cell, label)
         finally:
             job.method.remove()
+        artifact = outcome.artifact.relative_to(kept.parent).as_posix() if outcome.artifact else None
+        content = {"result": asdict(outcome.result), "history": outcome.history, "artifact": artifact}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write(kept, json.dumps(content))
         outcomes.append(outcome)
-        content = {
-            "result": asdict(outcome.result),
-            "history": outcome.history,
-            "artifact": str(outcome.artifact) if outcome.artifact else None,
-        }
-        _write(kept, json.dumps(content))
         shown = ", ".join(f"{name} {value:.3f}" for name, value in outcome.result.metrics.items())
         announce(f"{label}, seed {seed}: {shown} ({outcome.result.extra['seconds']} s)")
     return outcomes
@@ -151,7 +157,24 @@ def histories(outcomes: Sequence[Outcome]) -> dict[str, list[list[dict[str, Any]
     return found
 
 
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
+def _read(kept: Path) -> Outcome:
+    """A finished cell."""
+    content = json.loads(kept.read_text("utf-8"))
+    artifact = kept.parent / content["artifact"] if content["artifact"] else None
+    return Outcome(Result(**content["result"]), content["history"], artifact)
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Mark a folder with what it holds results of, or refuse one that holds others."""
+    stamp, ours = folder / "identity.json", json.loads(json.dumps(identity))
+    if stamp.exists():
+        theirs = json.loads(stamp.read_text("utf-8"))
+        changed = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+        if changed:
+            raise InputError(
+                f"holds results of something else ({', '.join(changed)} differ)",
+                file=folder,
+                remedy="Choose another output folder, or delete this one",
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write(stamp, json.dumps(ours))

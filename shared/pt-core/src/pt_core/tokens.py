@@ -6,8 +6,9 @@ implements `BlockStack` (about 40 lines) and gets deep prompts, with a key/value
 
     h_0 = embed(x)        h_l <- insert(h_l, P_l)  or  h_l[prompt slots] <- P_l        h_{l+1} = block_l(h_l)
 
-Everything is exact and free of device synchronisation. Autograd records nothing below the first trained prompt as long
-as the blocks are frozen (`requires_grad` off): what enters them needs no gradient, so they save no activations.
+Everything is exact and waits for the device at most once per pass (is anything masked at all?). Autograd records nothing
+below the first trained prompt as long as the blocks are frozen (`requires_grad` off): what enters them needs no gradient,
+so they save no activations.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.nn.functional import pad
 from pt_core.errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
     """A batch of sequences between two blocks: n slots at hand, after p slots that lie in a key/value cache (p is 0 without).
 
@@ -126,7 +127,7 @@ def replace(tokens: Tokens, prompt: Tensor, slots: Sequence[int] | Tensor) -> To
     if rows.shape[1] != len(index):
         raise InputError(
             f"{rows.shape[1]} prompt rows replace {len(index)} slots",
-            remedy='Give as many rows as slots, or use mode="renew" to change the number of prompts',
+            remedy='Give as many rows as slots; mode="renew" changes the number of prompts',
         )
     return dataclasses.replace(tokens, hidden=tokens.hidden.index_copy(1, index, rows))
 
@@ -152,7 +153,7 @@ def drop(tokens: Tokens) -> Tokens:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockPrompt:
     """What happens at the input of one block.
 
@@ -187,28 +188,19 @@ class BlockPrompt:
 
     def __call__(self, tokens: Tokens) -> Tokens:
         """Apply to the tokens in front of the block. Where they continue a cache, only the layout follows."""
-        if self.mode == "replace" and int(tokens.is_prompt.sum()) != self.size:
-            raise InputError(
-                f"{self.size} prompt rows replace {int(tokens.is_prompt.sum())} prompt slots",
-                remedy='Give as many rows as there are, or use mode="renew" to change the number of prompts',
-            )
+        kept = drop(tokens) if self.mode == "renew" else tokens
         if tokens.past:
-            return self._follow(tokens)
+            if self.mode == "replace":
+                return tokens
+            if self.at > kept.past:
+                raise InputError(f"prompt at slot {self.at} lies behind the {kept.past} cached slots")
+            return _lay_out(kept, self.size, self.at, self.visible)
         rows = self.rows if isinstance(self.rows, Tensor) else self.rows(tokens)
         if rows.shape[-2] != self.size:
             raise InputError(f"prompt function returned {rows.shape[-2]} rows, its length is {self.size}")
         if self.mode == "replace":
             return replace(tokens, rows, tokens.is_prompt.nonzero()[:, 0])
-        return insert(drop(tokens) if self.mode == "renew" else tokens, rows, self.at, self.visible)
-
-    def _follow(self, tokens: Tokens) -> Tokens:
-        """The rows are in the cache of this block: account for their slots, visibility and positions."""
-        if self.mode == "replace":
-            return tokens
-        tokens = drop(tokens) if self.mode == "renew" else tokens
-        if self.at > tokens.past:
-            raise InputError(f"prompt at slot {self.at} lies behind the {tokens.past} cached slots")
-        return _lay_out(tokens, self.size, self.at, self.visible)
+        return insert(kept, rows, self.at, self.visible)
 
 
 class BlockStack(Protocol):
@@ -221,7 +213,7 @@ class BlockStack(Protocol):
     @property
     def num_blocks(self) -> int: ...
 
-    def embed(self, **inputs: Any) -> Tokens:
+    def embed(self, *args: Any, **inputs: Any) -> Tokens:
         """The input of block 0, without prompts."""
 
     def prepare(self, index: int, tokens: Tokens, cache: Any) -> Any:
@@ -252,7 +244,8 @@ def run(
     for the slots they hold in the caches of the blocks above. Blocks below see the shorter sequence.
 
     Raises:
-        InputError: a prompt for a block that is not there; a cache for a stack that is not causal, or that other prompts filled.
+        InputError: a prompt for a block that is not there; a cache that other prompts filled, or for a stack that is not
+            causal.
     """
     if outside := [index for index in prompts if not 0 <= index < stack.num_blocks]:
         raise InputError(f"prompts for blocks {outside}", remedy=f"Blocks are 0 .. {stack.num_blocks - 1}")
@@ -303,7 +296,10 @@ def _lay_out(tokens: Tokens, count: int, at: int, visible: bool | Tensor) -> Tok
     mask, positions = tokens.mask, tokens.positions
     if not 0 <= at <= mask.shape[1]:
         raise InputError(f"prompt at slot {at}", remedy=f"Slots are 0 .. {mask.shape[1]}")
-    seen = torch.as_tensor(visible, device=mask.device).bool().expand(mask.shape[0], count)
+    seen = torch.as_tensor(visible, device=mask.device).bool()
+    if isinstance(visible, Tensor) and seen.shape not in ((count,), (1, count), (len(mask), count)):
+        raise InputError(f"visible is {list(seen.shape)}", remedy=f"Give a bool, [{count}] or [{len(mask)}, {count}]")
+    seen = seen.expand(len(mask), count)
     far = 2**62  # beyond any position
     following = pad(positions.masked_fill(~mask, far)[:, at:], (0, 1), value=far).amin(1, keepdim=True)
     preceding = pad(positions.masked_fill(~mask, -1)[:, :at], (0, 1), value=-1).amax(1, keepdim=True)

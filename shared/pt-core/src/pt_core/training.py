@@ -43,11 +43,12 @@ from accelerate.utils import gather_object, send_to_device
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.files import write
 from pt_core.frozen import fingerprint
 from pt_core.method import Batch, Loss, Method
 from pt_core.metrics import evaluate_logits, higher_is_better
@@ -129,11 +130,18 @@ def lr_factor(config: FitConfig, step: int, total: int) -> float:
 
 
 def build_optimiser(groups: list[dict[str, Any]], config: FitConfig, default_lr: float = 1e-3) -> torch.optim.Optimizer:
-    """Optimiser over named groups. A group's own `lr` or `weight_decay` wins over the run's."""
-    seen: set[int] = set()
+    """Optimiser over named groups. A group's own `lr` or `weight_decay` wins over the run's.
+
+    Raises:
+        InputError: a parameter is in two groups, or twice in one.
+    """
+    owner: dict[int, str] = {}
     for group in groups:
-        if any(id(p) in seen or seen.add(id(p)) for p in group["params"]):  # type: ignore[func-returns-value]
-            raise InputError(f"a parameter of group {group['name']!r} is in two groups of one optimiser")
+        for parameter in group["params"]:
+            if id(parameter) in owner:
+                names = f"{owner[id(parameter)]!r} and {group['name']!r}"
+                raise InputError(f"a parameter is twice in the groups of one optimiser: {names}")
+            owner[id(parameter)] = group["name"]
     kinds = {
         "adamw": torch.optim.AdamW,
         "adam": torch.optim.Adam,
@@ -707,9 +715,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, beside)
-    os.replace(beside, path)
+    write(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
 
 
 def _has_loss(method: Method) -> bool:

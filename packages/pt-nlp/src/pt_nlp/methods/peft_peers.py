@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
 from typing import Any, Self
 
 import torch
@@ -80,9 +79,9 @@ class AdapterMethod(TextMethod):
             {path.replace(".", "/"): nn.ModuleDict(_added(layer)) for path, layer in _wrapped(self.model).items()}
         ).float()
 
-    @abstractmethod
     def build_tuner(self, model: nn.Module, peft: Any) -> Any:
         """Wrap the layers of `model`; returns peft's tuner."""
+        raise TypeError(f"{type(self).__name__} builds no adapter")
 
     def build_prompt(self) -> None:
         return None
@@ -202,9 +201,9 @@ def _wrapped(model: nn.Module) -> dict[str, Any]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
-def _added(layer: nn.Module) -> dict[str, nn.Module]:
-    """What peft added to a layer: tensors and dropout, without the layer itself."""
-    return {name: part for name, part in layer.named_children() if name != "base_layer" and any(part.children())}
+def _added(layer: Any) -> dict[str, nn.Module]:
+    """What peft added to a layer: dictionaries of tensors and dropout, without the layer itself and empty ones."""
+    return {name: part for name, part in layer.named_children() if name != "base_layer" and len(part)}
 
 
 def _names(names: tuple[str, ...] | None) -> list[str] | None:
