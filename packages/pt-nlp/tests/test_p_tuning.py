@@ -140,3 +140,13 @@ def test_start_is_that_of_torch_layers_and_follows_the_seed() -> None:
     assert not torch.equal(first.tokens(), other.tokens())
     assert 0.9 * 8**-0.5 < float(first.lstm.weight_hh_l0.detach().abs().max()) <= 8**-0.5
     assert 0.9 * 16**-0.5 < float(first.mlp[0].weight.detach().abs().max()) <= 16**-0.5
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_rows_are_made_in_float32_under_autocast(encoder: str) -> None:
+    method = p_tuning(llama(), encoder=encoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = method.prompt.tokens()
+        method.loss(ragged()).total.backward()
+    assert torch.equal(rows, method.prompt.tokens()) and rows.dtype == torch.float32
+    assert method.prompt.embedding.grad.abs().max() > 0

@@ -293,6 +293,13 @@ def test_the_network_runs_once_in_a_step() -> None:
         assert len(runs) == 1
 
 
+def test_a_projection_makes_float32_under_autocast() -> None:
+    prompt = prefix(llama(), projection_dim=8).prompt
+    with torch.autocast("cpu", torch.bfloat16):
+        made = prompt.key_values()
+    assert torch.equal(made, prompt.key_values()) and made.dtype == torch.float32
+
+
 def test_dropout_acts_while_training_only() -> None:
     method = prefix(llama(), dropout=0.5)
     weight = method.prompt.weight

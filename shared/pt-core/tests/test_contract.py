@@ -6,13 +6,20 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from pt_core.data import Split
 from pt_core.method import Loss, Method, MethodConfig, Output
 from pt_core.prompts import SoftPrompt
-from pt_core.testing import SHORT, Case, TinyPrompt, contract_checks, tiny, tiny_split
+from pt_core.testing import SHORT, Case, TinyPrompt, contract_checks, one_thread, tiny, tiny_split
 from pt_core.training import BatchPlan, Loop
-from torch import nn
-from torch.nn import functional as F
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    with one_thread():
+        yield
 
 
 # --- a prompt learned by reinforcement ------------------------------------------------------------------------------

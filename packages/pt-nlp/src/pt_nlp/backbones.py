@@ -18,6 +18,7 @@ right padding agree. Heads that pool see real tokens only.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -33,12 +34,18 @@ from pt_core.errors import InputError
 from pt_core.prompts import Prompt
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 log = logging.getLogger(__name__)
 
 SHARED_PREFIX = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # the types the exact shortcut is tested on
 KEY_VALUE_ENCODERS = {"bert", "roberta"}
+RELATIVE_POSITIONS = {"t5", "mt5", "umt5"}  # encoder-decoders in which only distances count
+ATTENTION_LAYERS = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+}  # all others carry a state through padding
 
 
 def load_backbone(
@@ -120,15 +127,15 @@ def checkpoints_blocks(base: nn.Module) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) and m.training for m in base.modules())
 
 
-def keep_checkpointing(backbone: nn.Module) -> None:
-    """Keep gradient checkpointing in force in a model that is in eval mode.
+def keep_checkpointing(backbone: nn.Module, on: bool = True) -> None:
+    """Keep gradient checkpointing, where it is enabled, in force in a model that is in eval mode; or suspend it.
 
     transformers checkpoints a block only while that block's own `training` flag is up; the flag of its children, where
-    dropout lives, stays down.
+    dropout lives, stays down. Suspended, blocks take a cache again.
     """
     for module in backbone.modules():
         if getattr(module, "gradient_checkpointing", False):
-            module.training = True
+            module.training = on
 
 
 def _dropout_active(base: nn.Module) -> bool:
@@ -173,17 +180,20 @@ class Carried:
     Args:
         handles: the distinct handles; None for rows without a prompt.
         index: [b] long, which handle each row carries; None where all rows carry the first.
-        lengths: prompt positions of each handle.
+        lengths: positions of each handle.
+        owner: tells this choice of prompts from others, for caches.
     """
 
     handles: list[Handle | None]
     index: Tensor | None
     lengths: list[int]
+    owner: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Rows, batch: int, device: torch.device) -> Carried:
+    def of(cls, rows: Rows, batch: int, device: torch.device, what: str = "") -> Carried:
+        """Spread `rows` over a batch. With `what` only prompts that offer it take positions."""
         if len(rows) == 1 or all(h is rows[0] for h in rows):
-            handles, index = [rows[0]], None
+            rows, handles, index = rows[:1], [rows[0]], None
         else:
             if batch % len(rows):
                 raise InputError(
@@ -193,15 +203,13 @@ class Carried:
             handles = list(dict.fromkeys(rows))
             places = torch.tensor([handles.index(h) for h in rows], device=device)
             index = places.repeat_interleave(batch // len(rows))  # beams of a row follow each other
-        return cls(handles, index, [0 if h is None else h.prompt.length for h in handles])
+        takes = [h is not None and (not what or h.prompt.offers(what)) for h in handles]
+        lengths = [h.prompt.length if h is not None and t else 0 for h, t in zip(handles, takes, strict=True)]
+        return cls(handles, index, lengths, tuple(id(h) for h in rows))
 
     @property
     def longest(self) -> int:
         return max(self.lengths)
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        return tuple(id(h) for h in self.handles)
 
     def row_lengths(self, device: torch.device) -> Tensor:
         """[b or 1] number of prompt positions of each row."""
@@ -224,7 +232,7 @@ class Carried:
                 part = torch.cat([part.new_zeros(shape), part], dim=dim)
             padded.append(part)
         stacked = torch.stack(padded)
-        return stacked if self.index is None else stacked[self.index]
+        return stacked if self.index is None else stacked[self.index.to(stacked.device)]
 
     def offset(self, embeds: Tensor, source: Tensor) -> Tensor:
         """Add each row's offset to the embeddings of its source tokens ([b, n] mask)."""
@@ -242,7 +250,11 @@ class Carried:
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+    """Where a module runs: its weights may be somewhere else in between (accelerate's offloading)."""
+    runs = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return (
+        torch.device(runs) if runs is not None else next((p.device for p in module.parameters()), torch.device("cpu"))
+    )
 
 
 # Which input tokens are source (text that is read) rather than target (text that is learned to be written): offsets by
@@ -305,92 +317,139 @@ def _token_rows(carried: Carried, embeds: Tensor) -> Tensor:
 
 
 # --- causal language models -----------------------------------------------------------------------------------------
-class PrefixLayer(DynamicLayer):
-    """A cache layer whose first `prefix` slots belong to a prompt: its length counts real tokens only."""
+@functools.cache
+def _hiding(kind: type[Cache]) -> type[Cache]:
+    """The class of a cache whose first `pt_prefix` slots belong to a prompt: to the outside its length counts real tokens."""
 
-    def __init__(self, keys: Tensor, values: Tensor, owner: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self.prefix, self.owner = keys.shape[-2], owner
+    class Hiding(kind):  # type: ignore[misc, valid-type]
+        pt_kind = kind
+        pt_prefix: int
+        pt_owner: tuple[int, ...]
+        pt_inside = False  # while the model itself reads it
 
-    def get_seq_length(self) -> int:
-        return int(self.keys.shape[-2]) - self.prefix
+        def get_seq_length(self, layer_idx: int = 0) -> Any:
+            length = super().get_seq_length(layer_idx)
+            return length if self.pt_inside else length - self.pt_prefix
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return int(self.keys.shape[-2]) + query_length, 0
+        def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            if not self.pt_inside:
+                raise InputError("the cache was filled under a prompt", remedy="Start from an empty cache")
+            sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+            return sizes
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx.to(self.keys.device))
+        def reset(self) -> None:
+            super().reset()
+            self.pt_prefix = 0
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.keys = self.keys.repeat_interleave(repeats, dim=0)
-        self.values = self.values.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.keys, self.values = self.keys[indices], self.values[indices]
-
-
-class _PrefixView(DynamicCache):
-    """The cache as the attention must see it: queries start behind the prefix. Shares its layers with the user's."""
-
-    def __init__(self, layers: list[Any]) -> None:
-        super().__init__()
-        self.layers, self.layer_class_to_replicate = layers, None
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        layer = self.layers[layer_idx]
-        return int(layer.keys.shape[-2])
+    Hiding.__name__ = kind.__name__
+    return Hiding
 
 
-def _prefix_layers(base: nn.Module, original: Forward, carried: Carried, batch: int, dtype: torch.dtype) -> list[Any]:
+def _kind(cache: Any) -> type[Any]:
+    kind: type[Any] = getattr(cache, "pt_kind", type(cache))
+    return kind
+
+
+def _mark(cache: Any, carried: Carried) -> None:
+    cache.__class__ = _hiding(_kind(cache))
+    cache.pt_prefix, cache.pt_owner = carried.longest, carried.owner
+
+
+@contextmanager
+def _inside(cache: Any) -> Iterator[None]:
+    """In this context the model reads the cache: prompt slots count."""
+    if not hasattr(cache, "pt_kind"):
+        yield
+        return
+    cache.pt_inside = True
+    try:
+        yield
+    finally:
+        cache.pt_inside = False
+
+
+def _seen(cache: Any, carried: Carried) -> int:
+    """Real tokens in a cache (for a recurrent model without attention: whether there are any).
+
+    Raises:
+        InputError: they were read without these prompts.
+    """
+    if cache is None:
+        return 0
+    try:
+        seen = int(cache.get_seq_length())
+    except ValueError:  # states have no length
+        seen = int(cache.has_previous_state())
+    if seen and getattr(cache, "pt_owner", None) != carried.owner:
+        raise InputError(
+            "the cache was filled without this prompt, or under another one", remedy="Start from an empty cache"
+        )
+    return seen
+
+
+def _prefix_layers(
+    base: nn.Module, original: Forward, carried: Carried, batch: int, dtype: torch.dtype
+) -> list[DynamicLayer]:
     """Keys and values of the batch's prompts for every layer, [b, h, longest, d_h] each, as filled cache layers."""
     blocks = decoder_blocks(base)
-    per_handle = [_key_values(base, original, handle, len(blocks), dtype) for handle in carried.handles]
+    per_handle = [
+        None if not length else _key_values(base, original, handle, blocks, dtype)
+        for handle, length in zip(carried.handles, carried.lengths, strict=True)
+    ]
     template = next(kv for kv in per_handle if kv is not None)
     empty = [(k[:, :0], v[:, :0]) for k, v in template]
     filled = [kv if kv is not None else empty for kv in per_handle]
     layers = []
-    for layer in range(len(blocks)):
-        keys, values = (carried.gather([kv[layer][i] for kv in filled], dim=1) for i in (0, 1))
-        layers.append(PrefixLayer(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), carried.key))
+    for i in range(len(blocks)):
+        keys, values = (carried.gather([kv[i][j] for kv in filled], dim=1).expand(batch, -1, -1, -1) for j in (0, 1))
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        layers.append(layer)
     return layers
 
 
 def _key_values(
-    base: nn.Module, original: Forward, handle: Handle | None, layers: int, dtype: torch.dtype
+    base: nn.Module, original: Forward, handle: Handle | None, blocks: nn.ModuleList, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]] | None:
     """One prompt's keys and values for every layer, [h, m, d_h] each; None for no prompt.
 
-    Without gradient they are stored on the handle and reused as long as the prompt's values are the same: at inference
-    the prompt costs no prefill.
+    Without gradient those of prompt rows are stored on the handle and reused as long as the prompt's values and the
+    backbone's weights are the same: at inference the prompt costs no prefill.
     """
     if handle is None:
         return None
     direct = handle.prompt.key_values()
     if direct is not None:
-        devices = [_device(block) for block in decoder_blocks(base)]
         return [
-            (k.to(devices[i], dtype), v.to(devices[i], dtype)) for i, (k, v) in enumerate(kv.unbind(0) for kv in direct)
+            (k.to(_device(block), dtype), v.to(_device(block), dtype))
+            for block, (k, v) in zip(blocks, (kv.unbind(0) for kv in direct), strict=True)
         ]
     rows = handle.prompt.tokens()
     if rows is None or len(rows) == 0:
         return None
+    device = _device(base.get_input_embeddings())
+    state = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type), rows.device, _state(base))
     if not torch.is_grad_enabled():
         stored = handle.store.get("key_values")
-        if stored is not None and stored[0] == (dtype, rows.device) and torch.equal(stored[1], rows):
+        if stored is not None and stored[0] == state and torch.equal(stored[1], rows):
             found: list[tuple[Tensor, Tensor]] = stored[2]
             return found
-    embeds = rows.to(base.get_input_embeddings().weight.device, dtype)[None]
     cache = DynamicCache()
-    arguments: dict[str, Any] = {"inputs_embeds": embeds, "past_key_values": cache, "use_cache": True}
+    arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    arguments["inputs_embeds"] = rows.to(device, dtype)[None]
     if "position_ids" in inspect.signature(original).parameters:
-        arguments["position_ids"] = torch.arange(len(rows), device=embeds.device)[None]
+        arguments["position_ids"] = torch.arange(len(rows), device=device)[None]
     original(**arguments)
     computed = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
     if not torch.is_grad_enabled():
-        handle.store["key_values"] = ((dtype, rows.device), rows.clone(), computed)
+        handle.store["key_values"] = (state, rows.clone(), computed)
     return computed
+
+
+def _state(base: nn.Module) -> int:
+    """A number that changes when a weight of the model is replaced or written to."""
+    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters()))
 
 
 def _causal(base: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
@@ -403,11 +462,7 @@ def _causal(base: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[F
             if rows is None:
                 return original(**arguments)
             as_tuple = arguments.pop("return_dict", None) is False
-            ids = arguments.get("input_ids")
-            first = ids if ids is not None else arguments["inputs_embeds"]
-            batch, n, device = first.shape[0], first.shape[1], first.device
-            carried = Carried.of(rows, batch, device)
-            output = _causal_call(base, original, names, arguments, carried, batch, n, device)
+            output = _causal_call(base, original, names, arguments, rows)
             return output.to_tuple() if as_tuple else output
 
         return forward
@@ -415,123 +470,152 @@ def _causal(base: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[F
     return wrap
 
 
-def _causal_call(
-    base: nn.Module,
-    original: Forward,
-    names: list[str],
-    arguments: dict[str, Any],
-    carried: Carried,
-    batch: int,
-    n: int,
-    device: torch.device,
-) -> Any:
-    cache = arguments.get("past_key_values")
-    plain_prefix = getattr(cache, "pt_prefix", 0)
-    past = cache.get_seq_length() - plain_prefix if cache is not None else 0
-    owner = getattr(cache, "pt_owner", None) or next(
-        (layer.owner for layer in getattr(cache, "layers", []) if isinstance(layer, PrefixLayer)), None
-    )
-    if past and owner != carried.key:
+def _causal_call(base: nn.Module, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
+    """One call of a prompted causal model.
+
+    The first call on an empty cache brings the prompt in, as a prefix of the cache or of the input embeddings. From then
+    on it is in the cache, and only mask and positions tell of it.
+    """
+    ids = arguments.get("input_ids")
+    first = ids if ids is not None else arguments["inputs_embeds"]
+    batch, n, device = first.shape[0], first.shape[1], first.device
+    carried = Carried.of(rows, batch, device)
+    slot = "cache_params" if "cache_params" in names else "past_key_values"
+    cache = arguments.get(slot)
+    past = _seen(cache, carried)
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    if mask is not None and mask.ndim != 2:
         raise InputError(
-            "the cache was filled without this prompt, or under another one", remedy="Start from an empty cache"
+            "a prompted backbone takes a 2-D attention mask [batch, tokens]",
+            remedy="Pass 1 and 0 per token; `generate` with a static cache makes another one, so leave its cache dynamic",
         )
-    mask = arguments.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(batch, past + n, dtype=torch.long, device=device)
-    if mask.ndim != 2:
+    if mask is None and positions is not None and not past and bool((positions.diff(dim=-1) != 1).any()):
         raise InputError(
-            "a prompted backbone takes a 2-D attention mask [batch, tokens]", remedy="Pass 1 and 0 per token"
+            "the positions restart within a row: packed sequences have no room for prompts",
+            remedy="Pad the batch instead of packing it",
         )
-    positions = arguments.get("position_ids")
-    if positions is None:
+    if mask is not None and positions is None:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n:]
-    deep = [h.prompt.blocks() for h in carried.handles if h is not None and h.prompt.blocks() is not None]
-    if deep:
+    deep = _inner_prompts(carried)
+    if deep is not None:
         from pt_nlp.blocks import deep_forward
 
-        if carried.index is not None or carried.longest:
-            raise InputError("prompts inside the tower cannot be mixed with other prompts in one batch")
-        arguments["attention_mask"], arguments["position_ids"] = mask, positions
-        output = deep_forward(base, deep[0], **arguments)
+        output = deep_forward(base, deep, **arguments | {"position_ids": positions})
         if output.past_key_values is not None:
-            output.past_key_values.pt_owner = carried.key
+            output.past_key_values.pt_owner = carried.owner
         return output
-    if past == 0 and carried.has_offset:
+    if past and slot == "cache_params":
+        return original(**arguments)  # the prompt is in the state; there is no mask to widen
+    if mask is None:
+        mask = torch.ones(batch, past + n, dtype=torch.long, device=device)
+        if positions is None:
+            positions = torch.arange(past, past + n, device=device)[None]
+    if not past and carried.has_offset:
         arguments["inputs_embeds"] = carried.offset(_embeds(base, arguments), _source(mask))
     if carried.longest == 0:
         output = original(**arguments)
-        if output.past_key_values is not None:
-            output.past_key_values.pt_owner = carried.key
+        if output.get(slot) is not None:
+            output[slot].pt_owner = carried.owner
         return output
 
-    row_lengths = carried.row_lengths(device)
-    full_mask = torch.cat([carried.mask(batch, mask), mask], dim=1)
     _check_length(base, carried.longest + mask.shape[1])
     keys_given = any(h is not None and h.prompt.offers("key_values") for h in carried.handles)
-    refused = shortcut_refused(base) if owner is None or not past else None
-    if refused is None and cache is not None and type(cache) is not DynamicCache:
-        refused = f"the cache is a {type(cache).__name__}"
-    if plain_prefix or (refused is not None and not keys_given):
-        if refused is not None:
-            _announce(base, refused)
-        return _causal_plain(base, original, names, arguments, carried, full_mask, positions, row_lengths, past, batch)
-    if keys_given and (checkpoints_blocks(base) or (cache is not None and type(cache) is not DynamicCache)):
+    if keys_given:
+        _check_key_values(base, cache, carried.longest + mask.shape[1])
+    arguments["attention_mask"] = torch.cat([carried.mask(batch, mask), mask], dim=1)
+    if "position_ids" in names:
+        arguments["position_ids"] = positions + carried.row_lengths(device)[:, None]
+    if past:
+        with _inside(cache):
+            return original(**arguments)
+    refused = shortcut_refused(base) or _cache_refused(cache)
+    if refused is None or keys_given:
+        wanted = arguments.get("use_cache")
+        wanted = cache is not None or (base.config.use_cache if wanted is None else wanted)
+        cache = DynamicCache() if cache is None else cache
+        cache.layers = _prefix_layers(base, original, carried, batch, base.get_input_embeddings().weight.dtype)
+        _mark(cache, carried)
+        with _inside(cache):
+            output = original(**arguments | {"past_key_values": cache, "use_cache": True})
+        output.past_key_values = cache if wanted else None
+        return output
+    _announce(base, refused)
+    _prepend(base, names, arguments, carried, mask)
+    if checkpoints_blocks(base):
+        arguments["use_cache"] = False  # the blocks would leave it empty
+    if cache is not None:
+        _check_room(cache, arguments["attention_mask"].shape[1])
+        _mark(cache, carried)
+    with _inside(cache):
+        output = original(**arguments)
+    if cache is None and output.get(slot) is not None:
+        _mark(output[slot], carried)
+    return _trim(output, carried.longest)
+
+
+def _prepend(base: nn.Module, names: list[str], arguments: dict[str, Any], carried: Carried, mask: Tensor) -> None:
+    """Put the prompt in front of the input embeddings of every row, with positions of its own."""
+    mixed = set(getattr(base.config, "layer_types", None) or []) - ATTENTION_LAYERS
+    if ("cache_params" in names or mixed) and bool((mask[:, 0] == 0).any()):
+        raise InputError(
+            f"a recurrent model ({type(base).__name__}) reads the padding between prompt and text",
+            remedy="Pad on the right, or pass texts of one length",
+        )
+    batch = len(mask)
+    embeds = _embeds(base, arguments)
+    types = arguments.pop("token_type_ids", None)
+    if types is not None:
+        embeds = embeds + base.get_input_embeddings()(types)  # GPT-2 looks them up in the same table; prompts have none
+    prompt = _token_rows(carried, embeds).expand(batch, -1, -1)
+    arguments["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
+    if "position_ids" in names:
+        positions = arguments["position_ids"].expand(batch, -1)
+        ahead = (carried.mask(batch, mask).long().cumsum(-1) - 1).clamp(min=0)
+        arguments["position_ids"] = torch.cat([ahead, positions], dim=1)
+
+
+def _inner_prompts(carried: Carried) -> dict[int, Any] | None:
+    """Prompts that enter inside of the tower, by block; None if there are none."""
+    from pt_nlp.blocks import BlockPrompt
+
+    found = [h.prompt.blocks() for h in carried.handles if h is not None and h.prompt.offers("blocks")]
+    if not found or found[0] is None:
+        return None
+    if carried.index is not None or carried.longest:
+        raise InputError("prompts inside the tower cannot be mixed with other prompts in one batch")
+    return {i: rows if isinstance(rows, BlockPrompt) else BlockPrompt(rows) for i, rows in found[0].items()}
+
+
+def _cache_refused(cache: Any) -> str | None:
+    """Why a prompt cannot stand in this cache as a ready prefix; None if it can."""
+    if cache is None or (_kind(cache) is DynamicCache and not getattr(cache, "offloading", False)):
+        return None
+    return f"the cache is a {_kind(cache).__name__}" + " that is offloaded" * (_kind(cache) is DynamicCache)
+
+
+def _check_key_values(base: nn.Module, cache: Any, length: int) -> None:
+    """Trained keys and values can only stand in a dynamic cache that every block reads as a whole."""
+    if checkpoints_blocks(base) or _cache_refused(cache) is not None:
         raise InputError(
             "trained keys and values need the model's own dynamic cache: not with gradient checkpointing or another cache",
             remedy="Switch gradient checkpointing off, or use a prompt of input embeddings",
         )
-
-    dtype = base.get_input_embeddings().weight.dtype
-    layers = cache.layers if past else _prefix_layers(base, original, carried, batch, _compute_dtype(dtype, device))
-    use_cache = arguments.get("use_cache")
-    use_cache = base.config.use_cache if use_cache is None else use_cache
-    if cache is not None:
-        cache.layers, cache.layer_class_to_replicate = layers, None
-    elif use_cache:
-        cache = DynamicCache()
-        cache.layers, cache.layer_class_to_replicate = layers, None
-    arguments |= {"attention_mask": full_mask, "past_key_values": _PrefixView(layers), "use_cache": True}
-    if "position_ids" in names:
-        arguments["position_ids"] = positions + row_lengths[:, None]
-    output = original(**arguments)
-    output.past_key_values = cache
-    return output
+    window = getattr(base.config, "sliding_window", None)
+    if window is not None and length > window:
+        raise InputError(
+            f"prompt and text take {length} positions, the attention window of {type(base).__name__} has {window}",
+            remedy="Cut the text: the last tokens would not see the trained keys and values",
+        )
 
 
-def _compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
-
-
-def _causal_plain(
-    base: nn.Module,
-    original: Forward,
-    names: list[str],
-    arguments: dict[str, Any],
-    carried: Carried,
-    full_mask: Tensor,
-    positions: Tensor,
-    row_lengths: Tensor,
-    past: int,
-    batch: int,
-) -> Any:
-    """The prompt in every row, in front of the input embeddings; its rows are dropped from the output."""
-    m = carried.longest
-    cache = arguments.get("past_key_values")
-    positions = (positions + row_lengths[:, None]).expand(batch, -1)
-    if past == 0:
-        embeds = _embeds(base, arguments)
-        prompt = _token_rows(carried, embeds).expand(batch, -1, -1)
-        arguments["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
-        ahead = (full_mask[:, :m].long().cumsum(-1) - 1).clamp(min=0)
-        positions = torch.cat([ahead, positions], dim=1)
-    arguments["attention_mask"] = full_mask
-    if "position_ids" in names:
-        arguments["position_ids"] = positions
-    output = original(**arguments)
-    filled = cache if cache is not None else output.past_key_values
-    if filled is not None:
-        filled.pt_prefix, filled.pt_owner = m, carried.key
-    return _trim(output, m if past == 0 else 0)
+def _check_room(cache: Any, length: int) -> None:
+    """A static cache must be made with room for the prompt."""
+    for layer in getattr(cache, "layers", []):
+        if isinstance(layer, StaticLayer) and not layer.is_sliding and layer.max_cache_len < length:
+            raise InputError(
+                f"prompt and text take {length} positions, the static cache has {layer.max_cache_len}",
+                remedy="Make it larger by the length of the prompt",
+            )
 
 
 def _check_length(base: nn.Module, length: int) -> None:
@@ -558,7 +642,7 @@ def _encoder(base: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[
             if rows is None:
                 return original(**arguments)
             as_tuple = arguments.pop("return_dict", None) is False
-            output = _encoder_call(base, original, arguments, rows)
+            output = _encoder_call(base, original, names, arguments, rows)
             if getattr(base, "pooler", None) is not None:
                 output.pooler_output = base.pooler(output.last_hidden_state)  # of the real first token
             return output.to_tuple() if as_tuple else output
@@ -568,48 +652,70 @@ def _encoder(base: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[
     return wrap
 
 
-def _encoder_call(base: nn.Module, original: Forward, arguments: dict[str, Any], rows: Rows) -> Any:
+def _encoder_call(base: nn.Module, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
+    """One call of a prompted encoder: keys are [trained keys and values, prompt rows, text], queries the last two."""
     ids = arguments.get("input_ids")
     first = ids if ids is not None else arguments["inputs_embeds"]
     batch, n, device = first.shape[0], first.shape[1], first.device
     carried = Carried.of(rows, batch, device)
+    deep = _inner_prompts(carried)
+    if deep is not None:
+        from pt_nlp.blocks import deep_forward
+
+        return deep_forward(base, deep, **arguments)
+    if carried.longest == 0 and not carried.has_offset:
+        return original(**arguments)
+    _check_length(base, carried.longest + n)
     mask = arguments.get("attention_mask")
     if mask is None:
         mask = torch.ones(batch, n, dtype=torch.long, device=device)
-    deep = [h.prompt.blocks() for h in carried.handles if h is not None and h.prompt.blocks() is not None]
-    if deep:
-        from pt_nlp.blocks import deep_forward
-
-        return deep_forward(base, deep[0], **arguments)
-    _check_length(base, carried.longest + n)
-    full_mask = torch.cat([carried.mask(batch, mask), mask], dim=1)
-    if any(h is not None and h.prompt.offers("key_values") for h in carried.handles):
+    soft, keys = (Carried.of(rows, batch, device, what) for what in ("tokens", "key_values"))
+    ahead = soft.mask(batch, mask)
+    arguments["attention_mask"] = torch.cat([keys.mask(batch, mask), ahead, mask], dim=1)
+    if "position_ids" in names:
+        start, own = _encoder_positions(base, mask, arguments.get("position_ids"))
+        own = own + carried.row_lengths(device)[:, None]
+        ahead = start + (ahead.long().cumsum(-1) - 1).clamp(min=0)
+        arguments["position_ids"] = torch.cat([ahead, own.expand(batch, -1)], dim=1)
+    elif carried.index is not None and carried.longest:
+        raise InputError(
+            f"a {type(base).__name__} takes no positions, so its rows cannot carry prompts of their own",
+            remedy="Run the rows of each prompt by themselves",
+        )
+    if soft.longest or carried.has_offset:
+        embeds = carried.offset(_embeds(base, arguments), mask)
+        prompt = _token_rows(soft, embeds).expand(batch, -1, -1)
+        arguments["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
+        types = arguments.get("token_type_ids")
+        if types is not None:
+            types = types.expand(batch, -1)
+            arguments["token_type_ids"] = torch.cat([types.new_zeros(batch, soft.longest), types], dim=1)
+    if keys.longest:
         if base.config.model_type not in KEY_VALUE_ENCODERS or checkpoints_blocks(base):
             raise InputError(
                 f"a {type(base).__name__} takes no trained keys and values (or checkpoints its blocks)",
                 remedy=f"Use one of {sorted(KEY_VALUE_ENCODERS)}, or a prompt of input embeddings",
             )
-        dtype = _compute_dtype(base.get_input_embeddings().weight.dtype, device)
         cache = DynamicCache()
-        for i, layer in enumerate(_prefix_layers(base, original, carried, batch, dtype)):
-            cache.update(layer.keys, layer.values, i)
-        if arguments.get("position_ids") is not None:
-            arguments["position_ids"] = arguments["position_ids"] + carried.longest
-        output = original(**arguments | {"attention_mask": full_mask, "past_key_values": cache})
+        cache.layers = _prefix_layers(base, original, keys, batch, base.get_input_embeddings().weight.dtype)
+        arguments["past_key_values"] = cache
+    output = original(**arguments)
+    if keys.longest:
         output.past_key_values = None
-        return output
-    embeds = _embeds(base, arguments)
-    embeds = carried.offset(embeds, mask)
-    prompt = _token_rows(carried, embeds).expand(batch, -1, -1)
-    arguments |= {"inputs_embeds": torch.cat([prompt, embeds], dim=1), "attention_mask": full_mask}
-    types = arguments.get("token_type_ids")
-    if types is not None:
-        arguments["token_type_ids"] = torch.cat([types.new_zeros(batch, carried.longest), types], dim=1)
-    positions = arguments.get("position_ids")
-    if positions is not None:
-        ahead = torch.arange(carried.longest, device=device).expand(batch, -1)
-        arguments["position_ids"] = torch.cat([ahead, positions + carried.longest], dim=1)
-    return _trim(original(**arguments), carried.longest)
+    return _trim(output, soft.longest)
+
+
+def _encoder_positions(base: nn.Module, mask: Tensor, given: Tensor | None) -> tuple[int, Tensor]:
+    """The first position of an encoder, and the positions that it gives to the tokens of a text, [b or 1, n]."""
+    padding = getattr(getattr(base, "embeddings", None), "padding_idx", None)
+    start = (
+        0 if padding is None else padding + 1
+    )  # RoBERTa counts from behind the padding index, and leaves out padding
+    if given is not None:
+        return start, given
+    if padding is None:
+        return start, torch.arange(mask.shape[1], device=mask.device)[None]
+    return start, mask.long().cumsum(-1) * mask.long() + padding
 
 
 # --- encoder-decoders -----------------------------------------------------------------------------------------------
@@ -626,17 +732,16 @@ def _text_encoder(encoder: nn.Module, selected: Callable[[], Rows | None]) -> Ca
                 return original(**arguments)
             embeds = _embeds(encoder, arguments)
             batch, n, _ = embeds.shape
-            carried = Carried.of(rows, batch, embeds.device)
+            soft = Carried.of(rows, batch, embeds.device, "tokens")
+            _check_equal(encoder, soft)
             mask = arguments.get("attention_mask")
             if mask is None:
                 mask = torch.ones(batch, n, dtype=torch.long, device=embeds.device)
-            embeds = carried.offset(embeds, mask)
-            if carried.longest and not any(h is not None and h.prompt.offers("tokens") for h in carried.handles):
-                return original(**arguments | {"inputs_embeds": embeds})  # keys and values belong to the decoder
-            prompt = _token_rows(carried, embeds).expand(batch, -1, -1)
+            embeds = soft.offset(embeds, mask)
+            prompt = _token_rows(soft, embeds).expand(batch, -1, -1)
             arguments |= {
                 "inputs_embeds": torch.cat([prompt, embeds], dim=1),
-                "attention_mask": torch.cat([carried.mask(batch, mask), mask], dim=1),
+                "attention_mask": torch.cat([soft.mask(batch, mask), mask], dim=1),
             }
             return original(**arguments)
 
@@ -656,14 +761,14 @@ def _text_decoder(decoder: nn.Module, selected: Callable[[], Rows | None]) -> Ca
             if rows is None or memory is None:
                 return original(**arguments)
             batch = memory.shape[0]
-            carried = Carried.of(rows, batch, memory.device)
+            soft, keys = (Carried.of(rows, batch, memory.device, what) for what in ("tokens", "key_values"))
             mask = arguments.get("encoder_attention_mask")
             if mask is None:
-                mask = torch.ones(batch, memory.shape[1], dtype=torch.long, device=memory.device)
-            if memory.shape[1] == mask.shape[1] + carried.longest:
-                arguments["encoder_attention_mask"] = torch.cat([carried.mask(batch, mask), mask], dim=1)
-            if any(h is not None and h.prompt.offers("key_values") for h in carried.handles):
-                return _decoder_with_prefix(decoder, original, arguments, carried, batch, memory)
+                mask = torch.ones(batch, memory.shape[1] - soft.longest, dtype=torch.long, device=memory.device)
+            if memory.shape[1] == mask.shape[1] + soft.longest:
+                arguments["encoder_attention_mask"] = torch.cat([soft.mask(batch, mask), mask], dim=1)
+            if keys.longest:
+                return _decoder_with_prefix(decoder, original, arguments, keys, batch, memory)
             return original(**arguments)
 
         return forward
@@ -672,48 +777,64 @@ def _text_decoder(decoder: nn.Module, selected: Callable[[], Rows | None]) -> Ca
 
 
 def _decoder_with_prefix(
-    decoder: nn.Module, original: Forward, arguments: dict[str, Any], carried: Carried, batch: int, memory: Tensor
+    decoder: nn.Module, original: Forward, arguments: dict[str, Any], keys: Carried, batch: int, memory: Tensor
 ) -> Any:
-    if checkpoints_blocks(decoder):
-        raise InputError("trained keys and values cannot be combined with gradient checkpointing")
+    _check_equal(decoder, keys)
     cache = arguments.get("past_key_values")
     keep = cache is not None or arguments.get("use_cache")
     if cache is None:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    if cache.get_seq_length() == 0:
-        for i, layer in enumerate(_prefix_layers(decoder, original, carried, batch, memory.dtype)):
-            cache.self_attention_cache.update(layer.keys, layer.values, i)
+    own = cache.self_attention_cache
+    ids = arguments.get("input_ids")
+    n = (ids if ids is not None else arguments["inputs_embeds"]).shape[1]
+    past = _seen(own, keys)
     mask = arguments.get("attention_mask")
     if mask is None:
-        ids = arguments.get("input_ids")
-        n = (ids if ids is not None else arguments["inputs_embeds"]).shape[1]
-        seen = cache.get_seq_length() - carried.longest
-        mask = torch.ones(batch, seen + n, dtype=torch.long, device=memory.device)
+        mask = torch.ones(batch, past + n, dtype=torch.long, device=memory.device)
+    _check_key_values(decoder, own, keys.longest + mask.shape[1])
+    if not past:
+        own.layers = _prefix_layers(decoder, original, keys, batch, memory.dtype)
+        _mark(own, keys)
     arguments |= {
-        "attention_mask": torch.cat([carried.mask(batch, mask), mask], dim=1),
+        "attention_mask": torch.cat([keys.mask(batch, mask), mask], dim=1),
         "past_key_values": cache,
         "use_cache": True,
     }
-    output = original(**arguments)
+    with _inside(own):
+        output = original(**arguments)
     if not keep:
         output.past_key_values = None
     return output
 
 
+def _check_equal(part: nn.Module, carried: Carried) -> None:
+    """Absolute positions that the model counts itself are right only if all rows have prompts of one length."""
+    if len(set(carried.lengths)) > 1 and part.config.model_type not in RELATIVE_POSITIONS:
+        raise InputError(
+            f"rows of a {type(part).__name__} cannot carry prompts of unequal length",
+            remedy="Run the rows of each prompt by themselves",
+        )
+
+
 def _hide_prompt_rows(selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     def wrap(original: Forward) -> Forward:
         def forward(*args: Any, **arguments: Any) -> Any:
-            output = original(*args, **arguments)
             rows = selected()
+            if rows is None:
+                return original(*args, **arguments)
+            as_tuple = arguments.pop("return_dict", None) is False
+            output = original(*args, **arguments)
             memory = getattr(output, "encoder_last_hidden_state", None)
-            if rows is not None and memory is not None:
-                carried = Carried.of(rows, memory.shape[0], memory.device)
-                if any(h is not None and h.prompt.offers("tokens") for h in carried.handles):
-                    output.encoder_last_hidden_state = memory[:, carried.longest :]
-                    states = getattr(output, "encoder_hidden_states", None)
-                    if states is not None:
-                        output.encoder_hidden_states = tuple(h[:, carried.longest :] for h in states)
-            return output
+            if memory is not None:
+                longest = Carried.of(rows, memory.shape[0], memory.device, "tokens").longest
+                output.encoder_last_hidden_state = memory[:, longest:]
+                for name, cut in (("encoder_hidden_states", 1), ("encoder_attentions", 2)):
+                    parts = getattr(output, name, None)
+                    if parts is not None:
+                        setattr(
+                            output, name, tuple(part.narrow(cut, longest, part.shape[cut] - longest) for part in parts)
+                        )
+            return output.to_tuple() if as_tuple else output
 
         return forward
 
@@ -751,6 +872,13 @@ class _TextFamily:
             raise InputError(
                 f"the prompt is {tokens.shape[1]} wide, the embeddings of {_name(backbone)} are {shape.dim}"
             )
+        causal = not backbone.config.is_encoder_decoder and is_causal(backbone)
+        caches = {"past_key_values", "cache_params"} & set(inspect.signature(base_of(backbone).forward).parameters)
+        if causal and (not caches or (key_values is not None and "past_key_values" not in caches)):
+            raise InputError(
+                f"{_name(backbone)} has no cache of keys and values that prompts could stand in",
+                remedy="Use a model with attention" + " or a prompt of input embeddings" * bool(caches),
+            )
         expected = (shape.layers, 2, shape.kv_heads, prompt.length, shape.head_dim)
         if key_values is not None and tuple(key_values.shape) != expected:
             raise InputError(
@@ -758,6 +886,8 @@ class _TextFamily:
                 remedy="[layers, 2, key-value heads, length, head width]",
             )
         blocks = prompt.blocks()
+        if blocks is not None and backbone.config.is_encoder_decoder:
+            raise InputError(f"{_name(backbone)} is an encoder-decoder: prompts do not enter inside of its towers")
         if blocks is not None and not all(0 <= i < shape.layers for i in blocks):
             raise InputError(
                 f"the prompt enters blocks {sorted(blocks)}, {_name(backbone)} has 0 to {shape.layers - 1}"

@@ -205,6 +205,11 @@ class Encoder:
         return self._candidates
 
 
+def template_fields(template: str) -> dict[str, str]:
+    """Fields that a template names, as `read_rows` takes them: each is the column of its name."""
+    return {name: name for name in re.findall(r"\{(\w+)\}", template)}
+
+
 def _fill(part: str, fields: Mapping[str, Any]) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] not in fields:
@@ -311,9 +316,7 @@ class TextTask:
             spec: further fields of `TaskSpec` (template, verbalizer, lengths ...).
         """
         files = {k: v for k, v in {"train": train, "validation": validation, "test": test}.items() if v is not None}
-        fields = {"text": text, "label": label} | {
-            name: name for name in re.findall(r"\{(\w+)\}", str(spec.get("template", ""))) if name != "text"
-        }
+        fields = template_fields(str(spec.get("template", "{text}"))) | {"text": text, "label": label}
         rows = {name: read_rows(path, fields) for name, path in files.items()}
         return cls.from_rows(
             draw(rows, kind, shots, validation_shots, max_test_rows, seed), tokenizer, kind=kind, files=files, **spec
@@ -352,9 +355,18 @@ class TextTask:
         return [{"id": i, "source": self.encoder.source(row)} for i, row in enumerate(rows)]
 
     @torch.no_grad()
-    def predict(self, method: Any, texts: Sequence[str], batch_size: int = 32) -> list[dict[str, Any]]:
-        """Answers of a trained method: `label` and `scores`, `labels` and `scores`, or generated `text`."""
-        rows, answers = self.texts(texts), list[dict[str, Any]]()
+    def predict(
+        self, method: Any, texts: Sequence[str], batch_size: int = 32, **fields: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Answers of a trained method: `label` and `scores`, `labels` and `scores`, or generated `text`.
+
+        Args:
+            method: with its prompt on the backbone.
+            texts: what stands for `{text}` in the template.
+            batch_size: texts of a forward pass.
+            fields: the template's other fields, one value for each text.
+        """
+        rows, answers = self.texts(texts, **fields), list[dict[str, Any]]()
         device = next(method.backbone.parameters()).device
         method.eval()
         for start in range(0, len(rows), batch_size):
@@ -450,10 +462,9 @@ def draw(
     )
     made = {name: list(part) for name, part in rows.items()}
     if "train" in made and (shots is not None or validation_shots):
-        labels = [key(row) for row in made["train"]]
+        chosen, held = few_shot_split([key(row) for row in made["train"]], shots or 1, validation_shots, seed)
         if shots is None:
-            shots = min(labels.count(x) for x in set(labels)) - validation_shots
-        chosen, held = few_shot_split(labels, shots, validation_shots, seed)
+            chosen = sorted(set(range(len(made["train"]))) - set(held))
         if validation_shots:
             made["validation"] = [made["train"][i] for i in held]
         made["train"] = [made["train"][i] for i in chosen]

@@ -11,11 +11,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from pt_core import recipe, report, runs
 from pt_core.errors import InputError
-from rich.console import Console
-
 from pt_nlp.data import read_rows
 from pt_nlp.workbench import Bench
 
@@ -28,19 +29,18 @@ NOTES = (
 HEADLINE = "Champions fight back to win the cup final in extra time"
 
 
-def settings(shots: int, data: Path | None) -> list[str]:
+def settings(shots: int, data: Path | None) -> dict[str, Any]:
     """Changes to the recipe for other shots, or for the user's own file with columns `text` and `label`."""
-    changes = [f"data.shots={shots}"]
+    changes: dict[str, Any] = {"data.shots": shots}
     if data is not None:
         labels = sorted({str(row["label"]) for row in read_rows(data, {"text": "text", "label": "label"})})
         if len(labels) < 2:
             raise InputError("all rows have one label", file=data, field="label", remedy="Give at least two classes")
-        ask = f"Classify the text. Possible labels: {', '.join(labels[:20])}.\\n"
-        changes += [f"data.train={data}", 'data.template="{text}\\nLabel:"']
-        changes += [f'method.init_text="{ask}"', f'compare.dept.init_text="{ask}"']
-        changes += ["data.max_source_length=96", "compare.dept.max_source_length=96"]
+        ask = f"Classify the text. Possible labels: {', '.join(labels[:20])}.\n"
+        changes |= {"data.train": str(data), "data.template": "{text}\nLabel:", "data.max_source_length": 96}
+        changes |= {"method.init_text": ask, "compare.dept.init_text": ask}
     if find_spec("peft") is None:
-        changes.append("compare.lora=null")
+        changes["compare.lora"] = None
     return changes
 
 
@@ -56,24 +56,19 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
     console = Console()
     _, checked = recipe.load(RECIPE, settings(shots, data))
     bench = Bench(checked)  # type: ignore[arg-type]
-    labels = checked.labels()
     console.print(f"{checked.about}\nbackbone: {bench.recipe.backbone.name}; {len(bench.rows['train']):,} texts")
-    outcomes = runs.compare(
-        {label: lambda seed, label=label: bench.job(label, seed) for label in labels},  # type: ignore[misc]
-        [checked.seed + i for i in range(seeds)],
-        folder,
-        identity=checked.model_dump(mode="json"),
-        announce=console.print,
-    )
+    identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
+    first = checked.seed
+    outcomes = runs.compare(bench.job, checked.labels(), range(first, first + seeds), folder, identity)
     results = [outcome.result for outcome in outcomes]
     metrics = ("accuracy", "macro-f1")
     console.print(report.table(results, metrics, title="pt demo nlp"))
     page = report.write_comparison(
         folder, results, runs.histories(outcomes), title="pt demo nlp", notes=NOTES, metrics=metrics
     )
-    console.print(f"table, curves and report: {page}")
+    print(f"table, curves and report: {page}")
 
-    artifact = next(o.artifact for o in outcomes if o.result.method == "prompt-tuning")
+    artifact = next(o.artifact for o in outcomes if o.result.method == checked.method.name)
     text = HEADLINE if data is None else bench.rows["train"][0]["text"]
     answer = subprocess.run(
         [sys.executable, "-c", "from pt_core.cli import main; main()", "predict", str(artifact), "--", text],
@@ -81,6 +76,4 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
         capture_output=True,
         text=True,
     ).stdout.strip()
-    console.print(
-        f"trained prompt: {artifact}\nin a fresh process, {text[:80]!r} -> {answer}", markup=False, highlight=False
-    )
+    print(f"trained prompt: {artifact}\nin a fresh process, {text[:80]!r} -> {answer}")

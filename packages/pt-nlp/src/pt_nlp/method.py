@@ -116,6 +116,7 @@ class TextMethod(Method):
         if self.config.backbone_dropout:
             for module in self.model.modules():
                 module.training = mode and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        keep_checkpointing(self.model, mode)  # also where it was enabled since; evaluation keeps the cache
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> Output:
@@ -156,6 +157,8 @@ class TextMethod(Method):
 
     def generate(self, batch: Mapping[str, Any], **options: Any) -> Tensor:
         """Token ids that the prompted backbone generates from a batch of sources (as the backbone's own `generate`)."""
+        if checkpoints_blocks(self.model):
+            options["use_cache"] = False  # blocks that are checkpointed keep none
         # Without a cache every step reads source and continuation again: only the source is source.
         with self.active(), source_tokens(torch.ones_like(batch["input_ids"])):
             tokens: Tensor = self.model.generate(

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pt_core import artifacts, doctor, recipe, registry
-from pt_core.errors import InputError
-from pt_core.runs import Job
-from pt_core.training import FitConfig, evaluate
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
+from pt_core import artifacts, doctor, recipe, registry
+from pt_core.errors import InputError
+from pt_core.method import Method, MethodConfig
+from pt_core.runs import Job
+from pt_core.training import FitConfig, evaluate
 from pt_nlp import assets
 from pt_nlp.backbones import load_backbone
-from pt_nlp.data import Kind, TaskSpec, TextTask, draw, read_rows
-
-log = logging.getLogger(__name__)
+from pt_nlp.data import Kind, TaskSpec, TextTask, draw, read_rows, template_fields
 
 BACKBONE_ASSETS = {"asset:smollm2": assets.smollm2, "asset:minilm": assets.minilm}
 DATA_ASSETS = {
     "asset:bbc-news": assets.bbc_news,
+    "asset:bbc-records": assets.bbc_records,
     "asset:naics": assets.naics_sectors,
     "asset:isic": assets.isic_sections,
 }
+NO_CONTENT = ("N/A", "[MASK]", "")  # Zhao et al. 2021, for `calibrate: content-free`
 
 
 class TextBackbone(BaseModel):
@@ -44,17 +46,15 @@ class TextBackbone(BaseModel):
     )
     device_map: str | None = Field(None, description="spread over devices, as in from_pretrained")
 
+    @field_validator("name")
+    @classmethod
+    def _asset(cls, value: str) -> str:
+        return _known(value, BACKBONE_ASSETS)
+
     def load(self) -> tuple[nn.Module, Any]:
         """The model in eval mode and its tokenizer."""
-        name: str | Path = self.name
-        if self.name.startswith("asset:"):
-            if self.name not in BACKBONE_ASSETS:
-                raise InputError(
-                    f"no asset {self.name!r}", field="backbone.name", remedy=f"One of {', '.join(BACKBONE_ASSETS)}"
-                )
-            name = BACKBONE_ASSETS[self.name]()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = doctor.fast_dtype(device) if self.dtype == "fast" else self.dtype
+        name = BACKBONE_ASSETS[self.name]() if self.name in BACKBONE_ASSETS else self.name
+        dtype = doctor.fast_dtype(_device()) if self.dtype == "fast" else self.dtype
         options = {"device_map": self.device_map} if self.device_map else {}
         return load_backbone(name, self.kind, revision=self.revision, dtype=dtype, **options)
 
@@ -73,51 +73,62 @@ class TextData(BaseModel):
     label: str = "label"
     kind: Kind = "verbalizer"
     shots: int | None = Field(None, ge=1, description="training rows per class; None takes all")
-    validation_shots: int = Field(0, ge=0)
+    validation_shots: int = Field(0, ge=0, description="rows of `train` per class that validate instead")
     max_test_rows: int | None = Field(None, ge=1)
     template: str = "{text}"
     verbalizer: dict[str, str] = {}
     target_prefix: str | None = None
     objective: Literal["classes", "tokens"] | None = None
     length_normalised: bool = False
-    max_source_length: int = 256
-    max_target_length: int = 64
+    max_source_length: int = Field(256, ge=1)
+    max_target_length: int = Field(64, ge=1)
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _exists(cls, value: str | None) -> str | None:
+        if value is not None and not _known(value, DATA_ASSETS).startswith("asset:") and not Path(value).exists():
+            raise ValueError("no such file")
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _reads_text(cls, value: str) -> str:
+        if "{text}" not in value:
+            raise ValueError("the template must contain {text}")
+        return value
 
     @model_validator(mode="after")
-    def _files_exist(self) -> TextData:
-        for field in ("train", "validation", "test"):
-            value = getattr(self, field)
-            if value is not None and value.startswith("asset:"):
-                if value not in DATA_ASSETS:
-                    raise ValueError(f"no asset {value!r}; there are {', '.join(DATA_ASSETS)}")
-            elif value is not None and not Path(value).exists():
-                raise ValueError(f"{field}: no such file: {value}")
+    def _one_validation(self) -> Self:
+        if self.validation is not None and self.validation_shots:
+            raise ValueError("give a validation file or validation_shots, not both")
         return self
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """All rows of every split that is named."""
-        fields = {"text": self.text, "label": self.label}
+        fields = template_fields(self.template) | {"text": self.text, "label": self.label}
         named = {"train": self.train, "validation": self.validation, "test": self.test}
-        found = {k: v for k, v in named.items() if v is not None}
         return {
-            split: list(DATA_ASSETS[source]()) if source.startswith("asset:") else read_rows(source, fields)
-            for split, source in found.items()
+            split: [dict(row) for row in DATA_ASSETS[source]()] if source in DATA_ASSETS else read_rows(source, fields)
+            for split, source in named.items()
+            if source is not None
         }
 
     def task(
         self, rows: Mapping[str, Sequence[Mapping[str, Any]]], tokenizer: Any, backbone: str, seed: int
     ) -> TextTask:
-        """The task of one seed: shots are drawn by the seed; rows that are held out for testing are the same for all seeds."""
-        parts = {k: list(v) for k, v in rows.items()}
+        """The task of one seed, which draws the shots and, where no test rows are named, those of what the shots leave."""
+        parts = draw(rows, self.kind, self.shots, self.validation_shots, self.max_test_rows, seed)
         if "test" not in parts and self.shots is not None:
-            held = draw({"train": parts["train"]}, self.kind, self.shots, self.validation_shots, None, seed)
-            used = {id(row) for part in held.values() for row in part}
-            parts["test"] = [row for row in parts["train"] if id(row) not in used]
-        parts = draw(parts, self.kind, self.shots, self.validation_shots, self.max_test_rows, seed)
+            used = {id(row) for part in parts.values() for row in part}
+            left = [row for row in rows["train"] if id(row) not in used]
+            if not left:
+                raise InputError(
+                    "no rows are left to test on", file=self.train, remedy="Draw fewer shots, or name a test file"
+                )
+            parts |= draw({"test": left}, self.kind, None, 0, self.max_test_rows, seed)
         spec = self.model_dump(include=set(TaskSpec.model_fields) - {"kind"})
-        return TextTask.from_rows(
-            parts, tokenizer, kind=self.kind, backbone=backbone, files={"train": self.train}, **spec
-        )
+        named = {"train": self.train, "validation": self.validation or self.train, "test": self.test or self.train}
+        return TextTask.from_rows(parts, tokenizer, kind=self.kind, backbone=backbone, files=named, **spec)
 
 
 class Recipe(recipe.Recipe):
@@ -125,6 +136,22 @@ class Recipe(recipe.Recipe):
 
     backbone: TextBackbone
     data: TextData
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        if self.backbone.kind == "encoder" and self.data.kind in ("verbalizer", "text-to-text"):
+            raise ValueError(
+                f"data.kind {self.data.kind} needs a language model; an encoder takes classification or multilabel"
+            )
+        return self
+
+    def config(self, section: str = "method", **known: Any) -> MethodConfig:
+        settings = self.method.model_extra or {}
+        if settings.get("calibrate") == "content-free":  # the tokenizer makes them; until then anything stands in
+            known = {"content_free_ids": ((0,),), **known}
+        if self.data.kind == "text-to-text" and _reads_head(self.method.name):
+            raise InputError(f"{self.method.name} needs classes, data.kind is text-to-text", field=section)
+        return super().config(section, **known)
 
 
 class Bench:
@@ -135,24 +162,19 @@ class Bench:
         self.rows = checked.data.rows()
         self.backbone, self.tokenizer = checked.backbone.load()
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What backbone and data are, as JSON; the rows by their hash."""
+        rows = hashlib.sha256(json.dumps(self.rows, sort_keys=True, default=str).encode()).hexdigest()
+        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | {"rows": rows}
+
     def job(self, label: str, seed: int) -> tuple[Job, FitConfig]:
         """The run of one method with one seed."""
         chosen = self.recipe.with_method(label)
         task = self.recipe.data.task(self.rows, self.tokenizer, self.recipe.backbone.kind, seed)
         assert task.train is not None
-        config = recipe.method_config(chosen, seed=seed)
-        name = chosen.method["name"]
-        overrides: dict[str, Any] = {"seed": seed}
-        start = getattr(config, "init_text", "")
-        if not start and getattr(config, "init", None) == "labels":
-            start = " ".join(task.spec.labels)
-        if start:
-            overrides["init_ids"] = tuple(self.tokenizer(start, add_special_tokens=False)["input_ids"])
-        if task.spec.kind in ("classification", "multilabel") or registry.find_method(name).reads_head:
-            overrides |= {"num_labels": len(task.spec.labels), "multilabel": task.spec.kind == "multilabel"}
-        config = recipe.method_config(chosen, **overrides)
-        method = registry.find_method(name)(self.backbone, config)
-        training = chosen.training.model_copy(update={"seed": seed})
+        config = chosen.config(seed=seed, **_known_to_task(chosen, task))
+        method = registry.find_method(chosen.method.name)(self.backbone, config)
         job = Job(
             method,
             task.train,
@@ -162,27 +184,32 @@ class Bench:
             backbone_name=self.recipe.backbone.name,
             revision=self.recipe.backbone.revision,
         )
-        return job, training
+        return job, chosen.training.model_copy(update={"seed": seed})
 
 
 class Session:
     """A trained prompt on its backbone."""
 
-    def __init__(self, method: Any, task: TextTask) -> None:
+    def __init__(self, method: Method, task: TextTask) -> None:
         self.method, self.task = method, task
+        self.fields = template_fields(task.spec.template)
 
-    def inputs(self, file: Path, text: str) -> list[str]:
-        """The texts of a file."""
-        return [row["text"] for row in read_rows(file, {"text": text})]
+    def inputs(self, file: Path, text: str = "text") -> list[dict[str, Any]]:
+        """The rows of a file: the text, and the template's other fields."""
+        return read_rows(file, self.fields | {"text": text})
 
-    def predict(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """One answer for each text; see `TextTask.predict`."""
-        return self.task.predict(self.method, texts)
+    def predict(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """One answer for each text or row; see `TextTask.predict`."""
+        rows = [{"text": item} if isinstance(item, str) else item for item in inputs]
+        if blank := [i for i, row in enumerate(rows, start=1) if not row["text"].strip()]:
+            raise InputError("the text is empty", row=blank[0])
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        return self.task.predict(self.method, columns.pop("text"), **columns)
 
-    def evaluate(self, file: Path, text: str, label: str) -> dict[str, float]:
+    def evaluate(self, file: Path, text: str = "text", label: str = "label") -> dict[str, float]:
         """Metrics on a file with labelled rows."""
-        split = self.task.split(read_rows(file, {"text": text, "label": label}), file)
-        return evaluate(self.method, split)
+        rows = read_rows(file, self.fields | {"text": text, "label": label})
+        return evaluate(self.method, self.task.split(rows, file))
 
     def export(self, format: str, folder: Path) -> Path:
         """Write the prompt in another library's format."""
@@ -194,18 +221,36 @@ class Session:
 
 
 def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> Session:
-    """Load the backbone of an artifact (its own, unless another is named) and put the prompt on it."""
+    """Load the backbone of an artifact (its own, unless another is named) and put the prompt on it.
+
+    Raises:
+        InputError: the artifact was saved without its task, or its backbone cannot be loaded.
+    """
+    folder, known = artifact.folder, artifact.config.backbone
     if artifact.config.task is None:
-        raise InputError(
-            "the artifact holds no task", file=artifact.folder, remedy="Save it with task=task.spec.model_dump()"
-        )
-    spec = TaskSpec.model_validate(artifact.config.task)
-    name = backbone or artifact.config.backbone.name
+        raise InputError("holds no task", file=folder, remedy="Save it with task=task.spec.model_dump()")
+    name = backbone or known.name
     if name is None:
-        raise InputError("the artifact does not say where its backbone comes from", remedy="Name it: --backbone")
-    revision = artifact.config.backbone.revision if backbone is None else None
-    model, tokenizer = TextBackbone(name=name, kind=spec.backbone, revision=revision).load()
-    return Session(artifacts.load(artifact.folder, model), TextTask(spec, tokenizer))
+        raise InputError("does not say where its backbone comes from", file=folder, remedy="Name it: --backbone")
+    try:
+        spec = TaskSpec.model_validate(artifact.config.task)
+    except ValidationError as error:
+        raise recipe.explain(error, TaskSpec, "task", folder) from error
+    try:
+        chosen = TextBackbone(name=name, kind=spec.backbone, revision=None if backbone else known.revision)
+    except ValidationError as error:
+        raise recipe.explain(error, TextBackbone, "backbone", folder) from error
+    try:
+        model, tokenizer = chosen.load()
+    except InputError as error:
+        if backbone or name in BACKBONE_ASSETS:
+            raise
+        raise InputError(
+            f"was trained on {name!r}, which is neither a folder here nor to be had from the hub",
+            file=folder,
+            remedy="Name its backbone's folder or hub id: --backbone",
+        ) from error
+    return Session(artifacts.load(folder, model).place(_device()), TextTask(spec, tokenizer))
 
 
 def demo(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
@@ -213,3 +258,39 @@ def demo(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
     from pt_nlp.demo import run
 
     run(folder, seeds=seeds, shots=shots, data=data)
+
+
+def _known(name: str, known: Mapping[str, Any]) -> str:
+    if name.startswith("asset:") and name not in known:
+        raise ValueError(f"no such asset; there are {', '.join(known)}")
+    return name
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _reads_head(method: str) -> bool:
+    """Whether a method cannot do without a trained head."""
+    return bool(getattr(registry.find_method(method), "reads_head", False))
+
+
+def _known_to_task(chosen: Recipe, task: TextTask) -> dict[str, Any]:
+    """Settings that follow from the task and its tokenizer, for methods that have them and recipes that leave them open."""
+    settings, spec = chosen.config(), task.spec
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(task.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    known: dict[str, Any] = {"max_source_length": spec.max_source_length}
+    if text := getattr(settings, "init_text", ""):
+        known["init_ids"] = ids(text)
+    elif getattr(settings, "init", None) == "labels":
+        known |= {"init_ids": ids(" ".join(spec.labels)), "label_ids": tuple(map(ids, spec.words))}
+    if text := getattr(settings, "separator_text", ""):
+        known["separator_ids"] = ids(text)
+    if getattr(settings, "calibrate", None) == "content-free":
+        known["content_free_ids"] = tuple(tuple(row["source"]) for row in task.texts(NO_CONTENT))
+    if spec.kind in ("classification", "multilabel") or _reads_head(chosen.method.name):
+        known |= {"num_labels": len(spec.labels), "multilabel": spec.kind == "multilabel"}
+    return known

@@ -48,6 +48,17 @@ def study_data() -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For tiny tensors: on a busy machine, waiting for a second thread costs ten times what it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 # --- the contract of methods ----------------------------------------------------------------------------------------
 SHORT = FitConfig(
     max_steps=6,
@@ -177,14 +188,17 @@ def groups_are_disjoint_and_complete(case: Case, folder: Path) -> None:
 
 
 def saving_and_loading_is_bit_exact(case: Case, folder: Path) -> None:
-    """A saved method has the same tensors and outputs, bit for bit, on a new backbone."""
+    """A saved method has the same tensors and outputs, bit for bit, on a new backbone, which it recognises."""
     run = case.fit()
     if not run.method.trained_state():
         case.skip("it has nothing to save")
     path = run.method.save_pretrained(folder / "saved")
     backbone, other = case.make(1)
     other.remove()
-    loaded = type(run.method).from_pretrained(path, backbone)
+    with warnings.catch_warnings():
+        recognised = "error" if run.method.frozen_backbone else "ignore"
+        warnings.filterwarnings(recognised, message="the prompt may not fit this backbone")
+        loaded = type(run.method).from_pretrained(path, backbone)
     _assert_same(loaded.trained_state(), run.method.trained_state())
     _assert_same(_outputs(case, loaded), _outputs(case, run.method))
 
@@ -315,7 +329,7 @@ def contract_checks() -> list[Any]:
         removing_restores_the_backbone,
         what_does_not_train_says_so,
     ]
-    return [pytest.param(check, id=check.__name__) for check in checks]
+    return [pytest.param(one_thread()(check), id=check.__name__) for check in checks]
 
 
 class _Killed(BaseException):

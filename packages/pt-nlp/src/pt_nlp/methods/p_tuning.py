@@ -104,6 +104,7 @@ class EncodedPrompt(Prompt):
         self.mlp = nn.Sequential(*layers[:-1])
 
     def tokens(self) -> Tensor:
-        rows = self.embedding if self.lstm is None else self.lstm(self.embedding)[0]
-        made: Tensor = self.mlp(rows)
+        with torch.autocast(self.embedding.device.type, enabled=False):  # prompts are float32 up to where they enter
+            rows = self.embedding if self.lstm is None else self.lstm(self.embedding)[0]
+            made: Tensor = self.mlp(rows)
         return made

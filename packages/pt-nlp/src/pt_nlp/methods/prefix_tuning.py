@@ -177,7 +177,8 @@ class ProjectedPrefix(Prompt):
                 nn.init.zeros_(parameter)
 
     def key_values(self) -> Tensor:
-        made = unflatten(self.projection(self.embedding), self.shape)
+        with torch.autocast(self.embedding.device.type, enabled=False):  # prompts are float32 up to where they enter
+            made = unflatten(self.projection(self.embedding), self.shape)
         return F.dropout(made, self.dropout, self.training)
 
 
