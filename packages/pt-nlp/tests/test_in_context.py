@@ -4,14 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pt_core.artifacts import load_artifact
-from pt_core.data import few_shot
-from pt_core.errors import InputError
-from pt_core.frozen import assert_unchanged, snapshot
-from pt_core.training import FitConfig
-from pt_nlp.data import TextTask
-from pt_nlp.methods.in_context import InContext, InContextConfig
-from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -27,6 +19,15 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from pt_core.artifacts import load_artifact
+from pt_core.data import few_shot
+from pt_core.errors import InputError
+from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.training import FitConfig
+from pt_nlp.data import TextTask
+from pt_nlp.methods.in_context import InContext, InContextConfig
+from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
 
 WORDS = "<pad> </s> <unk> the a was film news great awful red blue good bad ; it"
 TEXTS = ["the film was great", "a awful film", "the news was red", "it was blue a a", "great", "awful news", "red it"]
@@ -103,7 +104,8 @@ def made(backbone, split, **settings) -> InContext:
 
 def literal(batch: dict, ids: Tensor) -> dict:
     """The batch with the demonstrations written in front of every source, behind its padding."""
-    rows = [torch.cat([ids, row[mask.bool()]]) for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    sources = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    rows = [torch.cat([ids, row[mask]]) for row, mask in sources]
     n = max(map(len, rows))
     written = torch.stack([torch.nn.functional.pad(row, (n - len(row), 0)) for row in rows])
     mask = torch.stack([torch.tensor([0] * (n - len(row)) + [1] * len(row)) for row in rows])

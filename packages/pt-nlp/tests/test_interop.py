@@ -13,13 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft import PrefixTuningConfig as PeftPrefix
 from peft import PromptEncoderConfig as PeftEncoder
 from peft import PromptTuningConfig as PeftPrompt
-from pt_core.errors import InputError
-from pt_nlp import interop
-from pt_nlp.interop import export_peft, import_peft
-from pt_nlp.methods.p_tuning import PTuning, PTuningConfig
-from pt_nlp.methods.p_tuning_v2 import PTuningV2, PTuningV2Config
-from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
-from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -32,6 +25,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from pt_core.errors import InputError
+from pt_nlp import interop
+from pt_nlp.interop import export_peft, import_peft
+from pt_nlp.methods.p_tuning import PTuning, PTuningConfig
+from pt_nlp.methods.p_tuning_v2 import PTuningV2, PTuningV2Config
+from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 VOCAB, WIDTH, LENGTH = 61, 32, 5
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
 from pt_nlp import backbones
 from pt_nlp.methods.p_tuning import PTuning, PTuningConfig
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 VOCAB, WIDTH, LENGTH = 61, 16, 5
 
@@ -109,7 +110,7 @@ def test_folding_gives_prompt_tuning_with_equal_outputs(settings: dict) -> None:
 def test_shared_prefix_equals_plain_path_in_loss_and_gradient(
     encoder: str, padding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, batch = p_tuning(llama(), encoder=encoder, hidden_dim=8), ragged(padding)
+    method, batch = p_tuning(llama().double(), encoder=encoder, hidden_dim=8).double(), ragged(padding)
     parameters = [p for _, p in method.trainable()]
     fast = method.loss(batch).value
     gradients = torch.autograd.grad(fast, parameters)

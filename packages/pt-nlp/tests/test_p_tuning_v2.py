@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pt_core.errors import InputError
-from pt_nlp.methods.p_tuning_v2 import PTuningV2, PTuningV2Config
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
+
+from pt_core.errors import InputError
+from pt_nlp.methods.p_tuning_v2 import PTuningV2, PTuningV2Config
 
 VOCAB, WIDTH = 61, 32
 

@@ -19,9 +19,6 @@ from peft import PrefixTuningConfig as PeftPrefix
 from peft import PromptEncoderConfig as PeftEncoder
 from peft import PromptTuningConfig as PeftPrompt
 from peft import get_peft_model
-from pt_nlp.methods.p_tuning import PTuning, PTuningConfig
-from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig, flatten, unflatten
-from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -31,6 +28,10 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from pt_nlp.methods.p_tuning import PTuning, PTuningConfig
+from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig, flatten, unflatten
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 VOCAB, WIDTH, LENGTH = 61, 32, 5
 TASKS = {"llama": "CAUSAL_LM", "llama-mha": "CAUSAL_LM", "bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}

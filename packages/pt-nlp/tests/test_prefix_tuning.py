@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from pt_core.errors import InputError
-from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -20,6 +18,9 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from pt_core.errors import InputError
+from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 
 VOCAB, WIDTH, LENGTH = 61, 32, 5
 
@@ -232,7 +233,7 @@ def plain_logits(method: PrefixTuning, batch: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("hidden", [None, 8])
 def test_fast_equals_plain_in_loss_and_prompt_gradient(kv_heads: int, padding: str, hidden: int | None) -> None:
-    method, batch = prefix(llama(kv_heads=kv_heads), projection_dim=hidden), ragged(padding)
+    method, batch = prefix(llama(kv_heads=kv_heads).double(), projection_dim=hidden).double(), ragged(padding)
     targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     fast = method.loss(batch | {"target_ids": targets})
     parameters = [p for _, p in method.trainable()]
@@ -241,7 +242,7 @@ def test_fast_equals_plain_in_loss_and_prompt_gradient(kv_heads: int, padding: s
     if padding == "left":
         assert int(fast.count) == int(wanted.sum()) == 9 - 1 + 6 + 4
     logits = plain_logits(method, batch)[:, :-1][wanted]
-    plain = nn.functional.cross_entropy(logits, targets[:, 1:][wanted], reduction="sum")
+    plain = nn.functional.cross_entropy(logits.float(), targets[:, 1:][wanted], reduction="sum")
     torch.testing.assert_close(fast.total, plain, atol=1e-5, rtol=1e-5)
     for ours, expected in zip(gradients, torch.autograd.grad(plain, parameters), strict=True):
         assert expected.abs().max() > 1e-3

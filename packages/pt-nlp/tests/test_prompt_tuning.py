@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pt_core.errors import InputError
-from pt_nlp import backbones
-from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -18,6 +15,10 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from pt_core.errors import InputError
+from pt_nlp import backbones
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 VOCAB, WIDTH, LENGTH = 61, 32, 5
 TEXT = (7, 3, 11, 2, 5)
@@ -140,7 +141,7 @@ def test_left_and_right_padding_give_equal_states_of_real_tokens(make) -> None:
 def test_shared_prefix_equals_plain_path_in_loss_and_prompt_gradient(
     kv_heads: int, padding: str, reading: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = prompt(llama(kv_heads), num_labels=3 if reading == "head" else None)
+    method = prompt(llama(kv_heads).double(), num_labels=3 if reading == "head" else None).double()
     batch = ragged(padding)
     batch["labels"] = torch.tensor([0, 2, 1])
     if reading == "tokens":

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
 from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.training import FitConfig
 from pt_nlp.data import TextTask
 from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 WORDS = "<pad> </s> <unk> the a was film news great awful red blue good bad NA it"
 TEXTS = ["the film was great", "a awful film", "the news was red", "it was blue a a", "great"]
@@ -153,9 +154,9 @@ def test_an_artifact_restores_the_calibration_whatever_the_number_of_classes(tmp
 
 
 def test_what_cannot_be_scored_is_refused():
-    with pytest.raises(InputError, match="'num_labels'.*has no head"):
+    with pytest.raises(InputError, match=r"'num_labels'.*has no head"):
         ZeroShot(llama(), ZeroShotConfig(num_labels=3))
-    with pytest.raises(InputError, match="'calibrate'.*that of 0 classes.*Call fit"):
+    with pytest.raises(InputError, match=r"'calibrate'.*that of 0 classes.*Call fit"):
         logits(ZeroShot(llama(), ZeroShotConfig(calibrate="train-mean")), task())
     with pytest.raises(ValueError, match="content_free_ids are needed"):
         ZeroShotConfig(calibrate="content-free")

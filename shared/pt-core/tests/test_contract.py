@@ -251,19 +251,25 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("check", contract_checks())
+@pytest.mark.filterwarnings("ignore:the prompt may not fit this backbone")  # of fine-tuning, whose weights are its own
 def test_contract(case, check, tmp_path):
     check(case, tmp_path)
 
 
 def test_reinforcement_learns_and_reads_accuracy_without_a_loss():
     _, method = policy(0)
-    start = method.mean.detach().clone()
-    result = method.fit(points(64, 0), points(64, 1), SHORT.model_copy(update={"max_steps": 60, "batch_size": 32}))
-    rewards = [row["reward"] for row in result.history if "reward" in row]
-    assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.2
+    validation = points(64, 1)
+    batch = validation.batch(range(64))
+    config = SHORT.model_copy(update={"max_steps": 100, "batch_size": 32, "keep_best": False})
+    method.eval()
+    with torch.no_grad():
+        before = F.cross_entropy(method(batch).logits, batch["labels"])
+    result = method.fit(points(64, 0), validation, config)
+    with torch.no_grad():
+        after = F.cross_entropy(method(batch).logits, batch["labels"])
+    assert float(before - after) > 0.015
     assert set(result.metrics) == {"accuracy"}
-    assert {"loss", "ratio", "lr/policy/policy", "lr/value/value"} <= set(result.history[-1])
-    assert not torch.equal(method.mean, start)
+    assert {"reward", "loss", "ratio", "lr/policy/policy", "lr/value/value"} <= set().union(*result.history)
 
 
 def test_images_pass_through_their_frozen_tower_once():

@@ -33,7 +33,7 @@ from pt_core.attach import Forward, Handle, Rows, register_family
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 log = logging.getLogger(__name__)
@@ -88,9 +88,11 @@ def load_backbone(
 
 # --- what the engine may rely on ------------------------------------------------------------------------------------
 def base_of(backbone: nn.Module) -> nn.Module:
-    """The transformer without its head (the model itself if it has none)."""
+    """The transformer without its head (the model itself if it has none): what every call of the backbone runs."""
     base: nn.Module = getattr(backbone, "base_model", backbone)
-    return base
+    inner = getattr(base, "decoder", None)
+    # OPT: the language model calls the decoder in the base model, never the base model itself.
+    return inner if isinstance(inner, PreTrainedModel) and not backbone.config.is_encoder_decoder else base
 
 
 def decoder_blocks(base: nn.Module) -> nn.ModuleList:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -141,12 +141,16 @@ class Encoder:
                     remedy="Raise max_source_length or shorten the template",
                 )
             ids = first + text[: room - len(first) - len(last)] + last
+        if not ids:
+            raise InputError("the text has no tokens", field="text")
         return self.head + ids + self.tail
 
     def target(self, text: str) -> list[int]:
         """Token ids of a target, with the end-of-sequence token where the model shall stop there."""
         ids = self._ids(f"{self.target_prefix}{text}")
         closed = self.spec.kind == "text-to-text" or self.spec.backbone == "seq2seq"
+        if closed and self.tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no end-of-sequence token", remedy="Set its eos_token")
         limit = self.spec.max_target_length - closed
         return ids[:limit] + [self.tokenizer.eos_token_id] * closed
 
@@ -157,15 +161,25 @@ class Encoder:
         """Token ids of every label word.
 
         Raises:
-            InputError: two label words have the same tokens, or one has none.
+            InputError: two label words have the same tokens, or one has none; or one begins with another, and could then
+                never have a higher score (unless scores are length-normalised).
         """
-        found = [self.target(word) for word in self.spec.words]
+        words = self.spec.words
+        found = [self.target(word) for word in words]
         for i, ids in enumerate(found):
-            if not ids or ids in found[:i]:
-                why = "has no tokens" if not ids else f"has the tokens of {self.spec.words[found.index(ids)]!r}"
-                raise InputError(
-                    f"label word {self.spec.words[i]!r} {why}", field="verbalizer", remedy="Choose another word"
-                )
+            same = [words[j] for j in range(i) if found[j] == ids]
+            parts = [
+                words[j] for j, other in enumerate(found) if 0 < len(other) < len(ids) and ids[: len(other)] == other
+            ]
+            why = ""
+            if not ids:
+                why = "has no tokens"
+            elif same:
+                why = f"has the tokens of {same[0]!r}"
+            elif parts and not self.spec.length_normalised:
+                why = f"begins with {parts[0]!r}, which would always be the likelier one"
+            if why:
+                raise InputError(f"label word {words[i]!r} {why}", field="verbalizer", remedy="Choose another word")
         return found
 
     def batch(self, rows: Sequence[Mapping[str, Any]], with_targets: bool = True) -> dict[str, Any]:
@@ -271,9 +285,11 @@ class TextTask:
             spec: further fields of `TaskSpec`.
 
         Raises:
-            InputError: a label is missing or unknown, or the specification is inconsistent.
+            InputError: a text or label is missing, a label is unknown, or the specification is inconsistent.
         """
         files = files or {}
+        for name, part in rows.items():
+            _check_rows(part, kind, template_fields(str(spec.get("template", ""))), files.get(name))
         if kind != "text-to-text" and labels is None:
             train = rows.get("train") or next(iter(rows.values()))
             given = [row["label"] for row in train]
@@ -436,16 +452,43 @@ def read_rows(path: str | Path, fields: Mapping[str, str]) -> list[dict[str, Any
                 field=role,
                 remedy=f"Columns: {', '.join(data.column_names)}",
             )
-    names = getattr(data.features[fields["label"]], "names", None) if "label" in fields else None
+    feature = data.features[fields["label"]] if "label" in fields else None
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of a class label, or of a list of them
     rows = []
     for number, row in enumerate(data, start=1):
         made = {role: row[column] for role, column in fields.items()}
         if names is not None:
-            made["label"] = names[made["label"]]
+            made["label"] = _named(made["label"], names, path, number, fields["label"])
         if not isinstance(made["text"], str) or not made["text"].strip():
             raise InputError("the text is empty or not text", file=path, row=number, field=fields["text"])
         rows.append(made)
     return rows
+
+
+def _named(label: Any, names: Sequence[str], path: Path, row: int, field: str) -> Any:
+    """Names of class labels, which `datasets` stores as numbers; rows without a label have -1 there."""
+    if isinstance(label, list):
+        return [_named(one, names, path, row, field) for one in label]
+    if label is None or not 0 <= label < len(names):
+        raise InputError(
+            f"label {label} is none of 0 to {len(names) - 1}",
+            file=path,
+            row=row,
+            field=field,
+            remedy="Drop rows without a label",
+        )
+    return names[label]
+
+
+def _check_rows(rows: Sequence[Mapping[str, Any]], kind: Kind, fields: Iterable[str], file: str | Path | None) -> None:
+    """Every row has a text, a label and the template's other fields; a reference text is text."""
+    for number, row in enumerate(rows, start=1):
+        for field in ("text", "label", *fields):
+            if row.get(field) is None:
+                raise InputError(f"the row has no {field}", file=file, row=number, field=field)
+        for field in ("text", "label") if kind == "text-to-text" else ("text",):
+            if not isinstance(row[field], str) or not row[field].strip():
+                raise InputError(f"the {field} is empty or not text", file=file, row=number, field=field)
 
 
 def draw(

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pt_core import artifacts
-from pt_core.errors import InputError
-from pt_core.method import Method
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from pt_core import artifacts
+from pt_core.errors import InputError
+from pt_core.method import Method
 from pt_nlp.backbones import base_of, is_causal, shape_of
 from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig, flatten, unflatten
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig

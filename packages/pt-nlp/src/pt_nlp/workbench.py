@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,7 +22,7 @@ from pt_nlp.backbones import load_backbone
 from pt_nlp.data import Kind, TaskSpec, TextTask, draw, read_rows, template_fields
 
 BACKBONE_ASSETS = {"asset:smollm2": assets.smollm2, "asset:minilm": assets.minilm}
-DATA_ASSETS = {
+DATA_ASSETS: dict[str, Callable[[], Sequence[Mapping[str, Any]]]] = {
     "asset:bbc-news": assets.bbc_news,
     "asset:bbc-records": assets.bbc_records,
     "asset:naics": assets.naics_sectors,
@@ -203,7 +203,7 @@ class Session:
         rows = [{"text": item} if isinstance(item, str) else item for item in inputs]
         if blank := [i for i, row in enumerate(rows, start=1) if not row["text"].strip()]:
             raise InputError("the text is empty", row=blank[0])
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         return self.task.predict(self.method, columns.pop("text"), **columns)
 
     def evaluate(self, file: Path, text: str = "text", label: str = "label") -> dict[str, float]:

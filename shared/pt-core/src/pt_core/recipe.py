@@ -153,10 +153,10 @@ def load(name: str, changes: Mapping[str, Any] | None = None) -> tuple[str, Reci
     package, path = find(name)
     content = _parse(path)
     content.pop("package", None)
-    for key, value in (changes or {}).items():
-        _set(content, key, value)
     schema: type[Recipe] = registry.workbench(package).Recipe
     try:
+        for key, value in (changes or {}).items():
+            _set(content, key, value)
         recipe = schema.model_validate(content)
         recipe.config()
         for label, variant in recipe.compare.items():
@@ -192,14 +192,15 @@ def parse_settings(lines: Sequence[str]) -> dict[str, Any]:
 def explain(
     error: ValidationError, model: type[BaseModel], section: str = "", file: str | Path | None = None
 ) -> InputError:
-    """The first problem that pydantic found, as one line: the key, what is wrong, and what is allowed.
+    """What pydantic found first, as one line: the key, what is wrong, and what is allowed.
 
     Args:
         error: of the validation of `model`.
         section: key under which the model's own keys stand.
         file: where they were read.
     """
-    first = error.errors()[0]
+    unknown = ("extra_forbidden", "invalid_key")  # shown before others: a misspelt key explains a missing one
+    first = min(error.errors(), key=lambda found: found["type"] not in unknown)
     key = ".".join(filter(None, [section, *(str(part) for part in first["loc"])])) or None
     problem, remedy, given = first["msg"].removeprefix("Value error, "), "", first["input"]
     if first["type"] == "missing":

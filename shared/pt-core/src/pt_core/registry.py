@@ -82,7 +82,8 @@ def markdown() -> str:
     rows = [["method", "package", "paper", "what is trained", "trained values", "fidelity"]]
     for entry in methods().values():
         values = f"{entry.parameters:,} ({entry.reference})" if entry.parameters else "none"
-        rows.append([f"`{entry.name}`", entry.package, entry.paper, entry.kind, values, entry.fidelity])
+        cells = [f"`{entry.name}`", entry.package, entry.paper, entry.kind, values, entry.fidelity]
+        rows.append([cell.replace("|", "\\|") for cell in cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+
 from pt_core.data import few_shot
 from pt_core.errors import InputError
 from pt_core.method import Output
@@ -15,8 +18,6 @@ from pt_core.prompts import Prompt
 from pt_nlp.backbones import is_causal
 from pt_nlp.methods.prompt_tuning import check_ids
 from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
-from pydantic import Field
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from pt_core.data import Split

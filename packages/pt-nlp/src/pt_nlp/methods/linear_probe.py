@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
 from pt_core.errors import InputError
 from pt_core.metrics import evaluate_logits
 from pt_core.training import FitConfig, FitResult
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.zero_shot import on_run_device
-from pydantic import Field
-from sklearn.linear_model import LogisticRegression
-from torch import nn
 
 if TYPE_CHECKING:
     from pt_core.data import Split

@@ -6,13 +6,14 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+
 from pt_core.prompts import Prompt
 from pt_nlp.backbones import shape_of
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prefix_tuning import start_uniform
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
-from pydantic import Field
-from torch import Tensor, nn
 
 
 class PTuningConfig(TextConfig):

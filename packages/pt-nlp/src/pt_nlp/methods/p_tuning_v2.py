@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
 from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
-from pydantic import Field
 
 
 class PTuningV2Config(PrefixTuningConfig):

@@ -6,12 +6,13 @@ import copy
 from typing import Any, Self
 
 import torch
-from pt_core.errors import InputError
-from pt_core.method import MethodConfig
-from pt_nlp.method import TextConfig, TextMethod
 from pydantic import Field
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from pt_core.errors import InputError
+from pt_core.method import MethodConfig
+from pt_nlp.method import TextConfig, TextMethod
 
 
 class LoRAConfig(TextConfig):

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Literal, Self
 
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from pt_core.attach import off
 from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt, Prompt
 from pt_nlp.backbones import Shape, base_of, is_causal, shape_of
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prompt_tuning import check_ids
-from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class PrefixTuningConfig(TextConfig):

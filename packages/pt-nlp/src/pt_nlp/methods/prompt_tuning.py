@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
+from torch import Tensor
+
 from pt_core.errors import InputError
 from pt_core.prompts import SoftPrompt, sample_rows, tile
 from pt_nlp.backbones import shape_of
 from pt_nlp.method import TextConfig, TextMethod
-from pydantic import Field
-from torch import Tensor
 
 
 class PromptTuningConfig(TextConfig):

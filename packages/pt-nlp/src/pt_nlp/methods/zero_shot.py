@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from pydantic import Field, model_validator
+from torch import Tensor
+
 from pt_core.errors import InputError
 from pt_core.method import Output
 from pt_core.prompts import Prompt
@@ -17,8 +20,6 @@ from pt_nlp.backbones import is_causal
 from pt_nlp.data import pad
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prompt_tuning import check_ids
-from pydantic import Field, model_validator
-from torch import Tensor
 
 if TYPE_CHECKING:
     from pt_core.data import Split

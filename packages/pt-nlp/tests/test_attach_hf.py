@@ -1,0 +1,677 @@
+"""Prompts in Hugging Face backbones: what the user's model keeps, the exact shortcut against the plain path, refusals, errors."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from pt_core.attach import Handle, attach, off
+from pt_core.errors import InputError
+from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
+from pt_nlp import backbones
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, StaticCache
+
+VOCAB, WIDTH, M = 48, 16, 5
+SHARED = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Mistral": "mistral", "GPT2": "gpt2", "GPTNeoX": "gpt_neox"}
+BACKBONES = [*SHARED, "OPT", "Bert", "Roberta", "T5"]
+Build = Callable[..., nn.Module]
+
+
+def soft(seed: int = 1, length: int = M, width: int = WIDTH) -> SoftPrompt:
+    return SoftPrompt(length, width, std=0.5, generator=torch.Generator().manual_seed(seed))
+
+
+def keys(model: nn.Module, seed: int = 2, length: int = M) -> KeyValuePrompt:
+    shape = backbones.shape_of(model)
+    generator = torch.Generator().manual_seed(seed)
+    return KeyValuePrompt(shape.layers, shape.kv_heads, shape.head_dim, length, std=0.5, generator=generator)
+
+
+def texts(side: str = "right", rows: int = 3, n: int = 9) -> dict[str, Tensor]:
+    """Token ids of rows of n, n - 3 and n - 5 tokens, padded with 0 on one side."""
+    ids = torch.randint(3, VOCAB, (rows, n), generator=torch.Generator().manual_seed(7))
+    lengths = torch.tensor([n, n - 3, n - 5, n - 1][:rows])
+    mask = (torch.arange(n)[None] < lengths[:, None]).long()
+    mask = mask.flip(1) if side == "left" else mask
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def labels_of(batch: dict[str, Tensor]) -> Tensor:
+    return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape, f"{tuple(a.shape)} is not {tuple(b.shape)}"
+    return float((a.detach().float() - b.detach().float()).abs().max())
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of a language model, hidden states of an encoder."""
+    if model.config.is_encoder_decoder:
+        batch = batch | {"decoder_input_ids": batch["input_ids"][:, :4]}
+    result = model(**batch)
+    found: Tensor = result.logits if "logits" in result else result.last_hidden_state
+    return found
+
+
+def plain_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "SHARED_PREFIX", set())
+
+
+def concatenated(model: nn.Module, prompt: Tensor, batch: dict[str, Tensor], **options) -> Tensor:
+    """Logits of the text behind the prompt, by hand: one sequence of embeddings, positions written out."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    embeds = torch.cat([prompt.to(model.dtype).expand(len(ids), -1, -1), model.get_input_embeddings()(ids)], dim=1)
+    whole = torch.cat([mask.new_ones(len(ids), len(prompt)), mask], dim=1)
+    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+        options["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)
+    logits: Tensor = model(inputs_embeds=embeds, attention_mask=whole, use_cache=False, **options).logits
+    return logits[:, len(prompt) :]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def with_gradient(
+    model: nn.Module, prompt: SoftPrompt | KeyValuePrompt, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient of the prompt and logits of the real tokens."""
+    prompt.zero_grad()
+    result = model(**batch, labels=labels_of(batch))
+    result.loss.backward()
+    assert prompt.weight.grad is not None
+    return result.loss.detach(), prompt.weight.grad.clone(), result.logits.detach()[batch["attention_mask"].bool()]
+
+
+# --- the user's model stays the user's model --------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_the_backbone_keeps_class_keywords_configuration_and_generate(tiny: Build, kind: str) -> None:
+    model = tiny(kind)
+    base = backbones.base_of(model)
+    before = (type(model), model.config.to_dict(), inspect.signature(model.forward), inspect.signature(base.forward))
+    generate = getattr(model, "generate", None)
+    attach(model, soft())
+    assert (type(model), model.config.to_dict()) == before[:2]
+    assert inspect.signature(model.forward) == before[2]
+    assert inspect.signature(base.forward) == before[3]
+    assert getattr(model, "generate", None) == generate
+
+
+@pytest.mark.parametrize("path", ["shared", "plain", "keys and values"])
+@pytest.mark.parametrize("kind", SHARED)
+def test_prompt_positions_show_nowhere_in_a_language_model(
+    tiny: Build, kind: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny(kind, attn_implementation="eager"), texts()
+    if path == "plain":
+        plain_only(monkeypatch)
+    attach(model, keys(model) if path == "keys and values" else soft())
+    options = {"output_hidden_states": True, "output_attentions": True, "use_cache": True}
+    result = model(**batch, labels=batch["input_ids"], **options)
+    assert result.logits.shape == (3, 9, VOCAB)
+    assert [tuple(h.shape) for h in result.hidden_states] == [(3, 9, WIDTH)] * 3
+    assert [tuple(a.shape) for a in result.attentions] == [(3, 4, 9, 9 + M)] * 2  # rows are real tokens, columns what they see
+    assert result.past_key_values.get_seq_length() == 9
+    assert gap(result.loss, cross_entropy(result.logits, batch["input_ids"])) < 1e-5
+    step = {"input_ids": batch["input_ids"][:, :1], "past_key_values": result.past_key_values}
+    step["attention_mask"] = F.pad(batch["attention_mask"], (0, 1), value=1)
+    assert model(**step).past_key_values.get_seq_length() == 10
+    assert torch.equal(model(**batch, return_dict=False)[0], result.logits)
+    assert model(**batch, use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("what", ["tokens", "keys and values"])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_prompt_positions_show_nowhere_in_an_encoder(tiny: Build, kind: str, what: str) -> None:
+    model, batch = tiny(kind), texts()
+    attach(model, soft() if what == "tokens" else keys(model))
+    result = model(**batch, output_hidden_states=True)
+    assert [tuple(h.shape) for h in result.hidden_states] == [(3, 9, WIDTH)] * 3
+    assert torch.equal(result.hidden_states[-1], result.last_hidden_state)
+    assert torch.equal(result.pooler_output, model.pooler(result.last_hidden_state))
+    assert model(**batch, return_dict=False)[0].shape == (3, 9, WIDTH)
+    words = tiny(kind, "ForMaskedLM")
+    attach(words, soft() if what == "tokens" else keys(words))
+    result = words(**batch, labels=batch["input_ids"])
+    assert result.logits.shape == (3, 9, VOCAB)
+    assert gap(result.loss, F.cross_entropy(result.logits.flatten(0, 1), batch["input_ids"].flatten())) < 1e-5
+    classes = tiny(kind, "ForSequenceClassification", num_labels=3)
+    attach(classes, soft())
+    assert classes(**batch, labels=torch.tensor([0, 1, 2])).logits.shape == (3, 3)
+
+
+@pytest.mark.parametrize("what", ["tokens", "keys and values"])
+def test_prompt_positions_show_nowhere_in_an_encoder_decoder(tiny: Build, what: str) -> None:
+    model, batch = tiny("T5"), texts()
+    attach(model, soft() if what == "tokens" else keys(model))
+    options = {"labels": batch["input_ids"][:, :4], "output_hidden_states": True, "output_attentions": True}
+    result = model(**batch, **options)
+    assert result.logits.shape == (3, 4, VOCAB)
+    assert result.encoder_last_hidden_state.shape == (3, 9, WIDTH)
+    assert [tuple(h.shape) for h in result.encoder_hidden_states] == [(3, 9, WIDTH)] * 3
+    assert [tuple(h.shape) for h in result.decoder_hidden_states] == [(3, 4, WIDTH)] * 3
+    assert [a.shape[2] for a in result.encoder_attentions] == [9, 9]
+    assert [a.shape[2] for a in result.decoder_attentions] == [4, 4]
+    assert result.past_key_values.get_seq_length() == 4
+    assert (3, 9, WIDTH) in [tuple(t.shape) for t in model(**batch, **options, return_dict=False) if isinstance(t, Tensor)]
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_switched_off_or_removed_the_outputs_are_bit_identical(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts()
+    before, modules = outputs(model, batch), [name for name, _ in model.named_modules()]
+    handle = attach(model, soft())
+    prompted = outputs(model, batch)
+    assert gap(prompted, before) > 1e-2
+    handle.enabled(False)
+    assert torch.equal(outputs(model, batch), before)
+    handle.enabled()
+    assert torch.equal(outputs(model, batch), prompted)
+    with off(model):
+        assert torch.equal(outputs(model, batch), before)
+    handle.remove()
+    assert torch.equal(outputs(model, batch), before)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_prompt_of_length_zero_changes_no_bit(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts("left" if kind == "Roberta" else "right")
+    before = outputs(model, batch)
+    attach(model, soft(length=0))
+    assert torch.equal(outputs(model, batch), before)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Bert", "T5"])
+def test_two_prompts_on_one_backbone_do_not_mix(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts()
+    alone = []
+    for seed in (1, 2):
+        handle = attach(model, soft(seed))
+        alone.append(outputs(model, batch))
+        handle.remove()
+    first, second = (attach(model, soft(seed), always=False) for seed in (1, 2))
+    plain = outputs(model, batch)
+    for handle, expected in ((first, alone[0]), (second, alone[1]), (first, alone[0])):
+        with handle.active():
+            assert torch.equal(outputs(model, batch), expected)
+    assert torch.equal(outputs(model, batch), plain)
+    second.remove()
+    with first.active():
+        assert torch.equal(outputs(model, batch), alone[0])
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "T5"])
+def test_threads_that_generate_with_their_own_prompts_do_not_mix(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts("left")
+    handles: list[Handle | None] = [attach(model, soft(seed), always=False) for seed in range(3)]
+
+    def write(handle: Handle | None) -> Tensor:
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        if handle is None:
+            return model.generate(**batch, **options)
+        with handle.active():
+            return model.generate(**batch, **options)
+
+    jobs = [*handles, None] * 4
+    alone = {job: write(job) for job in {*handles, None}}
+    assert len({tuple(tokens.flatten().tolist()) for tokens in alone.values()}) == 4
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(write, jobs))
+    for job, tokens in zip(jobs, together, strict=True):
+        assert torch.equal(tokens, alone[job])
+
+
+# --- the exact shortcut ---------------------------------------------------------------------------------------------
+def test_every_type_of_the_shortcut_is_tested() -> None:
+    assert set(SHARED.values()) == backbones.SHARED_PREFIX
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", SHARED)
+def test_the_shared_prefix_equals_the_plain_path(
+    tiny: Build, kind: str, side: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt, batch = tiny(kind, attn_implementation=attention), soft(), texts(side)
+    attach(model, prompt)
+    assert backbones.shortcut_refused(model.base_model) is None
+    shared = with_gradient(model, prompt, batch)
+    plain_only(monkeypatch)
+    assert backbones.shortcut_refused(model.base_model) is not None
+    for fast, plain in zip(shared, with_gradient(model, prompt, batch), strict=True):
+        assert gap(fast, plain) < 1e-5
+    assert gap(shared[1], torch.zeros_like(shared[1])) > 1e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", [*SHARED, "OPT"])
+def test_the_plain_path_equals_a_concatenation_by_hand(
+    tiny: Build, kind: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt, batch = tiny(kind), soft(), texts(side)
+    logits = concatenated(model, prompt.weight, batch)
+    loss = cross_entropy(logits, labels_of(batch))
+    loss.backward()
+    by_hand = loss.detach(), prompt.weight.grad.clone(), logits.detach()[batch["attention_mask"].bool()]
+    plain_only(monkeypatch)
+    attach(model, prompt)
+    for ours, theirs in zip(with_gradient(model, prompt, batch), by_hand, strict=True):
+        assert gap(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_the_shared_prefix_equals_the_plain_path_without_a_mask(
+    tiny: Build, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(kind)
+    attach(model, soft())
+    ids = texts()["input_ids"][:, :4] + 1
+    shared = model(input_ids=ids, position_ids=torch.arange(4)[None]).logits
+    plain_only(monkeypatch)
+    assert gap(shared, model(input_ids=ids).logits) < 1e-5
+    assert gap(shared, model(inputs_embeds=model.get_input_embeddings()(ids)).logits) < 1e-5
+
+
+def test_gpt2_token_types_are_added_to_the_text_only(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny("GPT2"), texts()
+    attach(model, soft())
+    batch["token_type_ids"] = torch.full_like(batch["input_ids"], 4)
+    shared = model(**batch).logits
+    plain_only(monkeypatch)
+    assert gap(model(**batch).logits, shared) < 1e-5
+    del batch["token_type_ids"]
+    assert gap(model(**batch).logits, shared) > 1e-2
+
+
+def refused(model: nn.Module, reason: str, caplog: pytest.LogCaptureFixture, batch: dict[str, Tensor], **options) -> Tensor:
+    """Logits of two calls that must announce `reason` once and agree with a concatenation by hand."""
+    backbones._ANNOUNCED.clear()
+    prompt = soft()
+    handle = attach(model, prompt)
+    torch.manual_seed(0)
+    with caplog.at_level(logging.WARNING, "pt_nlp.backbones"):
+        logits = model(**batch, **options).logits
+        model(**batch)
+    assert [record.getMessage() for record in caplog.records if "row by row" in record.getMessage()] == [
+        f"{type(model.base_model).__name__}: prompts are computed row by row, without a shared prefix: {reason}"
+    ]
+    handle.remove()
+    torch.manual_seed(0)
+    by_hand = concatenated(model, prompt.weight, batch)
+    real = batch["attention_mask"].bool()
+    assert gap(logits[real], by_hand[real]) < 1e-5
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3"])
+def test_sliding_windows_take_the_plain_path(tiny: Build, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"sliding_window": 4} | ({} if kind == "Mistral" else {"use_sliding_window": True, "max_window_layers": 1})
+    model, batch = tiny(kind, **options), texts()
+    logits = refused(model, "the model has layers without full attention", caplog, batch)
+    model.config.sliding_window = None
+    model.config.layer_types = ["full_attention"] * 2
+    assert gap(logits, tiny(kind)(**batch).logits) > 1e-2  # the window is narrower than the text
+
+
+def test_active_dropout_takes_the_plain_path(tiny: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = tiny("GPT2"), texts()
+    quiet = concatenated(model, soft().weight, batch)
+    model.train()
+    logits = refused(model, "dropout is active in the backbone", caplog, batch)
+    assert gap(logits, quiet) > 1e-2
+
+
+def test_gradient_checkpointing_takes_the_plain_path(tiny: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("Llama")
+    model.gradient_checkpointing_enable()
+    model.train()
+    refused(model, "gradient checkpointing is on", caplog, texts())
+
+
+@pytest.mark.parametrize("kind", ["OPT", "Mamba"])
+def test_types_that_are_not_tested_take_the_plain_path(tiny: Build, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    refused(tiny(kind), f"it is not tested on {kind.lower()!r}", caplog, texts())
+
+
+def test_a_static_cache_takes_the_plain_path(tiny: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = tiny("Llama"), texts("left")
+    cache = StaticCache(config=model.config, max_cache_len=9 + M + 2)
+    backbones._ANNOUNCED.clear()
+    prompt = soft()
+    handle = attach(model, prompt)
+    with caplog.at_level(logging.WARNING, "pt_nlp.backbones"):
+        logits = model(**batch, past_key_values=cache).logits
+    assert "the cache is a StaticCache" in caplog.text
+    assert int(cache.get_seq_length()) == 9
+    step = torch.tensor([[5], [6], [7]])
+    longer = {
+        "input_ids": torch.cat([batch["input_ids"], step], 1),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 1), value=1),
+    }
+    after = model(input_ids=step, attention_mask=longer["attention_mask"], past_key_values=cache).logits
+    assert int(cache.get_seq_length()) == 10
+    handle.remove()
+    by_hand = concatenated(model, prompt.weight, longer)
+    assert gap(torch.cat([logits, after], 1)[longer["attention_mask"].bool()], by_hand[longer["attention_mask"].bool()]) < 1e-5
+
+
+def test_a_static_cache_without_room_for_the_prompt_is_refused(tiny: Build) -> None:
+    model = tiny("Llama")
+    attach(model, soft())
+    with pytest.raises(InputError, match=r"14 positions, the static cache has 9.*larger by the length of the prompt"):
+        model(**texts(), past_key_values=StaticCache(config=model.config, max_cache_len=9))
+
+
+# --- keys and values --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", SHARED)
+def test_the_keys_and_values_of_prompt_rows_do_what_the_rows_do(tiny: Build, kind: str, side: str) -> None:
+    model, rows, batch = tiny(kind), soft(), texts(side)
+    with torch.no_grad():
+        cache = model.base_model(inputs_embeds=rows.weight[None], use_cache=True).past_key_values
+        prompt = keys(model)
+        for i, layer in enumerate(cache.layers):
+            prompt.weight[i] = torch.stack([layer.keys[0], layer.values[0]])
+    handle = attach(model, rows)
+    expected = model(**batch).logits
+    handle.remove()
+    attach(model, prompt)
+    loss, gradient, logits = with_gradient(model, prompt, batch)
+    assert gap(logits, expected[batch["attention_mask"].bool()]) < 1e-5
+    assert float(gradient.abs().amax(dim=(1, 2, 3, 4)).min()) > 1e-4  # every layer gets its gradient
+
+
+# --- stored keys and values -------------------------------------------------------------------------------------------
+def prefills(model: nn.Module, call: Callable[[], object]) -> int:
+    """How often the first block reads the M rows of the prompt alone during a call."""
+    seen = []
+    block = backbones.decoder_blocks(model.base_model)[0]
+    hook = block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    call()
+    hook.remove()
+    return sum(shape[:2] == (1, M) for shape in seen)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_at_inference_the_prompt_is_computed_once(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts("left")
+    attach(model, soft())
+    with torch.no_grad():
+        assert prefills(model, lambda: model(**batch)) == 1
+        assert prefills(model, lambda: model(**batch)) == 0
+    assert prefills(model, lambda: model.generate(**batch, max_new_tokens=4, do_sample=False)) == 0
+
+
+def test_with_gradient_the_prompt_is_computed_every_time_and_not_kept(tiny: Build) -> None:
+    model, batch = tiny("Llama"), texts()
+    handle = attach(model, soft())
+    for _ in range(2):
+        assert prefills(model, lambda: model(**batch)) == 1
+    assert handle.store == {}
+    with torch.no_grad():
+        model(**batch)
+    assert all(not k.requires_grad and not v.requires_grad for k, v in handle.store["key_values"][2])
+    assert prefills(model, lambda: model(**batch)) == 1
+
+
+def _in_place(prompt: SoftPrompt, model: nn.Module) -> None:
+    prompt.weight.add_(0.3)
+
+
+def _by_data(prompt: SoftPrompt, model: nn.Module) -> None:
+    prompt.weight.data[2, 1] += 0.7
+
+
+def _by_load(prompt: SoftPrompt, model: nn.Module) -> None:
+    prompt.load_state_dict({"weight": soft(9).weight})
+
+
+def _by_optimiser(prompt: SoftPrompt, model: nn.Module) -> None:
+    prompt.weight.grad = torch.ones_like(prompt.weight)
+    torch.optim.AdamW([prompt.weight], lr=0.1).step()
+
+
+def _weights_written(prompt: SoftPrompt, model: nn.Module) -> None:
+    next(iter(backbones.decoder_blocks(model.base_model).parameters())).mul_(1.5)
+
+
+def _weights_replaced(prompt: SoftPrompt, model: nn.Module) -> None:
+    model.load_state_dict({n: p * 1.1 for n, p in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change", [_in_place, _by_data, _by_load, _by_optimiser, _weights_written, _weights_replaced], ids=lambda f: f.__name__
+)
+def test_stored_keys_and_values_follow_the_prompt_and_the_weights(
+    tiny: Build, change: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt, batch = tiny("Llama"), soft(), texts()
+    handle = attach(model, prompt, always=False)
+    with torch.no_grad(), handle.active():
+        before = model(**batch).logits
+        change(prompt, model)
+        assert prefills(model, lambda: model(**batch)) == 1
+        after = model(**batch).logits
+        plain_only(monkeypatch)
+        assert gap(after, model(**batch).logits) < 1e-5
+        assert gap(after, before) > 1e-2
+
+
+def test_inference_mode_and_no_grad_share_what_is_stored(tiny: Build) -> None:
+    model, batch = tiny("Llama"), texts()
+    attach(model, soft())
+    with torch.inference_mode():
+        first = model(**batch).logits.clone()
+    with torch.no_grad():
+        assert prefills(model, lambda: model(**batch)) == 0
+        assert torch.equal(model(**batch).logits, first)
+    assert gap(model(**batch).logits, first) < 1e-6
+
+
+# --- precision, places --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", ["shared", "plain"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Bert", "T5"])
+def test_a_bf16_backbone_gives_the_float32_prompt_a_float32_gradient(
+    tiny: Build, kind: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "plain":
+        plain_only(monkeypatch)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, prompt = tiny(kind).to(dtype), soft()
+        attach(model, prompt, always=False).active().__enter__()
+        result = outputs(model, texts())
+        assert result.dtype == dtype
+        (result.float() ** 2).mean().backward()
+        assert prompt.weight.dtype == prompt.weight.grad.dtype == torch.float32
+        results.append((result, prompt.weight.grad))
+    for (a, b) in zip(*results, strict=True):
+        assert gap(a, b) < 0.05 * float(a.detach().abs().max())
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_under_autocast_the_shared_prefix_is_as_close_to_float32_as_the_plain_path(
+    tiny: Build, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt, batch = tiny(kind), soft(), texts()
+    attach(model, prompt)
+    _, _, exact = with_gradient(model, prompt, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, shared_gradient, shared = with_gradient(model, prompt, batch)
+        plain_only(monkeypatch)
+        _, plain_gradient, plain = with_gradient(model, prompt, batch)
+    scale = float(exact.abs().max())
+    assert gap(plain, exact) < 0.03 * scale
+    assert gap(shared, exact) < 0.03 * scale
+    assert gap(shared_gradient, plain_gradient) < 0.05 * float(plain_gradient.abs().max())
+
+
+def test_stored_keys_and_values_of_autocast_are_not_used_outside_of_it(tiny: Build) -> None:
+    model, batch = tiny("Llama"), texts()
+    attach(model, soft())
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            assert gap(model(**batch).logits, expected) > 1e-5
+        assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("places", [{"": "cpu"}, "disk"])
+@pytest.mark.parametrize("what", ["tokens", "keys and values"])
+def test_a_dispatched_model_gives_the_same_numbers(tiny: Build, places: dict | str, what: str, tmp_path) -> None:
+    from accelerate import dispatch_model
+
+    model, batch = tiny("Llama"), texts()
+    prompt = soft() if what == "tokens" else keys(model)
+    handle = attach(model, prompt)
+    expected = with_gradient(model, prompt, batch)
+    handle.remove()
+    before = model(**batch).logits
+    if places == "disk":
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        places |= {"model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    handle = attach(model, prompt)
+    for here, there in zip(with_gradient(model, prompt, batch), expected, strict=True):
+        assert gap(here, there) < 1e-6
+    with torch.no_grad():
+        first = model(**batch).logits
+        assert torch.equal(model(**batch).logits, first)
+    handle.remove()
+    assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_backbone_trains_the_prompt(tiny: Build, bits: int, tmp_path) -> None:
+    pytest.importorskip("bitsandbytes", reason="quantised backbones need bitsandbytes, which is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("bitsandbytes is tested on a CUDA device, and there is none")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny("Llama", hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map={"": 0})
+    prompt = soft(width=64).cuda()
+    attach(model, prompt)
+    loss, gradient, _ = with_gradient(model, prompt, {k: v.cuda() for k, v in texts().items()})
+    assert bool(torch.isfinite(loss))
+    assert gradient.dtype == torch.float32
+    assert float(gradient.abs().max()) > 0
+
+
+# --- prompts inside of the tower --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["Llama", "Mistral"])
+def test_rows_before_the_first_block_are_rows_of_the_embeddings(tiny: Build, kind: str) -> None:
+    model, rows, batch = tiny(kind), soft(), texts("left")
+    deep = DeepPrompt([0], M, WIDTH)
+    deep.weight.data[0] = rows.weight.data
+    expected = concatenated(model, rows.weight, batch)
+    attach(model, deep)
+    result = model(**batch)
+    assert gap(result.logits[batch["attention_mask"].bool()], expected[batch["attention_mask"].bool()]) < 1e-5
+    written = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert torch.equal(written, model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+def test_a_cache_that_was_filled_without_the_prompt_is_refused(tiny: Build) -> None:
+    model, batch = tiny("Llama"), texts()
+    step = {"input_ids": batch["input_ids"][:, :1], "attention_mask": F.pad(batch["attention_mask"], (0, 1), value=1)}
+    cache = model(**batch, use_cache=True).past_key_values
+    first, second = (attach(model, soft(seed), always=False) for seed in (1, 2))
+    with first.active():
+        with pytest.raises(InputError, match=r"filled without this prompt, or under another one. Start from an empty cache"):
+            model(**step, past_key_values=cache)
+        cache = model(**batch, use_cache=True).past_key_values
+    with second.active(), pytest.raises(InputError, match="filled without this prompt"):
+        model(**step, past_key_values=cache)
+    with pytest.raises(InputError, match="filled under a prompt"):
+        model(**step, past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    with second.active():
+        assert gap(model(**batch, past_key_values=cache).logits, model(**batch).logits) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Bert", "T5"])
+def test_a_prompt_that_does_not_fit_is_refused(tiny: Build, kind: str) -> None:
+    model = tiny(kind)
+    with pytest.raises(InputError, match="the prompt is 17 wide, the embeddings of .* are 16"):
+        attach(model, SoftPrompt(3, 17))
+    heads = backbones.shape_of(model).kv_heads
+    with pytest.raises(InputError, match=rf"\(2, 2, {heads + 1}, 3, 4\), .* takes \(2, 2, {heads}, 3, 4\)"):
+        attach(model, KeyValuePrompt(2, heads + 1, 4, 3))
+    with pytest.raises(InputError, match="blocks|towers"):
+        attach(model, DeepPrompt([2], 3, WIDTH))
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Bert", "Roberta"])
+def test_prompt_and_text_must_fit_the_positions(tiny: Build, kind: str) -> None:
+    sizes = {"n_positions": 12} if kind == "GPT2" else {"max_position_embeddings": 12 + 2 * (kind == "Roberta")}
+    model = tiny(kind, **sizes)
+    attach(model, soft())
+    batch = {name: tensor[:, :7] for name, tensor in texts().items()}
+    model(**batch)  # 12 positions
+    with pytest.raises(InputError, match=r"prompt and text take 13 positions, .* has 12. Cut the text"):
+        model(**{name: tensor[:, :8] for name, tensor in texts().items()})
+
+
+def test_masks_of_four_dimensions_are_refused(tiny: Build) -> None:
+    model, batch = tiny("Llama"), texts()
+    attach(model, soft())
+    with pytest.raises(InputError, match="2-D attention mask"):
+        model(input_ids=batch["input_ids"], attention_mask=torch.ones(3, 1, 9, 9))
+
+
+def test_packed_sequences_are_refused(tiny: Build) -> None:
+    model, ids = tiny("Llama"), texts()["input_ids"][:1]
+    attach(model, soft())
+    with pytest.raises(InputError, match="positions restart within a row: packed sequences"):
+        model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Bert", "T5"])
+def test_keys_and_values_refuse_gradient_checkpointing(tiny: Build, kind: str) -> None:
+    model = tiny(kind)
+    model.gradient_checkpointing_enable()
+    model.train()
+    attach(model, keys(model))
+    with pytest.raises(InputError, match="checkpoint"):
+        outputs(model, texts())
+
+
+def test_keys_and_values_refuse_a_text_beyond_the_window(tiny: Build) -> None:
+    model = tiny("Mistral", sliding_window=14)
+    attach(model, keys(model))
+    model(**texts())  # 5 + 9
+    with pytest.raises(InputError, match=r"15 positions, the attention window of MistralModel has 14"):
+        model(input_ids=torch.ones(1, 10, dtype=torch.long))
+
+
+def test_recurrent_models_take_no_keys_and_values_and_no_padding_on_the_left(tiny: Build) -> None:
+    model = tiny("Mamba")
+    with pytest.raises(InputError, match="no cache of keys and values"):
+        attach(model, KeyValuePrompt(2, 4, 4, M))
+    attach(model, soft())
+    with pytest.raises(InputError, match="padding between prompt and text"):
+        model(**texts("left"))
+
+
+def test_a_cache_of_the_user_is_filled_in_place(tiny: Build) -> None:
+    model, batch = tiny("Llama"), texts("left")
+    attach(model, soft())
+    cache = DynamicCache(config=model.config)
+    result = model(**batch, past_key_values=cache)
+    assert result.past_key_values is cache
+    assert isinstance(cache, DynamicCache)
+    assert cache.get_seq_length() == 9

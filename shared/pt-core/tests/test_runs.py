@@ -1,0 +1,214 @@
+"""One run and runs side by side, on the tiny model: what is kept, what goes on, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pt_core import report, runs
+from pt_core.artifacts import load_artifact
+from pt_core.errors import InputError
+from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.runs import Job
+from pt_core.testing import TinyLM, TinyPrompt, TinyPromptConfig, tiny_split
+from pt_core.training import FitConfig
+
+RUN: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "evaluate_every": 2, "log_every": 2, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Untrained(TinyPrompt):
+    """The tiny language model as it is."""
+
+    name = "untrained"
+    trains = False
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def trainable(self) -> Iterator[Any]:
+        return iter(())
+
+
+class Maker:
+    """(label, seed) -> job on one backbone; knows which cells were made, and which of their methods are removed."""
+
+    def __init__(self) -> None:
+        self.backbone = TinyLM()
+        self.made: list[tuple[str, int]] = []
+        self.removed: list[tuple[str, int]] = []
+        self.evaluated = 0
+        self.fails_at: tuple[str, int] | None = None
+
+    def __call__(self, label: str, seed: int) -> tuple[Job, FitConfig]:
+        cell = (label, seed)
+        self.made.append(cell)
+        kind = Untrained if label == "untrained" else TinyPrompt
+        method = kind(self.backbone, TinyPromptConfig(seed=seed, length=5 if label == "long" else 3))
+        remove = method.remove
+
+        def removed() -> None:
+            remove()
+            self.removed.append(cell)
+
+        method.remove = removed  # type: ignore[method-assign]
+        test = tiny_split(6, seed=3)
+        collate = test.collate
+
+        def counted(rows: list[Any]) -> dict[str, Any]:
+            self.evaluated += len(rows)
+            if self.fails_at == cell:
+                raise KeyboardInterrupt
+            return collate(rows)
+
+        test.collate = counted
+        job = Job(method, tiny_split(12, seed=1), tiny_split(6, seed=2), test, {"labels": ["a", "b"]}, "tiny-lm", "v1")
+        return job, FitConfig(**RUN, seed=seed)
+
+
+def test_a_run_keeps_the_prompt_its_result_and_its_history(tmp_path: Path) -> None:
+    make = Maker()
+    job, config = make("tiny", 4)
+    outcome = runs.train(job, config, tmp_path, "a label")
+    assert outcome.artifact == tmp_path / "prompt"
+    artifact = load_artifact(outcome.artifact)
+    for name, tensor in job.method.trained_state().items():
+        assert torch.equal(artifact.tensors[name], tensor)
+    assert (artifact.config.backbone.name, artifact.config.backbone.revision) == ("tiny-lm", "v1")
+    assert artifact.config.task == {"labels": ["a", "b"]}
+    assert artifact.config.metrics == outcome.result.metrics
+    result = outcome.result
+    assert (result.method, result.seed, result.trainable_parameters) == ("a label", 4, 3 * 8 + 12)
+    assert result.artifact_bytes == (tmp_path / "prompt" / "prompt.safetensors").stat().st_size
+    assert result.seconds_per_step is not None and result.seconds_per_step > 0
+    assert result.extra["steps"] == 6
+    assert [row["step"] for row in outcome.history if "validation/loss" in row] == [2, 4, 6]
+    assert (tmp_path / "training" / "metrics.jsonl").is_file()
+
+
+def test_the_test_rows_are_read_once_after_training(tmp_path: Path) -> None:
+    make = Maker()
+    job, config = make("tiny", 0)
+    outcome = runs.train(job, config, tmp_path)
+    assert make.evaluated == 6
+    expected = runs.evaluate(job.method, tiny_split(6, seed=3))
+    assert outcome.result.metrics == expected
+    job.test = None
+    metrics = runs.train(job, config, tmp_path / "without").result.metrics
+    assert metrics == runs.evaluate(job.method, tiny_split(6, seed=2))  # those of the best step's validation
+
+
+def test_a_method_that_trains_nothing_leaves_no_artifact(tmp_path: Path) -> None:
+    job, config = Maker()("untrained", 0)
+    outcome = runs.train(job, config, tmp_path)
+    assert (outcome.artifact, outcome.history) == (None, [])
+    assert not (tmp_path / "prompt").exists()
+    result = outcome.result
+    assert (result.trainable_parameters, result.seconds_per_step, result.artifact_bytes) == (0, None, None)
+    assert "accuracy" in result.metrics
+
+
+def test_a_run_that_is_done_is_not_trained_again(tmp_path: Path) -> None:
+    first = runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "x"})
+    before = (tmp_path / "prompt" / "prompt.safetensors").read_bytes()
+    again = runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "x"})
+    assert (tmp_path / "prompt" / "prompt.safetensors").read_bytes() == before
+    assert again.result.metrics == first.result.metrics
+    assert again.history == first.history
+    assert again.result.seconds_per_step is None  # not measured, rather than zero
+
+
+def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
+    runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "x", "data": {"train": "a.jsonl"}})
+    with pytest.raises(InputError, match=r"holds results of something else \(rows differ\)\. Choose another"):
+        runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "y", "data": {"train": "a.jsonl"}})
+
+
+def test_a_comparison_runs_every_method_with_every_seed(tmp_path: Path) -> None:
+    make, lines = Maker(), []
+    before = snapshot(make.backbone)
+    outcomes = runs.compare(make, ["tiny", "long", "untrained"], [0, 1], tmp_path, {"recipe": 1}, lines.append)
+    cells = [(label, seed) for seed in (0, 1) for label in ("tiny", "long", "untrained")]
+    assert make.made == make.removed == cells
+    assert [(o.result.method, o.result.seed) for o in outcomes] == cells
+    assert_unchanged(make.backbone, before)
+    assert lines[0] == "tiny, seed 0 (1 of 6) ..."
+    assert lines[1].startswith("tiny, seed 0: loss ")
+    assert [o.result.trainable_parameters for o in outcomes[:3]] == [36, 52, 0]
+    assert list(runs.histories(outcomes)) == ["tiny", "long"]
+    assert [len(h) for h in runs.histories(outcomes).values()] == [2, 2]
+    assert len(report.results_grid([o.result for o in outcomes]).rows) == 3
+
+
+def test_a_comparison_that_stops_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = runs.compare(Maker(), ["tiny", "long"], [0, 1], tmp_path / "whole", announce=lambda line: None)
+    stopped = Maker()
+    stopped.fails_at = ("tiny", 1)
+    with pytest.raises(KeyboardInterrupt):
+        runs.compare(stopped, ["tiny", "long"], [0, 1], tmp_path / "cut", announce=lambda line: None)
+    assert stopped.removed == stopped.made == [("tiny", 0), ("long", 0), ("tiny", 1)]
+    make, lines = Maker(), []
+    outcomes = runs.compare(make, ["tiny", "long"], [0, 1], tmp_path / "cut", announce=lines.append)
+    assert make.made == [("tiny", 1), ("long", 1)]
+    assert lines[:2] == ["tiny, seed 0: kept from before", "long, seed 0: kept from before"]
+    for here, there in zip(outcomes, whole, strict=True):
+        assert here.result.metrics == there.result.metrics
+        assert here.history == there.history
+        tensors = [load_file(o.artifact / "prompt.safetensors") for o in (here, there) if o.artifact]
+        assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
+    assert outcomes[2].result.extra["steps"] == 6  # its training was done; only the test was cut
+
+
+def test_a_comparison_grows_by_labels_and_seeds(tmp_path: Path) -> None:
+    runs.compare(Maker(), ["tiny"], [0], tmp_path, {"recipe": 1}, announce=lambda line: None)
+    make = Maker()
+    outcomes = runs.compare(make, ["tiny", "long"], [0, 1], tmp_path, {"recipe": 1}, announce=lambda line: None)
+    assert make.made == [("long", 0), ("tiny", 1), ("long", 1)]
+    assert len(outcomes) == 4
+
+
+def test_kept_cells_are_found_where_the_folder_was_moved(tmp_path: Path) -> None:
+    runs.compare(Maker(), ["tiny"], [0], tmp_path / "here", announce=lambda line: None)
+    (tmp_path / "here").rename(tmp_path / "there")
+    kept = runs.compare(Maker(), ["tiny"], [0], tmp_path / "there", announce=lambda line: None)
+    assert kept[0].artifact == tmp_path / "there" / "cells" / "tiny-0" / "prompt"
+    assert load_artifact(kept[0].artifact).config.method == "tiny-prompt"
+    assert str(tmp_path) not in (tmp_path / "there" / "cells" / "tiny-0.json").read_text()
+
+
+def test_a_changed_recipe_is_refused_with_what_changed(tmp_path: Path) -> None:
+    runs.compare(Maker(), ["tiny"], [0], tmp_path, {"method": {"lr": 1}, "data": "a"}, announce=lambda line: None)
+    make = Maker()
+    with pytest.raises(InputError, match=r"something else \(compare, method differ\)\. Choose another output folder"):
+        runs.compare(make, ["tiny"], [0], tmp_path, {"method": {"lr": 2}, "data": "a", "compare": {}})
+    assert make.made == []
+
+
+def test_a_cell_that_was_cut_while_it_was_written_is_run_again(tmp_path: Path) -> None:
+    runs.compare(Maker(), ["tiny"], [0], tmp_path, announce=lambda line: None)
+    cell = tmp_path / "cells" / "tiny-0.json"
+    content = json.loads(cell.read_text())
+    assert content["result"]["method"] == "tiny"
+    cell.rename(cell.with_name(f".{cell.name}.123"))  # what a kill before the renaming leaves
+    make = Maker()
+    runs.compare(make, ["tiny"], [0], tmp_path, announce=lambda line: None)
+    assert make.made == [("tiny", 0)]
+
+
+def test_labels_become_safe_file_names(tmp_path: Path) -> None:
+    runs.compare(Maker(), ["../up", "a b"], [0], tmp_path / "in", announce=lambda line: None)
+    assert {path.name for path in (tmp_path / "in" / "cells").glob("*.json")} == {"..%2Fup-0.json", "a%20b-0.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
