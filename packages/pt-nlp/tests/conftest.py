@@ -40,7 +40,8 @@ def build(kind: str, head: str | None = None, seed: int = 0, **changes: Any) -> 
         "Bert": common | {"eos_token_id": 1},
         "Roberta": common | {"pad_token_id": 1, "eos_token_id": 2},
         "T5": special
-        | {"d_model": WIDTH, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        | {"d_model": WIDTH, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+        | {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
         "Bart": special
         | {"d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "init_std": 0.3}
         | {"decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 2},

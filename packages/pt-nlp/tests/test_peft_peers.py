@@ -349,6 +349,21 @@ def test_generation_and_multi_token_label_words_run_through_the_adapter():
         assert torch.equal(method.generate(batch(), **options), wanted)
 
 
+def test_the_loss_of_an_encoder_decoder_is_the_models_own_and_its_encoder_never_sees_the_target():
+    backbone = t5()
+    method = LoRA(backbone).eval()
+    targets = WORDS[torch.tensor([0, 1, 2, 1])]
+    seen = []
+    method.model.get_encoder().register_forward_pre_hook(
+        lambda _m, _args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        loss = method.loss(batch() | {"target_ids": targets})
+        wanted = backbone(input_ids=IDS, labels=targets).loss
+    assert loss.value.item() == pytest.approx(wanted.item(), abs=1e-5)
+    assert len(seen) == 1 and torch.equal(seen[0], IDS)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 def test_missing_peft_and_unknown_layers_are_said_with_the_remedy(monkeypatch):
     with pytest.raises(InputError, match=r"'targets'.*nothing to adapt in a LlamaForCausalLM.*Name the linear layers"):

@@ -156,8 +156,11 @@ def test_an_artifact_restores_the_calibration_whatever_the_number_of_classes(tmp
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(InputError, match=r"'num_labels'.*has no head"):
         ZeroShot(llama(), ZeroShotConfig(num_labels=3))
-    with pytest.raises(InputError, match=r"'calibrate'.*that of 0 classes.*Call fit"):
-        logits(ZeroShot(llama(), ZeroShotConfig(calibrate="train-mean")), task())
+    other = ZeroShot(llama(), ZeroShotConfig(calibrate="train-mean"))
+    assert torch.equal(logits(other, task()), logits(ZeroShot(llama()), task()))  # nothing fitted yet
+    other.load_trained_state({"calibration": torch.zeros(2)})
+    with pytest.raises(InputError, match=r"'calibrate'.*that of 2 classes, the batch has 3.*Call fit"):
+        logits(other, task())
     with pytest.raises(ValueError, match="content_free_ids are needed"):
         ZeroShotConfig(calibrate="content-free")
     with pytest.raises(ValueError, match="content_free_ids are needed"):

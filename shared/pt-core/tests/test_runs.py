@@ -16,18 +16,16 @@ from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.runs import Job
-from pt_core.testing import TinyLM, TinyPrompt, TinyPromptConfig, tiny_split
+from pt_core.testing import TinyLM, TinyPrompt, TinyPromptConfig, one_thread, tiny_split
 from pt_core.training import FitConfig
 
 RUN: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "evaluate_every": 2, "log_every": 2, "progress": False}
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def threads() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 class Untrained(TinyPrompt):

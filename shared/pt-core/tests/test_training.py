@@ -240,7 +240,7 @@ def test_optimisers_step_together_or_alone():
     for step in loop.steps():
         loop.backward(method.loss(batch), batch)
         loop.update(*{1: ("w",), 2: ("w", "b"), 3: ()}[step])
-        seen.append((float(method.w), float(method.b)))
+        seen.append((method.w.item(), method.b.item()))
     # The slope of the mean is 2 (w + b - 1) for both; what reached b in the first step is dropped.
     assert seen[0] == pytest.approx((0.2, 0.0))
     assert seen[1] == pytest.approx((0.2 + 0.16, 0.16))

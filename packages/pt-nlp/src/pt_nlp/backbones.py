@@ -117,7 +117,7 @@ class Shape:
 def shape_of(backbone: nn.Module) -> Shape:
     """Sizes of the tower that prompts enter (of the decoder, for the keys and values of an encoder-decoder)."""
     config = backbone.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # a recurrent model has none
     dim = backbone.get_input_embeddings().embedding_dim
     layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
     head_dim = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -926,6 +926,8 @@ def is_causal(backbone: nn.Module) -> bool:
         "modernbert",
         "longformer",
     )
+    if backbone.config.is_encoder_decoder:
+        return False
     kind = backbone.config.model_type
     return not any(name in kind for name in encoders) or bool(getattr(backbone.config, "is_decoder", False))
 

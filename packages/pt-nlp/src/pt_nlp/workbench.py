@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 
 from pt_core import artifacts, doctor, recipe, registry
+from pt_core.data import class_names
 from pt_core.errors import InputError
 from pt_core.method import Method, MethodConfig
 from pt_core.runs import Job
@@ -126,9 +127,15 @@ class TextData(BaseModel):
                     "no rows are left to test on", file=self.train, remedy="Draw fewer shots, or name a test file"
                 )
             parts |= draw({"test": left}, self.kind, None, 0, self.max_test_rows, seed)
+        labels = None
+        if self.kind != "text-to-text":  # of all rows: few shots of several labels each may lack some
+            given = [row["label"] for row in rows["train"]]
+            labels = class_names([x for row in given for x in row] if self.kind == "multilabel" else given, self.train)
         spec = self.model_dump(include=set(TaskSpec.model_fields) - {"kind"})
         named = {"train": self.train, "validation": self.validation or self.train, "test": self.test or self.train}
-        return TextTask.from_rows(parts, tokenizer, kind=self.kind, backbone=backbone, files=named, **spec)
+        return TextTask.from_rows(
+            parts, tokenizer, kind=self.kind, labels=labels, backbone=backbone, files=named, **spec
+        )
 
 
 class Recipe(recipe.Recipe):
@@ -175,14 +182,15 @@ class Bench:
         assert task.train is not None
         config = chosen.config(seed=seed, **_known_to_task(chosen, task))
         method = registry.find_method(chosen.method.name)(self.backbone, config)
+        source = self.recipe.backbone
         job = Job(
             method,
             task.train,
             task.validation,
             task.test,
             task=task.spec.model_dump(mode="json"),
-            backbone_name=self.recipe.backbone.name,
-            revision=self.recipe.backbone.revision,
+            backbone_name=None if Path(source.name).is_dir() else source.name,  # a path stays on this machine
+            revision=source.revision,
         )
         return job, chosen.training.model_copy(update={"seed": seed})
 

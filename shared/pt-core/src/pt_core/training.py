@@ -237,6 +237,8 @@ class Loop:
         total_steps: length of the run in the loop's own steps.
         identity: anything JSON that must be the same for a run to be resumed (data size, recipe).
 
+    With several processes, buffers and extra state are kept of the main one: they should hold what all agree on.
+
     Raises:
         InputError: the folder holds a run of another configuration, or a setting has no effect here.
     """

@@ -61,7 +61,7 @@ class InContext(ZeroShot):
 
     def build_prompt(self) -> Demonstrations:
         super().build_prompt()
-        if self.backbone.config.is_encoder_decoder or not is_causal(self.backbone):
+        if not is_causal(self.backbone):
             raise InputError(
                 "in-context learning needs a causal language model, which reads demonstrations as text that goes on",
                 remedy="Use a causal-lm backbone",

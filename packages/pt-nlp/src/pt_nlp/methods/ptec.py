@@ -91,9 +91,9 @@ class PTEC(TextMethod):
 
     Fidelity: code-checked.
     - P, W and the optimiser are float32; in the released code they are float16, where the moments of Adam underflow.
-    - It does not divide the losses of accumulated micro-batches by their number (only clipping notices), and a short last
-      batch of an epoch leaks its gradient into the next one. Here a step is a mean over its rows, and the last batch of an
-      epoch is a step of its own, so the decay to 1 % takes epochs * ceil(N / 32) steps, there epochs * floor(N / 32).
+    - The released code does not divide the losses of accumulated micro-batches by their number (only clipping notices), and
+      a short last batch of an epoch leaks its gradient into the next one. Here a step is a mean over its rows, and the last
+      batch of an epoch is a step of its own: the decay to 1 % takes epochs * ceil(N / 32) steps, there floor.
     - The released run also needs its first epoch to beat 0.005; here the first evaluation is always the best so far.
     - The prompt stands in front and padding never between it and the text, so its keys and values are shared by the batch;
       the head reads the last real token by the mask. The numbers are those of left padding with the prompt in each row.

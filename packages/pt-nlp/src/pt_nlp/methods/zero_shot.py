@@ -54,7 +54,8 @@ class ZeroShot(TextMethod):
         scores_c = log p_c - b_c,   p = softmax over classes of the label words' log-probabilities
 
     b is 0 (`calibrate: none`: the plain scores), the log of the mean p over inputs without content, or the mean of
-    log p over training inputs, whose labels are not read. The last two are fitted by `fit` and saved, [C].
+    log p over training inputs, whose labels are not read. The last two are fitted by `fit` and saved, [C]; before that the
+    scores are the plain ones.
 
     Input ids [b, n] and label words [C, t] -> class logits [b, C].
 
@@ -92,16 +93,16 @@ class ZeroShot(TextMethod):
         """Class logits [b, C].
 
         Raises:
-            InputError: the calibration is not fitted, or is one of another number of classes.
+            InputError: the calibration is one of another number of classes.
         """
-        if self.config.calibrate == "none":
+        if self.config.calibrate == "none" or not len(self.calibration):
             return super().forward(batch)
         scores = self.log_probabilities(batch)
         if len(self.calibration) != scores.shape[1]:
             raise InputError(
                 f"the calibration is that of {len(self.calibration)} classes, the batch has {scores.shape[1]}",
                 field="calibrate",
-                remedy="Call fit(train) with the task's training split first",
+                remedy="Call fit with the training split of this task",
             )
         logits = scores - self.calibration
         return Output(logits, None, self.class_loss(logits, batch["labels"]) if "labels" in batch else None)
@@ -137,9 +138,8 @@ class ZeroShot(TextMethod):
             yield from train.batches(batch_size, sorted(order[: self.config.calibration_rows].tolist()))
             return
         ids = self.config.content_free_ids
-        left = is_causal(self.backbone) and not self.backbone.config.is_encoder_decoder
         words = {name: value for name, value in train.batch([0]).items() if name not in ("labels", "target_ids")}
-        input_ids, mask = pad(ids, 0, "left" if left else "right")
+        input_ids, mask = pad(ids, 0, "left" if is_causal(self.backbone) else "right")
         yield words | {"input_ids": input_ids, "attention_mask": mask}
 
     def load_trained_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,323 @@
+"""What the command line does for text, without the command line: recipe to job, artifact to prediction."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+
+from pt_core import artifacts, recipe, runs
+from pt_core.errors import InputError
+from pt_core.testing import one_thread
+from pt_nlp import demo, workbench
+from pt_nlp.workbench import Bench, Recipe, TextData, open_artifact
+
+ROWS = [
+    {"text": f"{first} {second} film", "label": label, "topic": topic}
+    for label, words in (("positive", ["good", "great", "sun"]), ("negative", ["bad", "awful", "rain"]))
+    for first in words
+    for second in ("red", "blue", "green", "news")
+    for topic in ("sport", "film")
+]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny: Callable[..., Any], words: Any) -> Path:
+    """A backbone in `backbone/`, 48 rows in `rows.jsonl`."""
+    tiny("Llama").save_pretrained(tmp_path / "backbone")
+    words.save_pretrained(tmp_path / "backbone")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+def made(folder: Path, method: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **top: Any) -> Recipe:
+    content: dict[str, Any] = {
+        "method": method or {"name": "prompt-tuning", "prompt_length": 4},
+        "backbone": {"name": str(folder / "backbone"), "dtype": "float32"},
+        "data": {"train": str(folder / "rows.jsonl"), "shots": 4, "validation_shots": 2} | (data or {}),
+        "training": {"max_steps": 3, "batch_size": 4, "progress": False},
+    }
+    return Recipe.model_validate(content | top)
+
+
+def trained(folder: Path, **changes: Any) -> tuple[Bench, Path]:
+    bench = Bench(made(folder, **changes))
+    outcome = runs.train(*bench.job(bench.recipe.method.name, 0), folder / "run")
+    assert outcome.artifact is not None
+    return bench, outcome.artifact
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+def split_texts(folder: Path, seed: int = 0, **data: Any) -> dict[str, list[str]]:
+    checked = made(folder, data=data)
+    rows = checked.data.rows()
+    seen: dict[str, list[str]] = {}
+
+    class Tokenizer:  # keeps the texts of each split apart, in the order in which they are tokenised
+        pad_token_id, eos_token_id, all_special_ids = 0, 1, (0, 1)
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 2}
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [2 + ord(c) for c in text]}
+
+    task = checked.data.task(rows, Tokenizer(), "causal-lm", seed)
+    for name in ("train", "validation", "test"):
+        split = getattr(task, name)
+        if split is not None:
+            seen[name] = ["".join(chr(i - 2) for i in split.rows[j]["source"]) for j in range(len(split))]
+    return seen
+
+
+def test_the_rows_that_the_shots_leave_are_the_test(folder: Path) -> None:
+    parts = split_texts(folder, template="{text} {topic}")
+    assert [len(parts[name]) for name in ("train", "validation", "test")] == [8, 4, 36]
+    together = [text for part in parts.values() for text in part]
+    assert sorted(together) == sorted(f"{row['text']} {row['topic']}" for row in ROWS)
+
+
+def test_the_seed_draws_the_rows(folder: Path) -> None:
+    a, b, again = (split_texts(folder, seed, template="{text} {topic}", max_test_rows=10) for seed in (0, 1, 0))
+    assert a == again
+    assert a["train"] != b["train"]
+    assert [len(part["test"]) for part in (a, b)] == [10, 10]
+    assert not {*a["test"]} & {*a["train"], *a["validation"]}
+
+
+def test_without_shots_all_other_rows_are_trained_on(folder: Path) -> None:
+    parts = split_texts(folder, shots=None, validation_shots=3, template="{text} {topic}")
+    assert {name: len(part) for name, part in parts.items()} == {"train": 42, "validation": 6}
+    assert not {*parts["train"]} & {*parts["validation"]}
+
+
+def test_shots_that_leave_nothing_to_test_on_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl: no rows are left to test on\. Draw fewer shots"):
+        split_texts(folder, shots=20, validation_shots=4)
+    parts = split_texts(folder, shots=20, validation_shots=4, test=str(folder / "rows.jsonl"))
+    assert len(parts["test"]) == 48
+
+
+# --- what is refused before anything is loaded -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("data", "top", "problem"),
+    [
+        ({"train": "gone.jsonl"}, {}, r"data\.train.*no such file.*gone\.jsonl"),
+        ({"train": "asset:bbc"}, {}, r"data\.train.*no such asset; there are asset:bbc-news, asset:bbc-records"),
+        ({"template": "{txt}"}, {}, r"data\.template.*must contain \{text\}"),
+        ({"validation": "rows.jsonl"}, {}, r"a validation file or validation_shots, not both"),
+        ({"max_source_length": 0}, {}, r"data\.max_source_length.*greater than or equal to 1"),
+        ({"kind": "verbaliser"}, {}, r"data\.kind.*'verbalizer', 'classification', 'multilabel' or 'text-to-text'"),
+        (
+            {},
+            {"backbone": {"name": "asset:gpt"}},
+            r"backbone\.name.*no such asset; there are asset:smollm2, asset:minilm",
+        ),
+        (
+            {},
+            {"backbone": {"name": "x", "kind": "encoder"}},
+            r"verbalizer needs a language model; an encoder takes class",
+        ),
+        ({}, {"backbone": {"name": "x", "dtype": "half"}}, r"backbone\.dtype.*'fast', 'auto', 'float32' or 'bfloat16'"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(
+    folder: Path, data: dict[str, Any], top: dict[str, Any], problem: str
+) -> None:
+    if "validation" in data:
+        data = data | {"validation": str(folder / "rows.jsonl")}
+    with pytest.raises(ValueError) as caught:
+        made(folder, data=data, **top)
+    message = str(recipe.explain(caught.value, Recipe))  # type: ignore[arg-type]
+    assert re.search(problem, message), message
+
+
+def test_a_method_that_reads_a_head_needs_classes(folder: Path) -> None:
+    checked = made(folder, {"name": "ptec"}, {"kind": "text-to-text"})
+    with pytest.raises(InputError, match=r"field 'method': ptec needs classes, data\.kind is text-to-text"):
+        checked.config()
+    for method in ("linear-probe", "p-tuning-v2"):
+        with pytest.raises(InputError, match=f"'compare.{method}'"):
+            made(folder, data={"kind": "text-to-text"}).with_method(method)
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+def test_what_the_task_tells_reaches_the_method(folder: Path) -> None:
+    settings = {
+        "text": {"method": "prompt-tuning", "init": "text", "init_text": "good news :"},
+        "names": {"method": "prompt-tuning", "init": "labels", "prompt_length": 5},
+        "dept": {"prompt_length": 2, "rank": 2},
+        "own-length": {"method": "dept", "prompt_length": 2, "rank": 2, "max_source_length": 40},
+        "ptec": {"prompt_length": 3, "fill": "labels"},
+        "in-context": {"separator_text": "the"},
+        "zero-shot": {"calibrate": "content-free"},
+        "linear-probe": {},
+    }
+    bench = Bench(made(folder, data={"template": "{text} Topic :", "max_source_length": 9}, compare=settings))
+    ids = {
+        word: bench.tokenizer(word)["input_ids"][0]
+        for word in ["good", "news", ":", "positive", "negative", "the", "Topic"]
+    }
+    config = {}
+    for label in bench.recipe.labels():
+        job, training = bench.job(label, 5)
+        config[label] = job.method.config
+        job.method.remove()
+        assert (config[label].seed, training.seed, training.max_steps) == (5, 5, 3)
+        assert job.task["labels"] == ["negative", "positive"]
+    assert config["text"].init_ids == (ids["good"], ids["news"], ids[":"])
+    assert config["names"].label_ids == ((ids["negative"],), (ids["positive"],))
+    assert (config["dept"].max_source_length, config["own-length"].max_source_length) == (9, 40)
+    assert (config["ptec"].init_ids, config["ptec"].num_labels) == ((ids["negative"], ids["positive"]), 2)
+    assert config["ptec"].multilabel is False
+    assert config["in-context"].separator_ids == (ids["the"],)
+    assert config["zero-shot"].content_free_ids[2] == (ids["Topic"], ids[":"])
+    assert len(config["zero-shot"].content_free_ids) == 3
+    assert config["linear-probe"].num_labels == 2
+    assert config["prompt-tuning"].num_labels is None  # reads label words
+
+
+def test_kinds_of_task_with_a_head_give_every_method_one(folder: Path) -> None:
+    rows = [row | {"label": [row["label"], row["topic"]]} for row in ROWS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bench = Bench(made(folder, data={"kind": "multilabel"}))
+    job, _ = bench.job("prompt-tuning", 0)
+    assert (job.method.config.num_labels, job.method.config.multilabel) == (4, True)
+    assert list(job.task["labels"]) == ["film", "negative", "positive", "sport"]
+
+
+def test_the_identity_follows_rows_and_settings(folder: Path) -> None:
+    first, other = Bench(made(folder)).identity, Bench(made(folder, data={"shots": 5})).identity
+    assert first == json.loads(json.dumps(first)) == Bench(made(folder)).identity
+    assert [key for key in first if first[key] != other[key]] == ["data"]
+    changed = [dict(ROWS[0], label="negative"), *ROWS[1:]]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    other = Bench(made(folder)).identity
+    assert [key for key in first if first[key] != other[key]] == ["rows"]
+
+
+# --- artifacts -------------------------------------------------------------------------------------------------------
+def test_an_artifact_predicts_as_the_method_that_was_trained(folder: Path) -> None:
+    bench = Bench(made(folder, data={"template": "{topic} : {text} Topic :"}))
+    job, config = bench.job("prompt-tuning", 0)
+    outcome = runs.train(job, config, folder / "run")
+    assert outcome.artifact is not None
+    session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "backbone"))
+    rows = session.inputs(folder / "rows.jsonl")
+    assert rows[0] == {"text": "good red film", "topic": "sport"}
+    answers = session.predict(rows)
+    assert len(answers) == 48 and set(answers[0]) == {"label", "scores"}
+    task = bench.recipe.data.task(bench.rows, bench.tokenizer, "causal-lm", 0)
+    expected = task.predict(job.method, [r["text"] for r in rows], topic=[r["topic"] for r in rows])
+    assert [a["label"] for a in answers] == [a["label"] for a in expected]
+    gaps = [abs(a["scores"]["positive"] - b["scores"]["positive"]) for a, b in zip(answers, expected, strict=True)]
+    assert max(gaps) < 1e-6
+    scores = session.evaluate(folder / "rows.jsonl")
+    assert scores["accuracy"] == pytest.approx(
+        sum(a["label"] == row["label"] for a, row in zip(answers, ROWS, strict=True)) / 48
+    )
+    with pytest.raises(InputError, match="the template names 'topic'"):
+        session.predict(["good news"])
+    with pytest.raises(InputError, match="row 2: the text is empty"):
+        session.predict(["good", " \n"])
+
+
+def test_a_backbone_that_is_not_found_again_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = trained(folder)
+    artifact = artifacts.load_artifact(path)
+    assert artifact.config.backbone.name == "backbone"  # where a folder lies is nobody's business
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(folder / "run")
+    with pytest.raises(InputError) as caught:
+        open_artifact(artifact)
+    assert str(caught.value) == (
+        f"{path}: was trained on 'backbone', which is neither a folder here nor to be had from the hub. "
+        "Name its backbone's folder or hub id: --backbone"
+    )
+    monkeypatch.chdir(folder)  # beside the folder of that name it works by itself
+    answer = open_artifact(artifact).predict(["good news"])
+    assert answer == open_artifact(artifact, str(folder / "backbone")).predict(["good news"])
+    with pytest.raises(InputError, match="could be loaded from 'nowhere-else'"):
+        open_artifact(artifact, "nowhere-else")
+    with pytest.raises(InputError, match=r"field 'backbone\.name': no such asset; there are asset:smollm2"):
+        open_artifact(artifact, "asset:nothing")
+
+
+def test_the_backbone_of_an_asset_is_found_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(workbench.BACKBONE_ASSETS, "asset:smollm2", lambda: folder / "backbone")
+    _, path = trained(folder, backbone={"name": "asset:smollm2", "dtype": "float32"})
+    artifact = artifacts.load_artifact(path)
+    assert artifact.config.backbone.name == "asset:smollm2"
+    assert set(open_artifact(artifact).predict(["good news"])[0]["scores"]) == {"positive", "negative"}
+
+
+def test_an_artifact_without_a_task_is_refused(folder: Path) -> None:
+    bench, _ = trained(folder)
+    job, _ = bench.job("prompt-tuning", 0)
+    for task, problem in [
+        (None, "holds no task"),
+        ({"kind": "verbalizer"}, "field 'task': a classification task needs"),
+    ]:
+        path = job.method.save_pretrained(folder / "saved", task=task)
+        with pytest.raises(InputError, match=problem):
+            open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+
+
+def test_a_prompt_is_exported_for_peft_and_for_nothing_else(folder: Path) -> None:
+    _, path = trained(folder)
+    session = open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+    with pytest.raises(InputError, match=r"unknown format 'onnx'\. Text prompts are exported as `peft`"):
+        session.export("onnx", folder / "exported")
+    assert session.export("peft", folder / "exported") == folder / "exported"
+    assert (folder / "exported" / "adapter_config.json").is_file()
+
+
+# --- the demo's settings ---------------------------------------------------------------------------------------------
+def test_the_demo_takes_any_labels(tmp_path: Path) -> None:
+    labels = ['say "hi"', "two\nlines", "{braces}: [1, 2]", "it's # %s \\n", "ünï", "null"]
+    own = tmp_path / "my 'own' file.jsonl"
+    own.write_text("".join(json.dumps({"text": f"text {i}", "label": x}) + "\n" for i, x in enumerate(labels)))
+    changes = demo.settings(3, own)
+    _, checked = recipe.load(demo.RECIPE, changes)
+    asked = f"Classify the text. Possible labels: {', '.join(sorted(labels))}.\n"
+    assert checked.method.model_extra is not None and checked.method.model_extra["init_text"] == asked
+    assert checked.with_method("dept").method.model_extra["init_text"] == asked  # type: ignore[index]
+    data = checked.data  # type: ignore[attr-defined]
+    assert isinstance(data, TextData)
+    assert (data.train, data.shots, data.template, data.max_source_length) == (str(own), 3, "{text}\nLabel:", 96)
+    assert [row["label"] for row in data.rows()["train"]] == labels
+
+
+def test_the_demo_takes_whole_numbers_as_labels_and_refuses_one_class(tmp_path: Path) -> None:
+    own = tmp_path / "stars.csv"
+    own.write_text("text,label\ngood,5\nbad,1\n")
+    assert "Possible labels: 1, 5.\n" in demo.settings(16, own)["method.init_text"]
+    own.write_text("text,label\ngood,5\nbad,5\n")
+    with pytest.raises(InputError, match=r"stars\.csv, field 'label': all rows have one label"):
+        demo.settings(16, own)
+    own.write_text("review,label\ngood,5\n")
+    with pytest.raises(InputError, match="field 'text': no such column"):
+        demo.settings(16, own)
+
+
+def test_the_demo_leaves_lora_out_where_peft_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    _, checked = recipe.load(demo.RECIPE, demo.settings(16, None))
+    assert "lora" not in checked.labels()
+    monkeypatch.setattr(demo, "find_spec", lambda name: object())
+    _, checked = recipe.load(demo.RECIPE, demo.settings(16, None))
+    expected = ["prompt-tuning", "zero-shot", "zero-shot-calibrated", "in-context", "linear-probe", "dept", "lora"]
+    assert checked.labels() == expected
+    assert torch.tensor(checked.data.shots) == 16  # type: ignore[attr-defined]

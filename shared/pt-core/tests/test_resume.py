@@ -1,0 +1,322 @@
+"""Killed at any moment, a run goes on to the same result.
+
+Run as a program, this file imports torch once and then forks a child for every run it is asked for; a child can be told to
+kill itself (SIGKILL) at the n-th line that it executes of a function of `pt_core.training`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pt_core import training
+from pt_core.errors import InputError
+from pt_core.testing import (
+    SHORT,
+    Case,
+    TinyLM,
+    TinyPrompt,
+    TinyPromptConfig,
+    contract_checks,
+    one_thread,
+    tiny,
+    tiny_split,
+)
+from pt_core.training import FitConfig, fit
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    with one_thread():
+        yield
+
+
+LONG = {"max_steps": 60, "batch_size": 5, "evaluate_every": 3, "checkpoint_every": 2, "log_every": 2}
+LONG |= {"patience": 3, "min_delta": 0.1}
+RUNS = {
+    "plain": ({}, LONG),
+    "random": ({"noise": 0.5}, LONG | {"micro_batch_size": 2, "schedule": "cosine", "seed": 3}),
+}
+
+
+def train(name: str, folder: Path, **changes):
+    method_config, config = RUNS[name]
+    _, method = tiny(**method_config)
+    run = FitConfig.model_validate({"device": "cpu", "progress": False, **config, **changes})
+    return method, fit(method, tiny_split(13), tiny_split(6, 1), run, folder)
+
+
+# --- the program ----------------------------------------------------------------------------------------------------
+def kill_at(function: str, line: int) -> None:
+    """Die at the `line`-th executed line of `function` ("": of any function) of pt_core.training."""
+    left = line
+
+    def trace(frame, event, _):
+        nonlocal left
+        if frame.f_code.co_filename != training.__file__ or function not in ("", frame.f_code.co_name):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+
+
+def serve() -> None:
+    """Jobs from stdin, a line each: (run, folder, function, line). To stdout: the signal that ended the child, or 0."""
+    import torch._dynamo  # an optimiser would import it in every child
+
+    assert torch._dynamo
+    torch.set_num_threads(1)
+    for job in sys.stdin:
+        name, folder, function, line = json.loads(job)
+        child = os.fork()
+        if child == 0:
+            if line:
+                kill_at(function, line)
+            method, result = train(name, Path(folder))
+            sys.settrace(None)
+            save_file(method.trained_state(), Path(folder) / "result.safetensors")
+            (Path(folder) / "result.json").write_text(json.dumps({**vars(result), "seconds_per_step": 0}))
+            os._exit(0)
+        print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
+
+
+@pytest.fixture(scope="module", autouse=True)  # autouse: it imports torch while the first tests run
+def program():
+    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(name: str, folder: Path, function: str = "", line: int = 0) -> int:
+        server.stdin.write(json.dumps([name, str(folder), function, line]) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+    yield run
+    server.kill()
+    server.communicate()
+
+
+# --- optimisers ---------------------------------------------------------------------------------------------------------
+RESUMES = next(check.values[0] for check in contract_checks() if check.id.startswith("a_killed_run"))
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "adam", "adafactor", "sgd"])
+def test_optimiser_state_is_resumed(optimiser, tmp_path):
+    config = SHORT.model_copy(update={"optimiser": optimiser, "weight_decay": 0.1, "schedule": "exponential"})
+    RESUMES(Case(optimiser, tiny, tiny_split(11), tiny_split(5, seed=1), config), tmp_path)
+
+
+def test_several_optimisers_with_momentum_and_plain_numbers_are_resumed(tmp_path):
+    class Counting(torch.optim.SGD):
+        """An optimiser whose state has a plain number, which its step depends on."""
+
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                state = self.state[parameter]
+                state["calls"] = state.get("calls", 0) + 1
+                parameter.grad.mul_(state["calls"])
+            return super().step(closure)
+
+    class Two(TinyPrompt):
+        def optimisers(self, config):
+            groups = {group["name"]: [group] for group in self.parameter_groups()}
+            return {
+                "prompt": torch.optim.SGD(groups["prompt"], momentum=0.9, nesterov=True),
+                "prompt.2": Counting(groups["bias"], lr=0.01),
+            }
+
+    def make(seed):
+        backbone = TinyLM()
+        return backbone, Two(backbone, TinyPromptConfig(seed=seed))
+
+    RESUMES(Case("two", make, tiny_split(11), tiny_split(5, seed=1)), tmp_path)
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+def short(folder, backbone=None, method_config=None, rows=9, validation=True, **changes):
+    backbone = backbone or TinyLM()
+    method = TinyPrompt(backbone, TinyPromptConfig(**(method_config or {})))
+    run = FitConfig.model_validate(SHORT.model_dump() | changes)
+    return method, fit(method, tiny_split(rows), tiny_split(5, 1) if validation else None, run, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 3}, "config.batch_size: 4 there, 3 here"),
+        ({"seed": 1}, "config.seed: 0 there, 1 here"),
+        ({"max_steps": 8}, "config.max_steps: 6 there, 8 here; total_steps: 6 there, 8 here"),
+        ({"method_config": {"lr": 0.2}}, "method_config.lr: 0.1 there, 0.2 here"),
+        ({"rows": 8}, "train_rows: 9 there, 8 here"),
+        ({"validation": False}, "validation_rows: 5 there, None here"),
+        ({"backbone": TinyLM(seed=1)}, "backbone: '"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_another_configuration_is_refused_by_name(changes, named, tmp_path):
+    short(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=re.escape(f"holds a run of another configuration ({named}")) as refusal:
+        short(tmp_path, **changes)
+    assert "another output folder" in str(refusal.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_changes_no_number_may_change(tmp_path):
+    _, first = short(tmp_path)
+    _, again = short(tmp_path, checkpoint_every=1, progress=True, device="auto", trackers=("tensorboard",))
+    assert again.history == first.history
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    method, first = short(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    kept = (tmp_path / "checkpoint-0000006").stat()
+    again_method, again = short(tmp_path)
+    assert (again.steps, again.best_step, again.metrics) == (first.steps, first.best_step, first.metrics)
+    assert again.history == first.history
+    assert torch.equal(again_method.prompt.weight, method.prompt.weight)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    now = (tmp_path / "checkpoint-0000006").stat()
+    assert (now.st_ino, now.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
+
+
+def test_what_was_logged_after_the_last_step_is_not_doubled(tmp_path):
+    class Reports(TinyPrompt):
+        def fit(self, train, validation=None, config=None, output_dir=None):
+            loop = training.Loop(self, config, output_dir, total_steps=3)
+            for _ in loop.steps():
+                loop.backward(self.loss(train.batch([0, 1])))
+                loop.update()
+            loop.log({"test": 1.0})
+            return loop.finish()
+
+    for _ in range(3):
+        Reports(TinyLM()).fit(tiny_split(4), config=SHORT, output_dir=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text().count("test") == 1
+
+
+def test_leftovers_of_a_run_without_a_checkpoint_are_cleared(tmp_path):
+    (tmp_path / ".checkpoint-0000002.77").mkdir()
+    (tmp_path / ".checkpoint-0000002.77" / "state.safetensors").write_bytes(b"half")
+    (tmp_path / ".best-0000002.safetensors.77").write_bytes(b"half")
+    (tmp_path / "best-0000002.safetensors").write_bytes(b"of the killed run")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"step": 4, "lo')
+    _, result = short(tmp_path)
+    _, plain = short(tmp_path / "plain")
+    assert result.history == plain.history
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"] == plain.history[0]["loss"]
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name != "plain")
+    assert names == [f"best-{plain.best_step:07d}.safetensors", "checkpoint-0000006", "metrics.jsonl"]
+
+
+def test_a_half_removed_old_checkpoint_does_not_matter(tmp_path):
+    _, first = short(tmp_path)
+    (tmp_path / "checkpoint-0000004").mkdir()
+    assert short(tmp_path)[1].history == first.history
+
+
+def test_the_newest_checkpoint_is_found_by_number(tmp_path):
+    short(tmp_path)
+    loop = training.Loop(tiny()[1], SHORT, total_steps=1)
+    loop.folder = tmp_path
+    (tmp_path / "checkpoint-10000000").mkdir()
+    assert [path.name for path in loop._checkpoints()] == ["checkpoint-0000006", "checkpoint-10000000"]
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "adafactor"])
+def test_a_checkpoint_has_what_is_trained_and_nothing_of_the_backbone(optimiser, tmp_path):
+    backbone = TinyLM(vocabulary=20_000, dim=64)
+    weights = sum(p.numel() * 4 for p in backbone.parameters())
+    assert weights > 9 * 2**20
+    method, _ = short(tmp_path, backbone, optimiser=optimiser)
+    trained = sum(t.numel() * t.element_size() for t in method.trained_state().values())
+    (folder,) = tmp_path.glob("checkpoint-*")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    moments = 2 * trained if optimiser == "adamw" else 1.1 * trained
+    assert trained < size <= trained + moments + 2**20
+    (best,) = tmp_path.glob("best-*")
+    assert best.stat().st_size <= trained + 1000
+    names = load_file(folder / "state.safetensors").keys()
+    assert {name for name in names if name.startswith("method.")} == {
+        "method.prompt.weight",
+        "method.bias",
+        "method.rows_seen",
+    }
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
+    short(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoint-0000006").iterdir()) == [
+        "state.json",
+        "state.safetensors",
+    ]
+    assert json.loads((tmp_path / "checkpoint-0000006" / "state.json").read_text())["state"]["step"] == 6
+
+
+def test_tied_parameters_can_be_kept(tmp_path):
+    class Tied(TinyPrompt):
+        def __init__(self, backbone, config=None):
+            super().__init__(backbone, config)
+            self.same = self.bias
+
+    run = FitConfig.model_validate(SHORT.model_dump())
+    fit(Tied(TinyLM()), tiny_split(9), tiny_split(5, 1), run, tmp_path)
+    assert fit(Tied(TinyLM()), tiny_split(9), tiny_split(5, 1), run, tmp_path).steps == 6
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(name, program, tmp_path):
+    """Kills in a pass, in accumulation, in evaluation, while a log row, a best prompt or a checkpoint is written, and while
+    a run is resumed; the lines are drawn with a seed."""
+    assert program(name, tmp_path / "whole") == 0
+    draw = random.Random(name).randint
+    kills = [
+        ("", draw(200, 700)),
+        ("backward", draw(20, 60)),  # mid-accumulation
+        ("update", draw(30, 90)),
+        ("checkpoint", draw(5, 20)),
+        ("checkpoint", draw(40, 60)),
+        ("_write_tensors", draw(4, 8)),
+        ("_resume", draw(4, 10)),
+        ("_load", draw(2, 12)),
+        ("record", draw(14, 24)),
+        ("evaluate", draw(20, 60)),
+        ("log", draw(3, 12)),
+        ("", draw(700, 1500)),
+    ]
+    for function, line in kills:
+        assert program(name, tmp_path / "killed", function, line) == signal.SIGKILL, f"{function}, line {line}"
+        assert not (tmp_path / "killed" / "result.json").exists()
+    assert program(name, tmp_path / "killed") == 0
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = json.loads((whole / "result.json").read_text())
+    assert result["stopped_early"]
+    assert 12 < result["steps"] < 60
+    assert json.loads((killed / "result.json").read_text()) == result
+    expected, found = load_file(whole / "result.safetensors"), load_file(killed / "result.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    kinds = [(row["step"], "loss" in row) for row in rows]
+    assert len(set(kinds)) == len(kinds)
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+if __name__ == "__main__":
+    serve()
