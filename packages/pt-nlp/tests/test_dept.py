@@ -362,6 +362,8 @@ def test_generation_continues_as_the_model_was_trained(kind, side):
     assert torch.equal(written, method.generate(batch, use_cache=False, **options))
     with plain_path():
         assert torch.equal(written, method.generate(batch, **options))
+    with method.active():
+        assert torch.equal(written, backbone.generate(**batch, **options))
     labels = written.clone()
     labels[:, :7] = -100
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 6, dtype=torch.long)], dim=1)

@@ -783,7 +783,8 @@ def _decoder_with_prefix(
 ) -> Any:
     _check_equal(decoder, keys)
     cache = arguments.get("past_key_values")
-    keep = cache is not None or arguments.get("use_cache")
+    wanted = arguments.get("use_cache")
+    wanted = cache is not None or (decoder.config.use_cache if wanted is None else wanted)
     if cache is None:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     own = cache.self_attention_cache
@@ -804,7 +805,7 @@ def _decoder_with_prefix(
     }
     with _inside(own):
         output = original(**arguments)
-    if not keep:
+    if not wanted:
         output.past_key_values = None
     return output
 

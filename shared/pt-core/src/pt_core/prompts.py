@@ -128,6 +128,8 @@ class DeepPrompt(Prompt):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if len(set(blocks)) < len(blocks) or min(blocks, default=0) < 0:
+            raise InputError(f"prompts for blocks {blocks}", remedy="Name each block once, from 0")
         self.indices = sorted(blocks)
         self.weight = nn.Parameter(torch.randn(len(blocks), length, dim, generator=generator) * std)
 

@@ -159,13 +159,14 @@ def samples_grid(samples: Sequence[Mapping[str, Any]], limit: int = 20) -> Grid:
 
 def table(results: Sequence[Result], metrics: Sequence[str] | None = None, title: str = "") -> Table:
     """`results_grid` for the terminal; the best of a metric is bold with a star."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     grid = results_grid(results, metrics)
-    rich = Table(title=Text(title) if title else None, caption=grid.caption)
+    rich = Table(title=Text(title) if title else None, caption=grid.caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, name in enumerate(grid.header):
-        rich.add_column(Text(name), justify="right" if column else "left")
+        rich.add_column(Text(name), justify="right" if column else "left", no_wrap=not column, overflow="fold")
     for i, row in enumerate(grid.rows):
         stars = [(i, j) in grid.marked for j in range(len(row))]
         cells = [Text(f"* {c}", style="bold") if s else Text(c) for c, s in zip(row, stars, strict=True)]

@@ -1,0 +1,210 @@
+"""`pt` as a shell sees it, where no model is needed: what is listed, what is refused and how, and what stays unimported."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from pt_core import cli, doctor, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = "from pt_core.cli import main; main()"
+HEAVY = {"torch", "numpy", "transformers", "accelerate", "peft", "matplotlib", "huggingface_hub", "pt_nlp"}
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def pt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """(arguments) -> exit code, stdout, stderr; 100 columns wide."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["pt", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "100")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    settings = {"PYTHONDONTWRITEBYTECODE": "", "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | settings,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+
+
+def seconds(code: str, *arguments: str) -> float:
+    """Processor time of a fresh process, the least of three (a busy machine takes longer by the clock)."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        python(code, *arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(taken)
+
+
+# --- list ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--markdown"], ["--help"], ["train", "--help"]])
+def test_what_only_shows_something_imports_no_modality_and_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys, json\nfrom pt_core.cli import main\ntry: main()\n"
+        "finally: print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    )
+    loaded = {name.partition(".")[0] for name in json.loads(python(code, *arguments).stderr.splitlines()[-1])}
+    assert not loaded & HEAVY
+
+
+def test_list_takes_under_a_second() -> None:
+    libraries = seconds("import typer, pydantic, rich.console, rich.table")  # on a slow machine: little beside these
+    assert seconds(MAIN, "list") < max(1.0, 2 * libraries)
+
+
+def test_list_shows_every_field_of_every_method_whole_at_100_columns(pt: Run) -> None:
+    code, out, _ = pt("list")
+    assert code == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "…" not in out
+    for method in registry.methods().values():
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"{method.name} "))
+        values = f"{method.parameters:,}" if method.parameters else "none"
+        assert all(part in lines[at] for part in (method.name, method.kind, values))
+        second = (f"{method.package}, {method.fidelity}", method.paper, method.reference)
+        assert all(part in lines[at + 1] for part in second)
+
+
+def test_list_shows_the_recipes(pt: Run) -> None:
+    code, out, _ = pt("list", "--recipes")
+    assert code == 0
+    assert "nlp/bbc-topics" in out and "Topic of a news article" in out
+    assert max(map(len, out.splitlines())) <= 100 and "…" not in out
+
+
+def test_the_table_of_the_readme_is_the_one_that_list_prints(pt: Run) -> None:
+    code, out, _ = pt("list", "--markdown")
+    assert code == 0 and out.count("\n") == len(registry.methods()) + 2
+    readme = ROOT / "README.md"
+    found = (
+        re.search(r"<!-- methods -->\n(.*?)<!-- /methods -->", readme.read_text("utf-8"), re.S)
+        if readme.exists()
+        else None
+    )
+    if found is None:
+        pytest.skip("README.md has no <!-- methods --> block")
+    assert found[1].strip() == out.strip(), "put the output of `pt list --markdown` between the markers"
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+def test_doctor_names_the_set_that_the_workspace_pins() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    pinned = dict(line.split("==") for line in settings["tool"]["uv"]["constraint-dependencies"])
+    assert pinned == doctor.TESTED
+
+
+def test_doctor_shows_this_machine(pt: Run) -> None:
+    code, out, _ = pt("doctor")
+    assert code == 0
+    for part in (doctor.TESTED["torch"], f"pt-nlp {version('pt-nlp')}", "precision to use for a frozen backbone"):
+        assert part in out
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train", "nlp/none"], ["no recipe 'nlp/none'", "nlp/bbc-topics"]),
+        (["train", "gone.yaml"], ["gone.yaml: no such file"]),
+        (
+            ["train", "nlp/bbc-topics", "--set", "training.max_step=2"],
+            ["'training.max_step'", "did you mean 'max_steps'"],
+        ),
+        (
+            ["train", "nlp/bbc-topics", "--set", "training.max_steps=two"],
+            ["'training.max_steps'", "valid integer", "'two'"],
+        ),
+        (["train", "nlp/bbc-topics", "--set", "data.train=gone.csv"], ["'data.train'", "no such file", "'gone.csv'"]),
+        (["train", "nlp/bbc-topics", "--set", "method.name=deept"], ["unknown method 'deept'", "dept"]),
+        (
+            ["train", "nlp/bbc-topics", "--set", "method.prompt_length=-1"],
+            ["'method.prompt_length'", "equal to 0", "got -1"],
+        ),
+        (
+            ["train", "nlp/bbc-topics", "--set", "method.rank=3"],
+            ["'method.rank': unknown key", "Allowed there: ", "init_text"],
+        ),
+        (["train", "nlp/bbc-topics", "--set", "compare.dept.rnk=3"], ["'compare.dept.rnk'", "did you mean 'rank'"]),
+        (["train", "nlp/bbc-topics", "--set", "data.kind=topic"], ["'data.kind'", "'verbalizer', 'classification'"]),
+        (["train", "nlp/bbc-topics", "--set", "data"], ["'data' is no setting", "--set key.key=value"]),
+        (
+            ["train", "nlp/bbc-topics", "--set", "data.template={text} a"],
+            ["field 'data.template'", "not YAML", "Quote text"],
+        ),
+        (["compare", "nlp/bbc-topics", "--methods", "dept,deept"], ["unknown method 'deept'"]),
+        (["compare", "nlp/bbc-topics", "--set", "method.name=dept"], ["'compare.dept'", "another label"]),
+        (["predict", "gone", "text"], ["gone", "no such folder"]),
+        (["predict", "."], ["give either inputs or --data"]),
+        (["predict", ".", "text", "--data", "x.csv"], ["give either inputs or --data"]),
+        (["predict", ".", "text"], ["prompt_config.json: is missing"]),
+        (["demo", "smell"], ["no package 'smell' is installed (installed: nlp)"]),
+        (["demo", "nlp", "--data", "gone.csv"], ["gone.csv", "no such file"]),
+    ],
+    ids=lambda part: " ".join(part)[:60] if isinstance(part, list) else None,
+)
+def test_bad_input_ends_in_one_line_and_exit_code_2(
+    pt: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = pt(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("pt: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert "Traceback" not in err and all(part in err for part in parts), err
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["trian"], "No such command"),
+        (["train"], "Missing argument"),
+        (["train", "nlp/bbc-topics", "--seed", "-1"], "--seed"),
+        (["compare", "nlp/bbc-topics", "--seeds", "many"], "--seeds"),
+        (["export", "x"], "--output"),
+        (["eval", "x"], "--data"),
+        (["list", "--fast"], "--fast"),
+    ],
+)
+def test_wrong_usage_ends_with_exit_code_2(pt: Run, arguments: list[str], part: str) -> None:
+    code, out, err = pt(*arguments)
+    assert (code, out) == (2, "")
+    assert part in err and "Traceback" not in err
+
+
+def test_a_malformed_recipe_is_refused_by_a_fresh_process(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("package: nlp\nmethod: [\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", MAIN, "train", "own.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("pt: own.yaml: is not YAML: while parsing")
