@@ -162,14 +162,13 @@ def test_doctor_shows_this_machine(pt: Run) -> None:
         ),
         (["compare", "nlp/bbc-topics", "--methods", "dept,deept"], ["unknown method 'deept'"]),
         (["compare", "nlp/bbc-topics", "--set", "method.name=dept"], ["'compare.dept'", "another label"]),
-        (["predict", "gone", "text"], ["gone", "no such folder"]),
+        (["predict", "./gone", "text"], ["gone: no such folder"]),
         (["predict", "."], ["give either inputs or --data"]),
         (["predict", ".", "text", "--data", "x.csv"], ["give either inputs or --data"]),
         (["predict", ".", "text"], ["prompt_config.json: is missing"]),
         (["demo", "smell"], ["no package 'smell' is installed (installed: nlp)"]),
         (["demo", "nlp", "--data", "gone.csv"], ["gone.csv", "no such file"]),
     ],
-    ids=lambda part: " ".join(part)[:60] if isinstance(part, list) else None,
 )
 def test_bad_input_ends_in_one_line_and_exit_code_2(
     pt: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], parts: list[str]
@@ -201,10 +200,22 @@ def test_wrong_usage_ends_with_exit_code_2(pt: Run, arguments: list[str], part: 
     assert part in err and "Traceback" not in err
 
 
-def test_a_malformed_recipe_is_refused_by_a_fresh_process(tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text("package: nlp\nmethod: [\n")
-    ended = subprocess.run(
-        [sys.executable, "-c", MAIN, "train", "own.yaml"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("pt: own.yaml: is not YAML: while parsing")
+def test_a_malformed_recipe_is_refused(pt: Run, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    for text, problem in [
+        ("package: nlp\nmethod: [\n", "is not YAML: while parsing"),
+        ("package: nope\n", "field 'package': 'nope' is no installed package. Installed: nlp"),
+        ("package: nlp\ndata: {train: x}\n", "field 'data.train': no such file (got 'x')"),
+        ("- a\n", "holds no settings"),
+    ]:
+        own.write_text(text)
+        code, out, err = pt("train", own)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert str(own) in err and problem in err, err
+
+
+def test_a_fresh_process_ends_with_exit_code_2() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        python(MAIN, "demo", "smell")
+    assert ended.value.returncode == 2
+    assert ended.value.stderr == "pt: no package 'smell' is installed (installed: nlp). See `pt list`\n"

@@ -215,4 +215,4 @@ class Method(nn.Module):
             ) from error
         method = cls(backbone, config)
         method.load_trained_state(artifact.tensors)
-        return method
+        return method.eval()
