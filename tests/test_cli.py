@@ -205,7 +205,7 @@ def test_a_malformed_recipe_is_refused(pt: Run, tmp_path: Path) -> None:
     for text, problem in [
         ("package: nlp\nmethod: [\n", "is not YAML: while parsing"),
         ("package: nope\n", "field 'package': 'nope' is no installed package. Installed: nlp"),
-        ("package: nlp\ndata: {train: x}\n", "field 'data.train': no such file (got 'x')"),
+        ("package: nlp\ndata: {train: x}\n", "field 'method': is missing"),
         ("- a\n", "holds no settings"),
     ]:
         own.write_text(text)

@@ -280,7 +280,7 @@ def test_bf16_runs_passes_in_bf16_and_keeps_float32():
     exact = tiny()[1]
     fit(exact, tiny_split(8), tiny_split(4, 1), config())
     gap = (method.prompt.weight - exact.prompt.weight).abs().max()
-    assert 0 < float(gap) < 0.2
+    assert 0 < gap.item() < 0.2
 
 
 # --- evaluation and early stopping ----------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ class Loop:
         method: what is trained; it is placed on the device.
         config: the run.
         output_dir: folder for `metrics.jsonl`, checkpoints and trackers; None keeps everything in memory. If a killed run
-            of the same configuration left a checkpoint there, the loop goes on from it.
+            of the same configuration left a checkpoint there, the loop goes on from it. One folder for each loop.
         total_steps: length of the run in the loop's own steps.
         identity: anything JSON that must be the same for a run to be resumed (data size, recipe).
 
@@ -585,6 +585,7 @@ class Loop:
             "method_config": method.config.model_dump(mode="json"),
             "config": {k: v for k, v in config.model_dump(mode="json").items() if k not in _MAY_CHANGE_ON_RESUME},
             "total_steps": self.total_steps,
+            "optimisers": list(self.optimisers),
             "backbone": weights,
             "tensors": {name: list(tensor.shape) for name, tensor in method.trained_state().items()},
         }
@@ -613,11 +614,11 @@ class Loop:
             self.state.log_offset = log.stat().st_size if log.exists() else 0
             tensors = {f"method.{name}": tensor for name, tensor in self.method.trained_state().items()}
             scalars: dict[str, Any] = {}
-            for name, optimiser in self.optimisers.items():
+            for number, optimiser in enumerate(self.optimisers.values()):
                 for index, values in optimiser.state_dict()["state"].items():
                     for key, value in values.items():
                         where = tensors if isinstance(value, Tensor) else scalars
-                        where[f"optimiser.{name}.{index}.{key}"] = value
+                        where[f"optimiser.{number}.{index}.{key}"] = value
             content = {
                 "identity": self._identity,
                 "state": asdict(self.state),
@@ -672,8 +673,8 @@ class Loop:
         self.method.load_trained_state({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
         self.method.load_extra_state(content["method_state"])
         values = {**tensors, **content["scalars"]}
-        for name, optimiser in self.optimisers.items():
-            start = f"optimiser.{name}."
+        for number, optimiser in enumerate(self.optimisers.values()):
+            start = f"optimiser.{number}."
             state: dict[int, dict[str, Any]] = {}
             for key in (key.removeprefix(start) for key in values if key.startswith(start)):
                 index, _, entry = key.partition(".")

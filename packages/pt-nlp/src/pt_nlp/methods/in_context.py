@@ -135,6 +135,7 @@ class Demonstrations(Prompt):
     """Fixed tokens in front of the input, as rows of the backbone's embeddings; the ids are the only state, [m] long."""
 
     ids: Tensor
+    embeddings: nn.Embedding
 
     def __init__(self, embeddings: nn.Embedding) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ class AdapterMethod(TextMethod):
                     remedy="Name the linear layers to adapt",
                 ) from error
         object.__setattr__(self, "tuner", tuner)  # as the backbone: outside of the method's state
-        if hasattr(self.model.get_output_embeddings(), "base_layer"):
+        if hasattr(tuner.model.get_output_embeddings(), "base_layer"):
             raise InputError(
                 "the language model head cannot be adapted: label words are read row by row",
                 field="targets",

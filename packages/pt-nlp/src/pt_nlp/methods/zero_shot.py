@@ -73,6 +73,7 @@ class ZeroShot(TextMethod):
     name = "zero-shot"
     config_class = ZeroShotConfig
     trains: ClassVar[bool] = False
+    backbone: Any  # a model of transformers
     calibration: Tensor
 
     def __init__(self, backbone: Any, config: ZeroShotConfig | None = None) -> None:

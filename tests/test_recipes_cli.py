@@ -1,0 +1,256 @@
+"""`pt train | eval | predict | export | compare` on a small random Llama and a file of rows, and what a kill leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pt_core import cli
+from pt_core.testing import one_thread
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `report` of pt-core")
+
+WORDS = "good bad film news sport the a was is great awful Topic : positive negative"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama of two layers and a tokenizer of words."""
+    folder = tmp_path_factory.mktemp("models") / "small-llama"
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS.split()])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    config = LlamaConfig(vocab_size=32, max_position_embeddings=64, initializer_range=0.3, **sizes, **special)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(backbone: Path, tmp_path: Path) -> Path:
+    """A recipe file beside the rows that it names."""
+    rows = [
+        {"text": f"{article} {subject} {verb} {how}", "label": "positive" if how in ("good", "great") else "negative"}
+        for article in ("the", "a")
+        for subject in ("film", "news", "sport")
+        for verb in ("was", "is")
+        for how in ("good", "great", "bad", "awful")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "package": "nlp",
+        "about": "Tone of a sentence",
+        "method": {"name": "prompt-tuning", "prompt_length": 4, "lr": 0.05},
+        "backbone": {"name": str(backbone), "dtype": "float32"},
+        "data": {
+            "train": str(tmp_path / "rows.jsonl"),
+            "template": "{text} Topic :",
+            "shots": 8,
+            "validation_shots": 4,
+            "max_source_length": 16,
+        },
+        "training": {"max_steps": 20, "batch_size": 8, "evaluate_every": 5, "log_every": 5, "progress": False},
+        "compare": {
+            "short": {"method": "prompt-tuning", "prompt_length": 1, "training": {"max_steps": 10}},
+            "zero-shot": {},
+            "left-out": None,
+        },
+    }
+    (tmp_path / "tone.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "tone.yaml"
+
+
+@pytest.fixture
+def pt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """(arguments) -> exit code, stdout, stderr; run in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["pt", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def prompt_of(run: Path) -> bytes:
+    return (run / "prompt" / "prompt.safetensors").read_bytes()
+
+
+# --- train, and what can be done with what it leaves -----------------------------------------------------------------
+def test_train_eval_predict_export(pt: Run, recipe: Path, backbone: Path, tmp_path: Path) -> None:
+    code, out, err = pt("train", recipe, "-o", "run")
+    assert code == 0, err
+    assert "prompt-tuning" in out and "accuracy" in out and "trained prompt: run/prompt" in out
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(PNG)
+    result = json.loads((tmp_path / "run" / "results.json").read_text())[0]
+    assert (result["method"], result["seed"], result["trainable_parameters"]) == ("prompt-tuning", 0, 4 * 16)
+    assert result["extra"]["steps"] == 20 and {"accuracy", "macro-f1", "loss"} <= result["metrics"].keys()
+    logged = [json.loads(line) for line in (tmp_path / "run" / "training" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["validation/loss"] for row in logged if "validation/loss" in row]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    artifact = json.loads((tmp_path / "run" / "prompt" / "prompt_config.json").read_text())
+    assert artifact["backbone"]["name"] == "small-llama"  # not where it lies on this machine
+    assert str(tmp_path) not in json.dumps(artifact) and artifact["task"]["labels"] == ["negative", "positive"]
+
+    code, out, err = pt("eval", "run/prompt", "--data", "rows.jsonl", "--backbone", backbone)
+    assert code == 0, err
+    accuracy = float(next(line for line in out.splitlines() if "accuracy" in line).split()[-2])
+
+    code, out, err = pt("predict", "run/prompt", "the film was great", "a sport is awful", "--backbone", backbone)
+    assert code == 0, err
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert len(answers) == 2
+    for answer in answers:
+        assert set(answer["scores"]) == {"positive", "negative"}
+        assert answer["label"] == max(answer["scores"], key=answer["scores"].get)
+        assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
+
+    code, out, err = pt("predict", "run/prompt", "--data", "rows.jsonl", "--backbone", backbone)
+    assert code == 0 and out.count("\n") == 48
+    labels = [json.loads(line)["label"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    right = [json.loads(line)["label"] == label for line, label in zip(out.splitlines(), labels, strict=True)]
+    assert sum(right) / 48 == pytest.approx(accuracy, abs=1e-4)
+
+    code, out, err = pt("predict", "run/prompt", "the film was great")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == (
+        "pt: run/prompt: was trained on 'small-llama', which is neither a folder here nor to be had from the hub. "
+        "Name its backbone's folder or hub id: --backbone"
+    )
+
+    pytest.importorskip("pt_nlp.interop")
+    code, out, err = pt("export", "run/prompt", "-o", "adapter", "--backbone", backbone)
+    assert (code, out) == (0, "written: adapter\n"), err
+    peft = pytest.importorskip("peft", reason="peft is not installed: the extra `peft` of pt-nlp")
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(backbone), tmp_path / "adapter")
+    rows = model.get_prompt_embedding_to_save("default")
+    assert torch.equal(rows, load_file(tmp_path / "run" / "prompt" / "prompt.safetensors")["prompt.weight"])
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_prompt(pt: Run, recipe: Path, tmp_path: Path) -> None:
+    longer = ["--set", "training.max_steps=60", "--set", "training.checkpoint_every=2", "--set", "method.lr=0.02"]
+    assert pt("train", recipe, "-o", "whole", *longer)[0] == 0
+    # Slowed down at each step, so that the kill meets it in the middle.
+    slowed = """
+import time, torch
+from pt_core import cli, training
+torch.set_num_threads(1)
+update = training.Loop.update
+training.Loop.update = lambda loop: (time.sleep(0.05), update(loop))[1]
+cli.main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", slowed, "train", str(recipe), "-o", "cut", *longer],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    folder, deadline = tmp_path / "cut" / "training", time.monotonic() + 240
+    while not list(folder.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    reached = max(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
+    assert 0 < reached < 60
+    assert not (tmp_path / "cut" / "prompt").exists()
+
+    code, _, err = pt("train", recipe, "-o", "cut", *longer)
+    assert code == 0, err
+    assert prompt_of(tmp_path / "cut") == prompt_of(tmp_path / "whole")
+    logs = [(tmp_path / run / "training" / "metrics.jsonl").read_text() for run in ("cut", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_of_another_recipe_or_of_other_rows_does_not_go_on(pt: Run, recipe: Path, tmp_path: Path) -> None:
+    assert pt("train", recipe, "-o", "run")[0] == 0
+    code, _, err = pt("train", recipe, "-o", "run", "--set", "method.lr=0.1")
+    assert code == 2 and "method_config.lr: 0.05 there, 0.1 here" in err
+    code, _, err = pt("train", recipe, "-o", "run", "--set", "data.template={text} :")
+    assert code == 2 and "not YAML" in err
+    code, _, err = pt("train", recipe, "-o", "run", "--set", 'data.template="{text} :"')
+    assert code == 2 and "run: holds results of something else (data differ)" in err
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join([rows[0].replace("positive", "negative"), *rows[1:]]))
+    code, _, err = pt("train", recipe, "-o", "run")
+    assert code == 2 and "run: holds results of something else (rows differ)" in err
+
+
+def test_the_seed_of_the_command_line_wins(pt: Run, recipe: Path, tmp_path: Path) -> None:
+    runs = {"a": ["--seed", 3], "b": ["--set", "seed=3"], "c": []}
+    for name, arguments in runs.items():
+        assert pt("train", recipe, "-o", name, "--set", "training.max_steps=2", *arguments)[0] == 0
+    assert prompt_of(tmp_path / "a") == prompt_of(tmp_path / "b") != prompt_of(tmp_path / "c")
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+def cells(folder: Path) -> dict[str, Any]:
+    return {path.stem: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
+
+
+def test_compare_runs_methods_and_seeds_and_keeps_what_is_done(pt: Run, recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "grid"
+    code, out, err = pt("compare", recipe, "--seeds", 2, "--methods", "prompt-tuning,short", "-o", "grid")
+    assert code == 0, err
+    assert "prompt-tuning, seed 0 (1 of 4) ..." in out and "report: grid/report.html" in out
+    before = cells(folder)
+    assert set(before) == {f"{label}-{seed}" for label in ("prompt-tuning", "short") for seed in (0, 1)}
+    page = (folder / "report.html").read_text()
+    assert "Tone of a sentence" in page and "data:image/png;base64," in page and "short" in page
+
+    (folder / "cells" / "short-1.json").unlink()  # as if it had been killed in the last cell
+    code, out, err = pt("compare", recipe, "--seeds", 2, "-o", "grid")  # the recipe's own labels: one method more
+    assert code == 0, err
+    after = cells(folder)
+    assert set(after) == set(before) | {"zero-shot-0", "zero-shot-1"}
+    assert [name for name in before if after[name] == before[name]] == [name for name in before if name != "short-1"]
+    assert out.count("kept from before") == 3
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        (label, str(seed)) for seed in (0, 1) for label in ("prompt-tuning", "short", "zero-shot")
+    ]
+    steps = {row["method"]: (row["steps"], row["trainable_parameters"]) for row in rows}
+    assert steps == {"prompt-tuning": ("20", "64"), "short": ("10", "16"), "zero-shot": ("0", "0")}
+    assert "left-out" not in (folder / "table.md").read_text()
+
+    code, out, err = pt("compare", recipe, "--seeds", 2, "-o", "grid", "--set", "compare.short.lr=0.01")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == (
+        "pt: grid: holds results of something else (compare differ). Choose another output folder, or delete this one"
+    )
+    assert cells(folder) == after
