@@ -176,7 +176,7 @@ cli.main()
     process = subprocess.Popen(
         [sys.executable, "-c", slowed, "train", str(recipe), "-o", "cut", *longer],
         cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -32,7 +32,7 @@ class EncoderBlocks:
     def embed(self, hidden: Tensor, mask: Tensor | None = None) -> Tokens:
         return Tokens.of(hidden, mask)
 
-    def prepare(self, index: int, tokens: Tokens, cache: None) -> Tensor | None:
+    def prepare(self, tokens: Tokens) -> Tensor | None:
         return None if tokens.full else ~tokens.mask
 
     def block(self, index: int, hidden: Tensor, context: Tensor | None, cache: None) -> Tensor:
@@ -59,7 +59,7 @@ class CausalBlocks(nn.Module):
     def embed(self, hidden: Tensor, mask: Tensor | None = None, past: int = 0) -> Tokens:
         return Tokens.of(hidden, mask, past=past)
 
-    def prepare(self, index: int, tokens: Tokens, cache: list | None) -> Tensor:
+    def prepare(self, tokens: Tokens) -> Tensor:
         slots = torch.arange(tokens.mask.shape[1])
         allowed = tokens.mask[:, None, :] & (slots <= slots[tokens.past :, None])
         distance = tokens.positions[:, None, :] - tokens.positions[:, tokens.past :, None]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +62,7 @@ class LlamaBlocks:
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         return Tokens.of(hidden, attention_mask, position_ids, past)
 
-    def prepare(self, index: int, tokens: Tokens, cache: Cache | None) -> dict[str, Any]:
+    def prepare(self, tokens: Tokens) -> dict[str, Any]:
         positions = tokens.positions[:, tokens.past :].to(tokens.hidden.device)
         return {
             "attention_mask": _attention_mask(self.model.config, tokens.hidden, tokens.mask, tokens.full, causal=True),
@@ -104,7 +105,7 @@ class BertBlocks:
         )
         return Tokens.of(hidden, attention_mask)
 
-    def prepare(self, index: int, tokens: Tokens, cache: Any) -> Tensor | None:
+    def prepare(self, tokens: Tokens) -> Tensor | None:
         return _attention_mask(self.model.config, tokens.hidden, tokens.mask, tokens.full, causal=False)
 
     def block(self, index: int, hidden: Tensor, context: Tensor | None, cache: Any) -> Tensor:
@@ -145,7 +146,7 @@ class T5Blocks:
         hidden = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         return Tokens.of(self.model.dropout(hidden), attention_mask, past=past)
 
-    def prepare(self, index: int, tokens: Tokens, cache: Cache | None) -> tuple[Any, ...]:
+    def prepare(self, tokens: Tokens) -> tuple[Any, ...]:
         mask = _attention_mask(self.model.config, tokens.hidden, tokens.mask, tokens.full, self.causal)
         return mask, self._bias(tokens), self.encoder_hidden_states, self._cross_mask(tokens.hidden), None
 
@@ -162,11 +163,14 @@ class T5Blocks:
         )
         return attention.relative_attention_bias(bucket).permute(0, 3, 1, 2)
 
+    @cached_property
+    def _encoder_full(self) -> bool:
+        return self.encoder_attention_mask is None or bool(self.encoder_attention_mask.all())
+
     def _cross_mask(self, hidden: Tensor) -> Tensor | None:
-        mask = self.encoder_attention_mask
-        if self.encoder_hidden_states is None or mask is None:
+        if self.encoder_hidden_states is None or self._encoder_full:
             return None
-        return _attention_mask(self.model.config, hidden, mask.bool(), bool(mask.all()), causal=False)
+        return _attention_mask(self.model.config, hidden, self.encoder_attention_mask.bool(), full=False, causal=False)
 
     def block(self, index: int, hidden: Tensor, context: tuple[Any, ...], cache: Cache | None) -> Tensor:
         return self.model.block[index](hidden, *context, past_key_values=cache, **self.options)[0]

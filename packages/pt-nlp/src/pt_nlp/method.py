@@ -120,19 +120,24 @@ class TextMethod(Method):
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> Output:
-        """Class logits [b, C], with a head pooled features [b, d], and the loss if the batch is labelled."""
-        features = None
+        """Class logits [b, C], with a head pooled features [b, d]; and the loss, where the batch has what it needs.
+
+        A batch of a text-to-text task gives the loss only: text is read by `generate`.
+        """
+        features, logits = None, None
         with self.active():
             if self.head is not None:
                 features = self.features(batch)
-                logits: Tensor = self.head(features.to(self.head.weight.dtype))
+                logits = self.head(features.to(self.head.weight.dtype))
             elif "candidates" in batch:
                 logits = self.class_scores(batch)
-            else:
-                raise InputError(
-                    f"{self.name} has neither a head nor label words to score",
-                    remedy="Set num_labels, or use a verbalizer task",
-                )
+            elif "target_ids" in batch:
+                return Output(loss=self.token_loss(batch))
+        if logits is None:
+            raise InputError(
+                f"{self.name} has neither a head nor label words to score",
+                remedy="Set num_labels, or use a verbalizer task",
+            )
         trained_here = "labels" in batch and (self.head is not None or "target_ids" not in batch)
         return Output(logits, features, self.class_loss(logits, batch["labels"]) if trained_here else None)
 

@@ -216,9 +216,9 @@ class BlockStack(Protocol):
     def embed(self, *args: Any, **inputs: Any) -> Tokens:
         """The input of block 0, without prompts."""
 
-    def prepare(self, index: int, tokens: Tokens, cache: Any) -> Any:
-        """What blocks need besides hidden states (attention mask, rotary embedding, relative bias), from `index` up to the
-        next change of layout. The keys are the p cached slots and the n at hand, the queries the n at hand."""
+    def prepare(self, tokens: Tokens) -> Any:
+        """What blocks need besides hidden states (attention mask, rotary embedding, relative bias) until the layout changes.
+        The keys are the p cached slots and the n at hand, the queries the n at hand."""
 
     def block(self, index: int, hidden: Tensor, context: Any, cache: Any) -> Tensor:
         """Block `index` on [b, n, d], with the `context` of `prepare`; appends its keys and values to the cache, if any."""
@@ -258,7 +258,7 @@ def run(
     for index in blocks:
         tokens = prompts[index](tokens) if index in prompts else tokens
         if tokens.mask is not laid_out:
-            context, laid_out = stack.prepare(index, tokens, cache), tokens.mask
+            context, laid_out = stack.prepare(tokens), tokens.mask
         tokens = dataclasses.replace(tokens, hidden=stack.block(index, tokens.hidden, context, cache))
     return tokens
 
