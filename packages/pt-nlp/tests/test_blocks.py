@@ -6,9 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from pt_core.errors import InputError
-from pt_core.tokens import BlockPrompt, Tokens, drop, real
-from pt_nlp.blocks import block_stack, deep_forward
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -30,6 +27,10 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from pt_core.errors import InputError
+from pt_core.tokens import BlockPrompt, Tokens, drop, real
+from pt_nlp.blocks import block_stack, deep_forward
 
 WIDTH, LAYERS, LENGTH, VOCAB = 32, 3, 6, 61
 DECODERS = {

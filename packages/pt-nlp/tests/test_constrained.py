@@ -7,11 +7,6 @@ from itertools import permutations
 
 import pytest
 import torch
-from pt_core.errors import InputError
-from pt_core.training import FitConfig, evaluate
-from pt_nlp.constrained import LabelTree, constrained_labels, labels_as_text, parse_labels, score_labels
-from pt_nlp.data import TextTask
-from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -20,6 +15,12 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from pt_core.errors import InputError
+from pt_core.training import FitConfig, evaluate
+from pt_nlp.constrained import LabelTree, constrained_labels, labels_as_text, parse_labels, score_labels
+from pt_nlp.data import TextTask
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 WORDS = "<pad> </s> <unk> a b c d ; film news great awful"
 PAD, END, A, B, C, DD, SEP = 0, 1, 3, 4, 5, 6, 7

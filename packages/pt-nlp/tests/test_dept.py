@@ -6,16 +6,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from pt_core.attach import attach, route
-from pt_core.errors import InputError
-from pt_core.frozen import assert_unchanged, snapshot
-from pt_core.prompts import LowRankOffset, SoftPrompt
-from pt_core.training import FitConfig
-from pt_nlp import backbones
-from pt_nlp.backbones import source_tokens
-from pt_nlp.data import TextTask
-from pt_nlp.methods.dept import RELEASED_INIT_TEXT, DecomposedPrompt, DePT, DePTConfig
-from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -32,6 +22,17 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from pt_core.attach import attach, route
+from pt_core.errors import InputError
+from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.prompts import LowRankOffset, SoftPrompt
+from pt_core.training import FitConfig
+from pt_nlp import backbones
+from pt_nlp.backbones import source_tokens
+from pt_nlp.data import TextTask
+from pt_nlp.methods.dept import RELEASED_INIT_TEXT, DecomposedPrompt, DePT, DePTConfig
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 VOCAB, D, M, S, R = 61, 32, 4, 12, 3
 WORDS = "<pad> </s> <unk> good bad film the a was great awful Topic :"

@@ -6,13 +6,6 @@ import math
 
 import pytest
 import torch
-from pt_core.errors import InputError
-from pt_core.frozen import assert_unchanged, snapshot
-from pt_core.metrics import evaluate_logits
-from pt_core.training import FitConfig, Loop, fit, lr_factor
-from pt_nlp.data import TextTask
-from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
-from pt_nlp.methods.ptec import PTEC, PTECConfig, positive_weights, prompt_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +16,14 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from pt_core.errors import InputError
+from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.metrics import evaluate_logits
+from pt_core.training import FitConfig, Loop, fit, lr_factor
+from pt_nlp.data import TextTask
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from pt_nlp.methods.ptec import PTEC, PTECConfig, positive_weights, prompt_ids
 
 D, L = 32, 5
 WORDS = "<pad> </s> <unk> the a was film news great awful red blue green warm cold fast slow ;"
@@ -294,7 +295,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch():
 def test_a_head_without_bias_drawn_like_the_models_own():
     method = PTEC(llama(), PTECConfig(num_labels=200, init="vocabulary"))
     assert method.head.bias is None
-    assert float(method.head.weight.std()) == pytest.approx(0.2, rel=0.05)
+    assert method.head.weight.std().item() == pytest.approx(0.2, rel=0.05)
 
 
 def test_starts_that_cannot_be_made_are_refused():

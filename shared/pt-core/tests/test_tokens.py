@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pt_core.errors import InputError
-from pt_core.tokens import BlockPrompt, Tokens, drop, insert, read, real, replace, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from pt_core.errors import InputError
+from pt_core.tokens import BlockPrompt, Tokens, drop, insert, read, real, replace, run
 
 WIDTH, LAYERS, LENGTH = 16, 4, 5
 

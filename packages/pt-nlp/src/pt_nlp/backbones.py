@@ -38,6 +38,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 log = logging.getLogger(__name__)
 
+Model = Any  # a transformers model: what its class has, nn.Module's annotations do not know
+
 SHARED_PREFIX = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # the types the exact shortcut is tested on
 KEY_VALUE_ENCODERS = {"bert", "roberta"}
 RELATIVE_POSITIONS = {"t5", "mt5", "umt5"}  # encoder-decoders in which only distances count
@@ -55,7 +57,7 @@ def load_backbone(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     **options: Any,
-) -> tuple[nn.Module, Any]:
+) -> tuple[Model, Any]:
     """Load a backbone and its tokenizer by hub id or folder.
 
     Args:
@@ -87,15 +89,15 @@ def load_backbone(
 
 
 # --- what the engine may rely on ------------------------------------------------------------------------------------
-def base_of(backbone: nn.Module) -> nn.Module:
+def base_of(backbone: Model) -> Model:
     """The transformer without its head (the model itself if it has none): what every call of the backbone runs."""
-    base: nn.Module = getattr(backbone, "base_model", backbone)
+    base: Model = getattr(backbone, "base_model", backbone)
     inner = getattr(base, "decoder", None)
     # OPT: the language model calls the decoder in the base model, never the base model itself.
     return inner if isinstance(inner, PreTrainedModel) and not backbone.config.is_encoder_decoder else base
 
 
-def decoder_blocks(base: nn.Module) -> nn.ModuleList:
+def decoder_blocks(base: Model) -> nn.ModuleList:
     """The list of transformer blocks of a tower, first block first."""
     layers = base.config.num_hidden_layers
     for module in base.modules():
@@ -114,7 +116,7 @@ class Shape:
     head_dim: int
 
 
-def shape_of(backbone: nn.Module) -> Shape:
+def shape_of(backbone: Model) -> Shape:
     """Sizes of the tower that prompts enter (of the decoder, for the keys and values of an encoder-decoder)."""
     config = backbone.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1  # a recurrent model has none
@@ -124,12 +126,12 @@ def shape_of(backbone: nn.Module) -> Shape:
     return Shape(dim, layers, getattr(config, "num_key_value_heads", None) or heads, head_dim)
 
 
-def checkpoints_blocks(base: nn.Module) -> bool:
+def checkpoints_blocks(base: Model) -> bool:
     """Whether gradient checkpointing is on and in force: blocks then refuse a cache."""
     return any(getattr(m, "gradient_checkpointing", False) and m.training for m in base.modules())
 
 
-def keep_checkpointing(backbone: nn.Module, on: bool = True) -> None:
+def keep_checkpointing(backbone: Model, on: bool = True) -> None:
     """Keep gradient checkpointing, where it is enabled, in force in a model that is in eval mode; or suspend it.
 
     transformers checkpoints a block only while that block's own `training` flag is up; the flag of its children, where
@@ -140,7 +142,7 @@ def keep_checkpointing(backbone: nn.Module, on: bool = True) -> None:
             module.training = on
 
 
-def _dropout_active(base: nn.Module) -> bool:
+def _dropout_active(base: Model) -> bool:
     if not base.training:
         return False
     names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "dropout")
@@ -148,7 +150,7 @@ def _dropout_active(base: nn.Module) -> bool:
     return inside or any(getattr(base.config, name, 0) or 0 for name in names)
 
 
-def shortcut_refused(base: nn.Module) -> str | None:
+def shortcut_refused(base: Model) -> str | None:
     """Why the shared prefix must not be used on this causal model right now; None where it is exact."""
     config = base.config
     if config.model_type not in SHARED_PREFIX:
@@ -167,7 +169,7 @@ def shortcut_refused(base: nn.Module) -> str | None:
 _ANNOUNCED: set[tuple[str, str]] = set()
 
 
-def _announce(base: nn.Module, reason: str) -> None:
+def _announce(base: Model, reason: str) -> None:
     key = (type(base).__name__, reason)
     if key not in _ANNOUNCED:
         _ANNOUNCED.add(key)
@@ -291,7 +293,7 @@ def _keywords(original: Forward) -> list[str]:
     return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
 
 
-def _embeds(base: nn.Module, arguments: dict[str, Any]) -> Tensor:
+def _embeds(base: Model, arguments: dict[str, Any]) -> Tensor:
     """Input embeddings of a call; takes `input_ids` out of its arguments."""
     ids = arguments.pop("input_ids", None)
     embeds: Tensor = arguments.pop("inputs_embeds", None) if ids is None else base.get_input_embeddings()(ids)
@@ -353,7 +355,7 @@ def _kind(cache: Any) -> type[Any]:
 
 
 def _mark(cache: Any, carried: Carried) -> None:
-    cache.__class__ = _hiding(_kind(cache))
+    cache.__class__ = _hiding(_kind(cache))  # type: ignore[arg-type]
     cache.pt_prefix, cache.pt_owner = carried.longest, carried.owner
 
 
@@ -390,7 +392,7 @@ def _seen(cache: Any, carried: Carried) -> int:
 
 
 def _prefix_layers(
-    base: nn.Module, original: Forward, carried: Carried, batch: int, dtype: torch.dtype
+    base: Model, original: Forward, carried: Carried, batch: int, dtype: torch.dtype
 ) -> list[DynamicLayer]:
     """Keys and values of the batch's prompts for every layer, [b, h, longest, d_h] each, as filled cache layers."""
     blocks = decoder_blocks(base)
@@ -412,7 +414,7 @@ def _prefix_layers(
 
 
 def _key_values(
-    base: nn.Module, original: Forward, handle: Handle | None, blocks: nn.ModuleList, dtype: torch.dtype
+    base: Model, original: Forward, handle: Handle | None, blocks: nn.ModuleList, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]] | None:
     """One prompt's keys and values for every layer, [h, m, d_h] each; None for no prompt.
 
@@ -437,7 +439,7 @@ def _key_values(
         if stored is not None and stored[0] == state and torch.equal(stored[1], rows):
             found: list[tuple[Tensor, Tensor]] = stored[2]
             return found
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     arguments["inputs_embeds"] = rows.to(device, dtype)[None]
     if "position_ids" in inspect.signature(original).parameters:
@@ -449,12 +451,12 @@ def _key_values(
     return computed
 
 
-def _state(base: nn.Module) -> int:
+def _state(base: Model) -> int:
     """A number that changes when a weight of the model is replaced or written to."""
     return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters()))
 
 
-def _causal(base: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
+def _causal(base: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     def wrap(original: Forward) -> Forward:
         names = _keywords(original)
 
@@ -472,7 +474,7 @@ def _causal(base: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[F
     return wrap
 
 
-def _causal_call(base: nn.Module, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
+def _causal_call(base: Model, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
     """One call of a prompted causal model.
 
     The first call on an empty cache brings the prompt in, as a prefix of the cache or of the input embeddings. From then
@@ -502,7 +504,7 @@ def _causal_call(base: nn.Module, original: Forward, names: list[str], arguments
     if deep is not None:
         from pt_nlp.blocks import deep_forward
 
-        output = deep_forward(base, deep, **arguments | {"position_ids": positions})
+        output: Any = deep_forward(base, deep, **arguments | {"position_ids": positions})
         if output.past_key_values is not None:
             output.past_key_values.pt_owner = carried.owner
         return output
@@ -555,7 +557,7 @@ def _causal_call(base: nn.Module, original: Forward, names: list[str], arguments
     return _trim(output, carried.longest)
 
 
-def _prepend(base: nn.Module, names: list[str], arguments: dict[str, Any], carried: Carried, mask: Tensor) -> None:
+def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: Carried, mask: Tensor) -> None:
     """Put the prompt in front of the input embeddings of every row, with positions of its own."""
     mixed = set(getattr(base.config, "layer_types", None) or []) - ATTENTION_LAYERS
     if ("cache_params" in names or mixed) and bool((mask[:, 0] == 0).any()):
@@ -595,7 +597,7 @@ def _cache_refused(cache: Any) -> str | None:
     return f"the cache is a {_kind(cache).__name__}" + " that is offloaded" * (_kind(cache) is DynamicCache)
 
 
-def _check_key_values(base: nn.Module, cache: Any, length: int) -> None:
+def _check_key_values(base: Model, cache: Any, length: int) -> None:
     """Trained keys and values can only stand in a dynamic cache that every block reads as a whole."""
     if checkpoints_blocks(base) or _cache_refused(cache) is not None:
         raise InputError(
@@ -620,7 +622,7 @@ def _check_room(cache: Any, length: int) -> None:
             )
 
 
-def _check_length(base: nn.Module, length: int) -> None:
+def _check_length(base: Model, length: int) -> None:
     """Learned absolute positions end somewhere; a look-up beyond them fails with an index error deep inside."""
     limit = getattr(base.config, "max_position_embeddings", None)
     learned = base.config.model_type in {"gpt2", "opt", "bert", "roberta"}
@@ -634,7 +636,7 @@ def _check_length(base: nn.Module, length: int) -> None:
 
 
 # --- encoders -------------------------------------------------------------------------------------------------------
-def _encoder(base: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
+def _encoder(base: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     def wrap(original: Forward) -> Forward:
         names = _keywords(original)
 
@@ -654,7 +656,7 @@ def _encoder(base: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[
     return wrap
 
 
-def _encoder_call(base: nn.Module, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
+def _encoder_call(base: Model, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
     """One call of a prompted encoder: keys are [trained keys and values, prompt rows, text], queries the last two."""
     ids = arguments.get("input_ids")
     first = ids if ids is not None else arguments["inputs_embeds"]
@@ -698,7 +700,7 @@ def _encoder_call(base: nn.Module, original: Forward, names: list[str], argument
                 f"a {type(base).__name__} takes no trained keys and values (or checkpoints its blocks)",
                 remedy=f"Use one of {sorted(KEY_VALUE_ENCODERS)}, or a prompt of input embeddings",
             )
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         cache.layers = _prefix_layers(base, original, keys, batch, base.get_input_embeddings().weight.dtype)
         arguments["past_key_values"] = cache
     output = original(**arguments)
@@ -707,7 +709,7 @@ def _encoder_call(base: nn.Module, original: Forward, names: list[str], argument
     return _trim(output, soft.longest)
 
 
-def _encoder_positions(base: nn.Module, mask: Tensor, given: Tensor | None) -> tuple[int, Tensor]:
+def _encoder_positions(base: Model, mask: Tensor, given: Tensor | None) -> tuple[int, Tensor]:
     """The first position of an encoder, and the positions that it gives to the tokens of a text, [b or 1, n]."""
     padding = getattr(getattr(base, "embeddings", None), "padding_idx", None)
     start = (
@@ -721,7 +723,7 @@ def _encoder_positions(base: nn.Module, mask: Tensor, given: Tensor | None) -> t
 
 
 # --- encoder-decoders -----------------------------------------------------------------------------------------------
-def _text_encoder(encoder: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
+def _text_encoder(encoder: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     """Prompt rows stay in the encoder's output, because the decoder attends to them; the model's output hides them."""
 
     def wrap(original: Forward) -> Forward:
@@ -752,7 +754,7 @@ def _text_encoder(encoder: nn.Module, selected: Callable[[], Rows | None]) -> Ca
     return wrap
 
 
-def _text_decoder(decoder: nn.Module, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
+def _text_decoder(decoder: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     def wrap(original: Forward) -> Forward:
         names = _keywords(original)
 
@@ -779,7 +781,7 @@ def _text_decoder(decoder: nn.Module, selected: Callable[[], Rows | None]) -> Ca
 
 
 def _decoder_with_prefix(
-    decoder: nn.Module, original: Forward, arguments: dict[str, Any], keys: Carried, batch: int, memory: Tensor
+    decoder: Model, original: Forward, arguments: dict[str, Any], keys: Carried, batch: int, memory: Tensor
 ) -> Any:
     _check_equal(decoder, keys)
     cache = arguments.get("past_key_values")
@@ -810,7 +812,7 @@ def _decoder_with_prefix(
     return output
 
 
-def _check_equal(part: nn.Module, carried: Carried) -> None:
+def _check_equal(part: Model, carried: Carried) -> None:
     """Absolute positions that the model counts itself are right only if all rows have prompts of one length."""
     if len(set(carried.lengths)) > 1 and part.config.model_type not in RELATIVE_POSITIONS:
         raise InputError(
@@ -864,11 +866,11 @@ def _labels_are_targets(selected: Callable[[], Rows | None]) -> Callable[[Forwar
 class _TextFamily:
     name = "text (transformers)"
 
-    def matches(self, backbone: nn.Module) -> bool:
+    def matches(self, backbone: Model) -> bool:
         ours = any(cls.__module__.startswith("transformers.") for cls in type(backbone).__mro__)
         return ours and hasattr(backbone, "get_input_embeddings") and hasattr(backbone.config, "get_text_config")
 
-    def check(self, backbone: nn.Module, prompt: Prompt) -> None:
+    def check(self, backbone: Model, prompt: Prompt) -> None:
         shape = shape_of(backbone)
         tokens, key_values = prompt.tokens(), prompt.key_values()
         if tokens is not None and tokens.shape[1] != shape.dim:
@@ -897,7 +899,7 @@ class _TextFamily:
             )
 
     def patches(
-        self, backbone: nn.Module, selected: Callable[[], Rows | None]
+        self, backbone: Model, selected: Callable[[], Rows | None]
     ) -> list[tuple[nn.Module, Callable[[Forward], Forward]]]:
         if backbone.config.is_encoder_decoder:
             return [
@@ -913,7 +915,7 @@ class _TextFamily:
         return [(base, _causal(base, selected)), *head]
 
 
-def is_causal(backbone: nn.Module) -> bool:
+def is_causal(backbone: Model) -> bool:
     """Whether tokens attend only to earlier ones (decoder-only models)."""
     encoders = (
         "bert",
@@ -933,7 +935,7 @@ def is_causal(backbone: nn.Module) -> bool:
     return not any(name in kind for name in encoders) or bool(getattr(backbone.config, "is_decoder", False))
 
 
-def _name(backbone: nn.Module) -> str:
+def _name(backbone: Model) -> str:
     return getattr(backbone.config, "_name_or_path", "") or type(backbone).__name__
 
 

@@ -20,8 +20,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from pt_core.errors import InputError
-from pt_core.tokens import BlockPrompt, Tokens, real, run
 from torch import Tensor
 from transformers import (
     BertModel,
@@ -43,6 +41,9 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.models.t5.modeling_t5 import T5Stack
+
+from pt_core.errors import InputError
+from pt_core.tokens import BlockPrompt, Tokens, real, run
 
 
 @dataclass
@@ -168,7 +169,7 @@ class T5Blocks:
         return self.encoder_attention_mask is None or bool(self.encoder_attention_mask.all())
 
     def _cross_mask(self, hidden: Tensor) -> Tensor | None:
-        if self.encoder_hidden_states is None or self._encoder_full:
+        if self.encoder_hidden_states is None or self.encoder_attention_mask is None or self._encoder_full:
             return None
         return _attention_mask(self.model.config, hidden, self.encoder_attention_mask.bool(), full=False, causal=False)
 

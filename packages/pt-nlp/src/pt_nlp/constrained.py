@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
+from torch import Tensor
+
 from pt_core.data import Split, encode_multilabels
 from pt_core.errors import InputError
 from pt_core.metrics import evaluate_logits
-from torch import Tensor
-
 from pt_nlp.data import TextTask
 
 SEPARATOR = "; "
@@ -42,7 +42,7 @@ def labels_as_text(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
         InputError: a row has no label, or a label cannot be told from the text around it.
     """
     counts = Counter(label for row in rows["train"] for label in row["label"])
-    written = {}
+    written: dict[str, list[dict[str, Any]]] = {}
     for name, part in rows.items():
         written[name] = []
         for number, row in enumerate(part, start=1):

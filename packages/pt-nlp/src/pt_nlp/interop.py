@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pt_core import artifacts
 from pt_core.errors import InputError
 from pt_core.method import Method
-from pt_nlp.backbones import base_of, is_causal, shape_of
+from pt_nlp.backbones import Model, base_of, is_causal, shape_of
 from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig, flatten, unflatten
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -30,7 +30,7 @@ READ = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 WRITTEN = ("prompt-tuning", "p-tuning", "prefix-tuning")
 
 
-def import_peft(path: str | Path, backbone: nn.Module) -> Method:
+def import_peft(path: str | Path, backbone: Model) -> Method:
     """Read a peft adapter folder and put its prompt on `backbone`.
 
     Args:
@@ -88,7 +88,8 @@ def export_peft(method: Method, path: str | Path) -> Path:
         raise InputError(
             "a peft prompt holds no head of this library", remedy="Use save_pretrained, or train with label words"
         )
-    backbone, shape = method.backbone, shape_of(method.backbone)
+    backbone: Model = method.backbone
+    shape = shape_of(backbone)
     writes = is_causal(backbone) and base_of(backbone) is not backbone
     seq2seq = backbone.config.is_encoder_decoder
     task = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM" if writes else "FEATURE_EXTRACTION"
@@ -119,13 +120,13 @@ def export_peft(method: Method, path: str | Path) -> Path:
 def _rows(method: Any) -> Tensor:
     """What peft keeps of a prompt: rows [l, d], or flat keys and values [l, N * 2 * heads * d_h]."""
     if isinstance(method, PromptTuning):
-        return method.prompt.weight
+        return cast(Tensor, method.prompt.weight)
     plain = method.folded()
     plain.remove()
     return flatten(plain.prompt.weight) if isinstance(method, PrefixTuning) else plain.prompt.weight
 
 
-def _check_prefix(backbone: nn.Module) -> None:
+def _check_prefix(backbone: Model) -> None:
     if backbone.config.is_encoder_decoder:
         raise InputError(
             "PREFIX_TUNING of an encoder-decoder is not supported: peft lets decoder layers share keys and values there, "

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pt_nlp.backbones import (
+    Model,
     base_of,
     checkpoints_blocks,
     is_causal,
@@ -57,10 +58,12 @@ class TextMethod(Method):
     """A frozen text backbone with a prompt, read through a head, a verbalizer or its own language model head."""
 
     config: Any
+    backbone: Model
+    prompt: Any  # a Prompt, or None
     config_class = TextConfig
     reads_head: ClassVar[bool] = False  # True: the method cannot do without a trained head
 
-    def __init__(self, backbone: nn.Module, config: MethodConfig | None = None) -> None:
+    def __init__(self, backbone: Model, config: MethodConfig | None = None) -> None:
         super().__init__(backbone, config)
         keep_checkpointing(self.backbone)
         self.generator = torch.Generator().manual_seed(self.config.seed)
@@ -87,7 +90,7 @@ class TextMethod(Method):
 
     # --- contract -----------------------------------------------------------------------------------------------
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Model:
         """The module that is run: the backbone, or what a method puts in its place (an adapted copy that shares weights)."""
         return self.backbone
 
@@ -314,7 +317,7 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _to_words(backbone: nn.Module, states: Tensor, ids: Tensor | None = None) -> Tensor:
+def _to_words(backbone: Model, states: Tensor, ids: Tensor | None = None) -> Tensor:
     """Logits of hidden states through the language model head, of all words or of `ids` only."""
     head = backbone.get_output_embeddings()
     if ids is None:

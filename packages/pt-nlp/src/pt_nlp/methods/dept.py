@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
 from pt_core.errors import InputError
 from pt_core.prompts import LowRankOffset, Prompt, SoftPrompt
 from pt_nlp.backbones import base_of, shape_of
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
-from pydantic import Field
-from torch import Tensor
-from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -197,7 +198,9 @@ class DePT(PromptTuning):
 
 
 def _check_sources(split: Split | None, limit: int) -> None:
-    for i in range(len(split) if split is not None else 0):
+    if split is None:
+        return
+    for i in range(len(split)):
         row: Any = split.rows[i]
         if isinstance(row, Mapping) and len(row.get("source", ())) > limit:
             raise _too_long(len(row["source"]), limit, row=i + 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -74,7 +74,7 @@ class PTuning(TextMethod):
         self.train(mode)
         state = {k: v for k, v in self.trained_state().items() if k.startswith("head.")}
         plain.load_trained_state(state | {"prompt.weight": rows})
-        return plain.to(rows.device).train(mode)
+        return cast(PromptTuning, plain.to(rows.device).train(mode))
 
 
 class EncodedPrompt(Prompt):

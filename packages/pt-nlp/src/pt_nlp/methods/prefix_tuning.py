@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import torch
 from pydantic import Field
@@ -124,7 +124,7 @@ class PrefixTuning(TextMethod):
         self.train(mode)
         state = {k: v for k, v in self.trained_state().items() if k.startswith("head.")}
         plain.load_trained_state(state | {"prompt.weight": values})
-        return plain.to(values.device).train(mode)
+        return cast(Self, plain.to(values.device).train(mode))
 
 
 class Prefix(KeyValuePrompt):
@@ -168,10 +168,11 @@ class ProjectedPrefix(Prompt):
         self.length, self.dropout, self.shape = config.prompt_length, config.dropout, shape
         width = 2 * shape.layers * shape.kv_heads * shape.head_dim
         self.embedding = nn.Parameter(torch.randn(self.length, shape.dim, generator=generator) * config.init_std)
+        inner = config.projection_dim or shape.dim
         self.projection = nn.Sequential(
-            start_uniform(nn.Linear(shape.dim, config.projection_dim), shape.dim, generator),
+            start_uniform(nn.Linear(shape.dim, inner), shape.dim, generator),
             nn.Tanh(),
-            start_uniform(nn.Linear(config.projection_dim, width), config.projection_dim, generator),
+            start_uniform(nn.Linear(inner, width), inner, generator),
         )
         if config.init == "zero":
             for parameter in self.projection[-1].parameters():

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from pt_core.errors import InputError
 from pt_core.method import Loss
 from pt_core.prompts import SoftPrompt, sample_rows
 from pt_nlp.backbones import shape_of
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prompt_tuning import check_ids
-from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from pt_core.data import Split
