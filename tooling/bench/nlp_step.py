@@ -33,14 +33,15 @@ import torch
 import typer
 from peft import PromptTuningConfig as PeftConfig
 from peft import get_peft_model
-from pt_core.attach import attach, route
-from pt_core.prompts import SoftPrompt
-from pt_nlp import assets
-from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pt_core.attach import attach, route
+from pt_core.prompts import SoftPrompt
+from pt_nlp import assets
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 console = Console(width=150)
 LABELS = 8  # labelled tokens at the end of each row

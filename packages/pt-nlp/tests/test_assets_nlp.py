@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from pt_core.assets import Unavailable, fetch
 from pt_core.errors import InputError
 from pt_nlp import assets

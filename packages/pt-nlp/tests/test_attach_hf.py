@@ -9,16 +9,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from pt_core.attach import Handle, attach, off
-from pt_core.errors import InputError
-from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
-from pt_nlp import backbones
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
+from pt_core.attach import Handle, attach, off
+from pt_core.errors import InputError
+from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
+from pt_nlp import backbones
+
 VOCAB, WIDTH, M = 48, 16, 5
-SHARED = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Mistral": "mistral", "GPT2": "gpt2", "GPTNeoX": "gpt_neox"}
+SHARED = {
+    "Llama": "llama",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "Mistral": "mistral",
+    "GPT2": "gpt2",
+    "GPTNeoX": "gpt_neox",
+}
 BACKBONES = [*SHARED, "OPT", "Bert", "Roberta", "T5"]
 Build = Callable[..., nn.Module]
 
@@ -118,7 +126,9 @@ def test_prompt_positions_show_nowhere_in_a_language_model(
     result = model(**batch, labels=batch["input_ids"], **options)
     assert result.logits.shape == (3, 9, VOCAB)
     assert [tuple(h.shape) for h in result.hidden_states] == [(3, 9, WIDTH)] * 3
-    assert [tuple(a.shape) for a in result.attentions] == [(3, 4, 9, 9 + M)] * 2  # rows are real tokens, columns what they see
+    assert [tuple(a.shape) for a in result.attentions] == [
+        (3, 4, 9, 9 + M)
+    ] * 2  # rows are real tokens, columns what they see
     assert result.past_key_values.get_seq_length() == 9
     assert gap(result.loss, cross_entropy(result.logits, batch["input_ids"])) < 1e-5
     step = {"input_ids": batch["input_ids"][:, :1], "past_key_values": result.past_key_values}
@@ -152,7 +162,11 @@ def test_prompt_positions_show_nowhere_in_an_encoder(tiny: Build, kind: str, wha
 def test_prompt_positions_show_nowhere_in_an_encoder_decoder(tiny: Build, what: str) -> None:
     model, batch = tiny("T5", attn_implementation="eager"), texts()
     attach(model, soft() if what == "tokens" else keys(model))
-    options = {"labels": batch["input_ids"][:, :4].contiguous(), "output_hidden_states": True, "output_attentions": True}
+    options = {
+        "labels": batch["input_ids"][:, :4].contiguous(),
+        "output_hidden_states": True,
+        "output_attentions": True,
+    }
     result = model(**batch, **options)
     assert result.logits.shape == (3, 4, VOCAB)
     assert result.encoder_last_hidden_state.shape == (3, 9, WIDTH)
@@ -161,7 +175,9 @@ def test_prompt_positions_show_nowhere_in_an_encoder_decoder(tiny: Build, what: 
     assert [a.shape[2] for a in result.encoder_attentions] == [9, 9]
     assert [a.shape[2] for a in result.decoder_attentions] == [4, 4]
     assert result.past_key_values.get_seq_length() == 4
-    assert (3, 9, WIDTH) in [tuple(t.shape) for t in model(**batch, **options, return_dict=False) if isinstance(t, Tensor)]
+    assert (3, 9, WIDTH) in [
+        tuple(t.shape) for t in model(**batch, **options, return_dict=False) if isinstance(t, Tensor)
+    ]
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -293,7 +309,9 @@ def test_gpt2_token_types_are_added_to_the_text_only(tiny: Build, monkeypatch: p
     assert gap(model(**batch).logits, shared) > 1e-2
 
 
-def refused(model: nn.Module, reason: str, caplog: pytest.LogCaptureFixture, batch: dict[str, Tensor], **options) -> Tensor:
+def refused(
+    model: nn.Module, reason: str, caplog: pytest.LogCaptureFixture, batch: dict[str, Tensor], **options
+) -> Tensor:
     """Logits of two calls that must announce `reason` once and agree with a concatenation by hand."""
     backbones._ANNOUNCED.clear()
     prompt = soft()
@@ -315,7 +333,9 @@ def refused(model: nn.Module, reason: str, caplog: pytest.LogCaptureFixture, bat
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3"])
 def test_sliding_windows_take_the_plain_path(tiny: Build, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    options = {"sliding_window": 4} | ({} if kind == "Mistral" else {"use_sliding_window": True, "max_window_layers": 1})
+    options = {"sliding_window": 4} | (
+        {} if kind == "Mistral" else {"use_sliding_window": True, "max_window_layers": 1}
+    )
     model, batch = tiny(kind, **options), texts()
     logits = refused(model, "the model has layers without full attention", caplog, batch)
     model.config.sliding_window = None
@@ -339,7 +359,9 @@ def test_gradient_checkpointing_takes_the_plain_path(tiny: Build, caplog: pytest
 
 
 @pytest.mark.parametrize("kind", ["OPT", "Mamba"])
-def test_types_that_are_not_tested_take_the_plain_path(tiny: Build, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_types_that_are_not_tested_take_the_plain_path(
+    tiny: Build, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     refused(tiny(kind), f"it is not tested on {kind.lower()!r}", caplog, texts())
 
 
@@ -362,7 +384,10 @@ def test_a_static_cache_takes_the_plain_path(tiny: Build, caplog: pytest.LogCapt
     assert int(cache.get_seq_length()) == 10
     handle.remove()
     by_hand = concatenated(model, prompt.weight, longer)
-    assert gap(torch.cat([logits, after], 1)[longer["attention_mask"].bool()], by_hand[longer["attention_mask"].bool()]) < 1e-5
+    assert (
+        gap(torch.cat([logits, after], 1)[longer["attention_mask"].bool()], by_hand[longer["attention_mask"].bool()])
+        < 1e-5
+    )
 
 
 def test_a_static_cache_without_room_for_the_prompt_is_refused(tiny: Build) -> None:
@@ -450,7 +475,9 @@ def _weights_replaced(prompt: SoftPrompt, model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_in_place, _by_data, _by_load, _by_optimiser, _weights_written, _weights_replaced], ids=lambda f: f.__name__
+    "change",
+    [_in_place, _by_data, _by_load, _by_optimiser, _weights_written, _weights_replaced],
+    ids=lambda f: f.__name__,
 )
 def test_stored_keys_and_values_follow_the_prompt_and_the_weights(
     tiny: Build, change: Callable, monkeypatch: pytest.MonkeyPatch
@@ -495,7 +522,7 @@ def test_a_bf16_backbone_gives_the_float32_prompt_a_float32_gradient(
         (result.float() * torch.linspace(-1, 1, result.numel()).view_as(result)).mean().backward()
         assert prompt.weight.dtype == prompt.weight.grad.dtype == torch.float32
         results.append((result, prompt.weight.grad))
-    for (a, b) in zip(*results, strict=True):
+    for a, b in zip(*results, strict=True):
         assert gap(a, b) < 0.05 * float(a.detach().abs().max())
 
 
@@ -590,7 +617,9 @@ def test_a_cache_that_was_filled_without_the_prompt_is_refused(tiny: Build) -> N
     cache = model(**batch, use_cache=True).past_key_values
     first, second = (attach(model, soft(seed), always=False) for seed in (1, 2))
     with first.active():
-        with pytest.raises(InputError, match=r"filled without this prompt, or under another one. Start from an empty cache"):
+        with pytest.raises(
+            InputError, match=r"filled without this prompt, or under another one. Start from an empty cache"
+        ):
             model(**step, past_key_values=cache)
         cache = model(**batch, use_cache=True).past_key_values
     with second.active(), pytest.raises(InputError, match="filled without this prompt"):

@@ -19,7 +19,8 @@ from pt_core.registry import find_method, methods
 from pt_core.testing import Case, contract_checks
 from pt_nlp.data import TextTask
 
-WORDS = "good bad film news sport the a was is great awful red blue green Topic : positive negative".split()
+WORDS = ["good", "bad", "film", "news", "sport", "the", "a", "was", "is", "great", "awful", "red", "blue", "green"]
+WORDS += ["Topic", ":", "positive", "negative"]
 ROWS = [
     {"text": "the film was good great", "label": "positive"},
     {"text": "the film was bad", "label": "negative"},

@@ -8,13 +8,14 @@ from threading import Thread
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import TextIteratorStreamer, TextStreamer, pipeline
+
 from pt_core.attach import attach
 from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt, Prompt, SoftPrompt
 from pt_nlp import backbones
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 WIDTH, M = 16, 5
 SHARED = ["Llama", "Qwen2", "Qwen3", "Mistral", "GPT2", "GPTNeoX"]
@@ -105,7 +106,9 @@ def test_the_shared_prefix_writes_what_the_plain_path_writes(
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
 def test_with_sliding_windows_the_text_is_the_same_with_and_without_a_cache(tiny: Build, kind: str) -> None:
-    options = {"sliding_window": 6} | ({} if kind == "Mistral" else {"use_sliding_window": True, "max_window_layers": 1})
+    options = {"sliding_window": 6} | (
+        {} if kind == "Mistral" else {"use_sliding_window": True, "max_window_layers": 1}
+    )
     model, batch = tiny(kind, **options), texts()
     attach(model, soft())
     for way in ("greedy", "beam"):

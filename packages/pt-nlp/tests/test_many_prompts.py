@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from pt_core.attach import Handle, attach, route
 from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
 from pt_nlp import backbones
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 WIDTH = 16
 SHARED = ["Llama", "Qwen2", "Qwen3", "Mistral", "GPT2", "GPTNeoX"]

@@ -1,4 +1,4 @@
-"""A prompted model trains under this library's `fit`, the Trainer of transformers and TRL's SFTTrainer: only the prompt changes."""
+"""A prompted model trains under this library's `fit`, transformers' Trainer and TRL's SFTTrainer: only the prompt changes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from torch import Tensor, nn
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
 from pt_core.attach import attach
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.prompts import KeyValuePrompt, SoftPrompt
 from pt_core.training import FitConfig, fit
 from pt_nlp.data import TextTask
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
-from torch import Tensor, nn
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 WIDTH, M = 16, 5
 Build = Callable[..., nn.Module]
@@ -64,7 +65,9 @@ def test_fit_trains_the_prompt_only(tiny: Build, words) -> None:
     task = TextTask.from_rows({"train": rows}, words, kind="verbalizer", template="{text} Topic :")
     method = PromptTuning(model, PromptTuningConfig(prompt_length=M, lr=0.05))
     start = method.prompt.weight.detach().clone()
-    result = fit(method, task.train, None, FitConfig(max_steps=3, batch_size=2, log_every=1, progress=False, device="cpu"))
+    result = fit(
+        method, task.train, None, FitConfig(max_steps=3, batch_size=2, log_every=1, progress=False, device="cpu")
+    )
     assert result.steps == 3
     assert float((method.prompt.weight - start).abs().max()) > 0.01
     method.remove()
@@ -113,7 +116,9 @@ def test_the_trainer_takes_the_step_of_a_loop_by_hand(tiny: Build, words, tmp_pa
     assert float((weights[0] - weights[1]).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{"bf16": True}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"bf16": True}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}], ids=str
+)
 def test_options_of_the_trainer_keep_the_backbone(tiny: Build, words, changes: dict, tmp_path: Path) -> None:
     model, prompt = tiny("Llama"), soft()
     before, state, start = unprompted(model), snapshot(model), prompt.weight.detach().clone()

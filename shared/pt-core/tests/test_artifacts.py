@@ -15,12 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
-import pt_core
 import pytest
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
+from torch import Tensor, nn
+
+import pt_core
 from pt_core import artifacts
 from pt_core.artifacts import (
     CARD,
@@ -37,8 +40,6 @@ from pt_core.artifacts import (
 from pt_core.errors import InputError
 from pt_core.frozen import identity
 from pt_core.method import Loss, Method, MethodConfig, Output
-from pydantic import Field
-from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
 from pt_core import assets
 from pt_core.assets import Asset, Unavailable, derive, fetch
 from pt_core.errors import InputError

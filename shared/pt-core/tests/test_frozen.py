@@ -14,10 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from pt_core.errors import InputError
 from pt_core.frozen import FeatureCache, assert_unchanged, compare, fingerprint, freeze, identity, snapshot
 from pt_core.prompts import Prompt
-from torch import Tensor, nn
 
 
 class Trunk(nn.Module):

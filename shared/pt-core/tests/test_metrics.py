@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pt_core.errors import InputError
 from pt_core.metrics import (
     METRICS,

@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
+
 from pt_core.errors import InputError
 from pt_core.report import (
     Grid,
@@ -23,7 +25,6 @@ from pt_core.report import (
     to_markdown,
     write_comparison,
 )
-from rich.console import Console
 
 
 def results():

@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pt_core.attach import Forward, Handle, Rows, register_family
-from pt_core.errors import InputError
-from pt_core.prompts import Prompt
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
+
+from pt_core.attach import Forward, Handle, Rows, register_family
+from pt_core.errors import InputError
+from pt_core.prompts import Prompt
 
 log = logging.getLogger(__name__)
 
@@ -487,7 +488,8 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
     slot = "cache_params" if "cache_params" in names else "past_key_values"
     cache = arguments.get(slot)
     past = _seen(cache, carried)
-    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+    mask: Any = arguments.get("attention_mask")
+    positions: Any = arguments.get("position_ids")
     if mask is not None and mask.ndim != 2:
         raise InputError(
             "a prompted backbone takes a 2-D attention mask [batch, tokens]",

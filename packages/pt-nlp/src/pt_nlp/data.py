@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
 from pt_core.data import (
     Split,
     class_names,
@@ -35,8 +38,6 @@ from pt_core.data import (
     stratified,
 )
 from pt_core.errors import InputError
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
 Kind = Literal["verbalizer", "classification", "multilabel", "text-to-text"]
 Backbone = Literal["causal-lm", "encoder", "seq2seq"]

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from pt_core import artifacts
 from pt_core.errors import InputError

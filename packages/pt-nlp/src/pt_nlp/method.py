@@ -15,14 +15,14 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 import torch
-from pt_core.attach import attach
-from pt_core.errors import InputError
-from pt_core.method import Loss, Method, MethodConfig, Output
-from pt_core.prompts import Prompt
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pt_core.attach import attach
+from pt_core.errors import InputError
+from pt_core.method import Loss, Method, MethodConfig, Output
+from pt_core.prompts import Prompt
 from pt_nlp.backbones import (
     Model,
     base_of,
