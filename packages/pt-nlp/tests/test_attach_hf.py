@@ -1,4 +1,4 @@
-"""Prompts in Hugging Face backbones: what the user's model keeps, the exact shortcut against the plain path, refusals, errors."""
+"""Prompts in Hugging Face backbones: what the model keeps, the exact shortcut against the plain path, refusals, errors."""
 
 from __future__ import annotations
 
@@ -411,7 +411,7 @@ def test_the_keys_and_values_of_prompt_rows_do_what_the_rows_do(tiny: Build, kin
     expected = model(**batch).logits
     handle.remove()
     attach(model, prompt)
-    loss, gradient, logits = with_gradient(model, prompt, batch)
+    _, gradient, logits = with_gradient(model, prompt, batch)
     assert gap(logits, expected[batch["attention_mask"].bool()]) < 1e-5
     assert float(gradient.abs().amax(dim=(1, 2, 3, 4)).min()) > 1e-4  # every layer gets its gradient
 
@@ -635,12 +635,12 @@ def test_a_cache_that_was_filled_without_the_prompt_is_refused(tiny: Build) -> N
 @pytest.mark.parametrize("kind", ["Llama", "Bert", "T5"])
 def test_a_prompt_that_does_not_fit_is_refused(tiny: Build, kind: str) -> None:
     model = tiny(kind)
-    with pytest.raises(InputError, match="the prompt is 17 wide, the embeddings of .* are 16"):
+    with pytest.raises(InputError, match=r"the prompt is 17 wide, the embeddings of .* are 16"):
         attach(model, SoftPrompt(3, 17))
     heads = backbones.shape_of(model).kv_heads
     with pytest.raises(InputError, match=rf"\(2, 2, {heads + 1}, 3, 4\), .* takes \(2, 2, {heads}, 3, 4\)"):
         attach(model, KeyValuePrompt(2, heads + 1, 4, 3))
-    with pytest.raises(InputError, match="blocks|towers"):
+    with pytest.raises(InputError, match=r"blocks|towers"):
         attach(model, DeepPrompt([2], 3, WIDTH))
     assert not any("forward" in module.__dict__ for module in model.modules())
 

@@ -239,4 +239,4 @@ def test_trained_keys_and_values_write_by_a_loop_without_cache(tiny: Build, kind
             mask = F.pad(mask, (0, 1), value=1)
         tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(written, tokens)
-    assert len(set(written[:, -7:].flatten().tolist())) > 3
+    assert len(set(written[:, -7:].flatten().tolist())) > 2  # it does not write one token for ever

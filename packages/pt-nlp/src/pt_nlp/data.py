@@ -10,8 +10,8 @@ it is saved with the prompt) and the splits. Four kinds:
 
 Batches are dicts. All have `input_ids`, `attention_mask` (long, [b, n]) and `sample_ids`; sources of causal models are
 padded on the left, others on the right. By kind: `labels` [b] (class) or [b, C] (0/1 float); `candidates` and
-`candidate_mask` [C, t] (label words); `target_ids` (token ids to be predicted, -100 elsewhere), aligned with `input_ids` [b, n] for text-to-text on a causal
-model, else [b, t] beside it; `source_mask` [b, n], 1 on what is read rather than written.
+`candidate_mask` [C, t] (label words); `target_ids` (token ids to be predicted, -100 elsewhere), aligned with `input_ids`
+[b, n] for text-to-text on a causal model, else [b, t] beside it; `source_mask` [b, n], 1 on what is read, not written.
 """
 
 from __future__ import annotations

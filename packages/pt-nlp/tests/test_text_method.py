@@ -1,0 +1,296 @@
+"""What text methods share: losses at labelled positions, label words, gradient checkpointing, precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pt_core.errors import InputError
+from pt_core.prompts import KeyValuePrompt
+from pt_nlp import backbones
+from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+M, CLASSES = 5, 3
+Build = Callable[..., nn.Module]
+
+
+class KeysAndValues(TextMethod):
+    """The least method of trained keys and values."""
+
+    name = "keys-and-values"
+    config_class = TextConfig
+
+    def build_prompt(self) -> KeyValuePrompt:
+        shape = backbones.shape_of(self.backbone)
+        return KeyValuePrompt(shape.layers, shape.kv_heads, shape.head_dim, M, std=0.5, generator=self.generator)
+
+
+def method(model: nn.Module, **config) -> PromptTuning:
+    return PromptTuning(model, PromptTuningConfig(prompt_length=M, init="uniform", **config))
+
+
+def sources(side: str = "left") -> dict[str, Tensor]:
+    """Four texts of 7, 4, 6 and 3 tokens."""
+    ids = torch.randint(3, 40, (4, 7), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(7)[None] < torch.tensor([7, 4, 6, 3])[:, None]).long()
+    mask = mask.flip(1) if side == "left" else mask
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def candidates(lengths: tuple[int, ...] = (1, 3, 2)) -> dict[str, Tensor]:
+    """Label words of several tokens, padded on the right."""
+    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(3, 40, mask.shape, generator=torch.Generator().manual_seed(4))
+    return {"candidates": ids * mask, "candidate_mask": mask}
+
+
+def to_text(kind: str) -> dict[str, Tensor]:
+    """A text-to-text batch: targets of 3, 1, 2 and 3 tokens."""
+    batch = sources("left" if kind != "T5" else "right")
+    mask = (torch.arange(3)[None] < torch.tensor([3, 1, 2, 3])[:, None]).long()
+    targets = torch.randint(3, 40, (4, 3), generator=torch.Generator().manual_seed(5)).masked_fill(mask == 0, -100)
+    if kind == "T5":
+        return batch | {"target_ids": targets}
+    return {
+        "input_ids": torch.cat([batch["input_ids"], targets.clamp(min=0)], 1),
+        "attention_mask": torch.cat([batch["attention_mask"], mask], 1),
+        "target_ids": torch.cat([torch.full_like(batch["input_ids"], -100), targets], 1),
+    }
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape, f"{tuple(a.shape)} is not {tuple(b.shape)}"
+    return float((a.detach().float() - b.detach().float()).abs().max())
+
+
+def with_gradient(made: TextMethod, call: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    made.zero_grad()
+    value = call()
+    value.sum().backward()
+    return value.detach(), made.prompt.weight.grad.clone()
+
+
+def agree(made: TextMethod, ours: Callable[[], Tensor], naive: Callable[[], Tensor]) -> None:
+    """Same values and prompt gradients, to 1e-5 of their size."""
+    for a, b in zip(with_gradient(made, ours), with_gradient(made, naive), strict=True):
+        assert gap(a, b) < 1e-5 * max(1.0, float(b.abs().max()))
+    assert float(b.abs().max()) > 1e-3
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2", "GPTNeoX", "OPT", "T5"])
+def test_the_token_loss_equals_that_of_all_logits(tiny: Build, kind: str) -> None:
+    made, batch = method(tiny(kind)), to_text(kind)
+    assert (made.backbone.config.model_type in LINEAR_HEADS) == (kind not in ("OPT", "T5"))
+
+    def naive() -> Tensor:
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        with made.active():
+            mean = made.backbone(**inputs, labels=batch["target_ids"]).loss
+        return mean * 9
+
+    loss = made.loss(batch)
+    assert loss.count == 9
+    agree(made, lambda: made.loss(batch).total, naive)
+
+
+def test_the_token_loss_projects_labelled_positions_only(tiny: Build) -> None:
+    made, shapes = method(tiny("Llama")), []
+    made.backbone.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    made.loss(to_text("Llama"))
+    assert shapes == [(9, 48)]
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Bert", "T5"])
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_the_loss_of_a_head_is_that_of_its_logits(tiny: Build, kind: str, multilabel: bool) -> None:
+    made, batch = method(tiny(kind), num_labels=CLASSES, multilabel=multilabel), sources("right")
+    labels = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]]).float() if multilabel else torch.tensor([0, 2, 1, 2])
+    loss = made.loss(batch | {"labels": labels})
+    logits = made(batch).logits
+    criterion = F.binary_cross_entropy_with_logits if multilabel else F.cross_entropy
+    assert loss.count == (12 if multilabel else 4)
+    assert gap(loss.value, criterion(logits, labels)) < 1e-6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Bert", "T5"])
+def test_pooled_features_are_those_of_real_tokens(tiny: Build, kind: str, side: str) -> None:
+    if (kind, side) == ("Bert", "left"):
+        pytest.skip("BERT counts positions through padding on the left, with and without prompts")
+    made, batch = method(tiny(kind), num_labels=CLASSES), sources(side)
+    pooled = made(batch).features
+    for i in range(4):
+        keep = batch["attention_mask"][i].bool()
+        row = {"input_ids": batch["input_ids"][i][keep][None], "attention_mask": torch.ones(1, int(keep.sum())).long()}
+        hidden = made.hidden(row)  # prompt inactive
+        with made.active():
+            hidden = made.hidden(row)[0, -int(keep.sum()) :]
+        expected = hidden.mean(0) if kind == "T5" else hidden[0] if kind == "Bert" else hidden[-1]
+        assert gap(pooled[i], expected) < 1e-5
+
+
+# --- label words ------------------------------------------------------------------------------------------------------
+def naive_scores(made: TextMethod, batch: dict) -> Tensor:
+    """Log-probability of every label word after every source: one full sequence for each pair, no padding, no cache."""
+    model, words, mask = made.backbone, batch["candidates"], batch["candidate_mask"]
+    scores = []
+    for i in range(len(batch["input_ids"])):
+        source = batch["input_ids"][i][batch["attention_mask"][i].bool()]
+        for word, real in zip(words, mask, strict=True):
+            target = word[real.bool()]
+            with made.active():
+                if model.config.is_encoder_decoder:
+                    begun = torch.cat([target.new_zeros(1), target[:-1]])
+                    logits = model(input_ids=source[None], decoder_input_ids=begun[None], use_cache=False).logits[0]
+                else:
+                    whole = torch.cat([source, target])[None]
+                    logits = model(input_ids=whole, use_cache=False).logits[0, len(source) - 1 : -1]
+            picked = logits.log_softmax(-1)[torch.arange(len(target)), target]
+            scores.append(picked.mean() if batch.get("length_normalised") else picked.sum())
+    return torch.stack(scores).view(-1, len(words))
+
+
+def scored(made: TextMethod, batch: dict) -> Tensor:
+    with made.active():
+        return made.class_scores(batch)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "OPT", "T5"])
+def test_scores_of_long_label_words_equal_full_sequences(tiny: Build, kind: str, normalised: bool) -> None:
+    made = method(tiny(kind))
+    batch = sources("right" if kind == "T5" else "left") | candidates() | {"length_normalised": normalised}
+    agree(made, lambda: scored(made, batch), lambda: naive_scores(made, batch))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "OPT", "T5"])
+def test_scores_of_label_words_of_one_token_equal_full_sequences(tiny: Build, kind: str) -> None:
+    made = method(tiny(kind))
+    batch = sources("right" if kind == "T5" else "left") | candidates((1, 1, 1))
+
+    def relative(scores: Tensor) -> Tensor:  # logits and log-probabilities differ by a constant for each row
+        return scores.log_softmax(-1)
+
+    agree(made, lambda: relative(scored(made, batch))[:, :2], lambda: relative(naive_scores(made, batch))[:, :2])
+
+
+def test_the_shortcut_for_one_token_projects_the_label_words_only(tiny: Build) -> None:
+    made, calls = method(tiny("Llama")), []
+    made.backbone.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    assert scored(made, sources() | candidates((1, 1, 1))).shape == (4, 3)
+    assert calls == []
+
+
+def test_the_source_is_read_once_for_all_label_words(tiny: Build) -> None:
+    made, shapes = method(tiny("Llama")), []
+    block = backbones.decoder_blocks(made.backbone.model)[0]
+    block.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    scored(made, sources() | candidates())
+    assert shapes == [(1, M), (4, 7), (12, 2)]  # the prompt; the sources; the rest of every label word
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 3, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "T5"])
+def test_scores_under_gradient_checkpointing_equal_full_sequences(tiny: Build, kind: str, lengths: tuple) -> None:
+    model = tiny(kind)
+    model.gradient_checkpointing_enable()
+    made = method(model).train()
+    assert backbones.checkpoints_blocks(model)
+    batch = sources("right" if kind == "T5" else "left") | candidates(lengths)
+    plain = method(tiny(kind))
+    expected = with_gradient(plain, lambda: naive_scores(plain, batch).log_softmax(-1)[:, 0])
+    for a, b in zip(with_gradient(made, lambda: scored(made, batch).log_softmax(-1)[:, 0]), expected, strict=True):
+        assert gap(a, b) < 1e-5 * max(1.0, float(b.abs().max()))
+
+
+def test_scores_of_trained_keys_and_values_equal_full_sequences(tiny: Build) -> None:
+    for kind in ("Llama", "T5"):
+        made = KeysAndValues(tiny(kind))
+        batch = sources("right" if kind == "T5" else "left") | candidates()
+        agree(made, lambda: scored(made, batch), lambda: naive_scores(made, batch))
+
+
+# --- gradient checkpointing -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Bert", "T5"])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tiny: Build, kind: str, when: str) -> None:
+    config = {"num_labels": CLASSES} if kind == "Bert" else {}
+    batch = sources("right") | {"labels": torch.tensor([0, 2, 1, 2])} if kind == "Bert" else to_text(kind)
+    plain = method(tiny(kind), **config).train()
+    expected = with_gradient(plain, lambda: plain.loss(batch).total)
+    model = tiny(kind)
+    if when == "before":
+        model.gradient_checkpointing_enable()
+    made = method(model, **config)
+    if when == "after":
+        model.gradient_checkpointing_enable()
+    made.train()
+    runs: list[int] = []
+    block = backbones.decoder_blocks(model.get_encoder() if kind == "T5" else backbones.base_of(model))[0]
+    inner = next(m for m in block.modules() if isinstance(m, nn.LayerNorm) or "Norm" in type(m).__name__)
+    inner.register_forward_hook(lambda *_: runs.append(1))
+    for a, b in zip(with_gradient(made, lambda: made.loss(batch).total), expected, strict=True):
+        assert gap(a, b) < 1e-5 * max(1.0, float(b.abs().max()))
+    assert len(runs) >= 2  # forward, and again in the backward pass
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.Dropout))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "T5"])
+def test_under_gradient_checkpointing_a_method_still_writes(tiny: Build, kind: str) -> None:
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    batch = sources("left")
+    expected = method(tiny(kind)).generate(batch, **options)
+    model = tiny(kind)
+    model.gradient_checkpointing_enable()
+    made = method(model)
+    assert torch.equal(made.train().generate(batch, **options), expected)
+    assert torch.equal(made.eval().generate(batch, **options), expected)
+    assert not backbones.checkpoints_blocks(model)  # evaluation keeps its cache
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Bert", "T5"])
+def test_trained_keys_and_values_refuse_gradient_checkpointing(tiny: Build, kind: str) -> None:
+    model = tiny(kind)
+    model.gradient_checkpointing_enable()
+    made = KeysAndValues(model, TextConfig(num_labels=CLASSES)).train()
+    with pytest.raises(InputError, match="gradient checkpointing|checkpoints its blocks"):
+        with made.active():
+            if kind == "T5":
+                model(**sources("right"), decoder_input_ids=torch.zeros(4, 2, dtype=torch.long))
+            else:
+                made(sources("right"))
+
+
+# --- precision, dropout -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["Llama", "T5"])
+def test_a_bf16_backbone_trains_a_float32_prompt_on_a_close_loss(tiny: Build, kind: str) -> None:
+    batch = to_text(kind)
+    exact, low = (method(tiny(kind).to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    low.prompt.load_state_dict(exact.prompt.state_dict())
+    values = [with_gradient(made, lambda made=made: made.loss(batch).value) for made in (exact, low)]
+    assert low.prompt.weight.dtype == low.prompt.weight.grad.dtype == torch.float32
+    assert low.loss(batch).total.dtype == torch.float32
+    assert gap(values[0][0], values[1][0]) < 0.03 * float(values[0][0])
+    assert gap(values[0][1], values[1][1]) < 0.1 * float(values[0][1].abs().max())
+
+
+def test_dropout_of_the_backbone_is_off_unless_it_is_asked_for(tiny: Build) -> None:
+    batch = to_text("GPT2")
+    quiet = method(tiny("GPT2")).train()
+    assert torch.equal(quiet.loss(batch).total, quiet.loss(batch).total)
+    noisy = method(tiny("GPT2"), backbone_dropout=True).train()
+    assert gap(noisy.loss(batch).total, noisy.loss(batch).total) > 1e-3
+    assert gap(noisy.eval().loss(batch).total, quiet.loss(batch).total) < 1e-5 * float(quiet.loss(batch).total)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+def test_a_batch_that_cannot_be_read_is_refused(tiny: Build) -> None:
+    with pytest.raises(InputError, match="neither a head nor label words"):
+        method(tiny("Llama"))(sources())
+    with pytest.raises(InputError, match="neither labels nor target tokens"):
+        method(tiny("Bert"), num_labels=2).loss(sources("right"))
