@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -115,8 +116,9 @@ def main(folder: Path) -> int:
             os.environ.update(common, RANK=str(rank), LOCAL_RANK=str(rank))
             try:
                 work(folder, rank)
-            finally:
-                sys.stderr.flush()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
             os._exit(0)
         children.append(child)
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
@@ -129,7 +131,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def two(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of the two processes, and what each found."""
     folder = tmp_path_factory.mktemp("two")
-    done = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__, folder], capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
 

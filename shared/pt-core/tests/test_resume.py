@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,18 @@ def kill_at(function: str, line: int) -> None:
     sys.settrace(trace)
 
 
+def work(name: str, folder: Path, function: str, line: int) -> None:
+    """One run, whose result is written down."""
+    if line:
+        kill_at(function, line)
+    method, result = train(name, folder)
+    sys.settrace(None)
+    save_file(method.trained_state(), folder / "result.safetensors")
+    (folder / "result.json").write_text(json.dumps({**vars(result), "seconds_per_step": 0}))
+
+
 def serve() -> None:
-    """Jobs from stdin, a line each: (run, folder, function, line). To stdout: the signal that ended the child, or 0."""
+    """Jobs from stdin, a line each: (run, folder, function, line). To stdout: the exit code of the child."""
     import torch._dynamo  # an optimiser would import it in every child
 
     assert torch._dynamo
@@ -84,14 +95,13 @@ def serve() -> None:
         name, folder, function, line = json.loads(job)
         child = os.fork()
         if child == 0:
-            if line:
-                kill_at(function, line)
-            method, result = train(name, Path(folder))
-            sys.settrace(None)
-            save_file(method.trained_state(), Path(folder) / "result.safetensors")
-            (Path(folder) / "result.json").write_text(json.dumps({**vars(result), "seconds_per_step": 0}))
+            try:
+                work(name, Path(folder), function, line)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
             os._exit(0)
-        print(os.WTERMSIG(os.waitpid(child, 0)[1]), flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 @pytest.fixture(scope="module", autouse=True)  # autouse: it imports torch while the first tests run
@@ -300,7 +310,7 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(name, program, 
         ("", draw(700, 1500)),
     ]
     for function, line in kills:
-        assert program(name, tmp_path / "killed", function, line) == signal.SIGKILL, f"{function}, line {line}"
+        assert program(name, tmp_path / "killed", function, line) == -signal.SIGKILL, f"{function}, line {line}"
         assert not (tmp_path / "killed" / "result.json").exists()
     assert program(name, tmp_path / "killed") == 0
 

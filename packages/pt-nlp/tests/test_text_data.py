@@ -1,0 +1,394 @@
+"""Text data: files to tasks, templates, label words, batches, predictions, and errors that name file and row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from pt_core.errors import InputError
+from pt_nlp.data import Encoder, TaskSpec, TextTask, pad, read_rows, template_fields, tokenizer_hash
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from tokenizers import processors
+from torch import nn
+
+Build = Callable[..., nn.Module]
+ROWS = [
+    {"review": "the film was good", "stars": "positive", "about": "film"},
+    {"review": "awful sport", "stars": "negative", "about": "sport"},
+    {"review": "a great red sun", "stars": "positive", "about": "sun"},
+    {"review": "the news was bad news", "stars": "negative", "about": "news"},
+]
+
+
+def ids(words, text: str) -> list[int]:
+    return words(text, add_special_tokens=False)["input_ids"]
+
+
+def save(folder: Path, suffix: str, rows: list[dict] = ROWS) -> Path:
+    path = folder / f"reviews{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ""], ids=lambda s: s or "folder")
+def test_a_file_becomes_a_task_by_its_path(words, suffix: str, tmp_path: Path) -> None:
+    path = save(tmp_path, suffix)
+    task = TextTask.from_files(
+        path, words, kind="verbalizer", text="review", label="stars", validation=path, template="{about} : {text} Topic :"
+    )
+    assert task.spec.labels == ("negative", "positive")
+    assert task.test is None
+    assert [row["label"] for row in task.train.rows] == [1, 0, 1, 0]
+    assert task.train.rows[0]["source"] == ids(words, "film : the film was good Topic :")
+    assert task.train.rows[1]["source"] == ids(words, "sport : awful sport Topic :")
+    assert len(task.validation) == 4
+    assert task.train.lengths == [len(row["source"]) + 1 for row in task.train.rows]
+
+
+def test_a_column_that_is_absent_is_named(words, tmp_path: Path) -> None:
+    for suffix in (".csv", ".jsonl", ".parquet", ""):
+        path = save(tmp_path, suffix)
+        options = {"kind": "verbalizer", "text": "review", "label": "stars"}
+        for wrong, name in (({"text": "body"}, "body"), ({"label": "class"}, "class"), ({"template": "{when} {text}"}, "when")):
+            with pytest.raises(InputError, match=f"reviews{suffix}.*{name}") as error:
+                TextTask.from_files(path, words, **options | wrong)
+            assert "review" in str(error.value).split(name)[1]  # the columns that there are
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ""], ids=lambda s: s or "folder")
+def test_an_empty_text_is_named_by_file_row_and_column(words, suffix: str, tmp_path: Path) -> None:
+    path = save(tmp_path, suffix, [*ROWS[:2], ROWS[2] | {"review": "  "}, ROWS[3]])
+    with pytest.raises(InputError, match=rf"reviews{suffix}, row 3, field 'review': .*(empty|white space)"):
+        TextTask.from_files(path, words, kind="verbalizer", text="review", label="stars")
+
+
+def test_a_label_out_of_range_or_unknown_is_named_by_file_and_row(words, tmp_path: Path) -> None:
+    rows = [{"text": row["review"], "label": i} for i, row in enumerate(ROWS)]
+    path = save(tmp_path, ".jsonl", rows)
+    options = {"kind": "classification", "labels": ["bad", "fair", "good"]}
+    with pytest.raises(InputError, match=r"reviews.jsonl, row 4, field 'label': label 3 is out of range. .* 0 to 2"):
+        TextTask.from_rows({"train": read_rows(path, {"text": "text", "label": "label"})}, words, files={"train": path}, **options)
+    train = save(tmp_path, ".json", [{"text": row["review"], "label": row["stars"]} for row in ROWS])
+    test = save(tmp_path, ".csv", [{"text": "sport", "label": "positive"}, {"text": "sun", "label": "neutral"}])
+    with pytest.raises(InputError, match=r"reviews.csv, row 2, field 'label': unknown label 'neutral'. .*negative, positive"):
+        TextTask.from_files(train, words, kind="classification", test=test)
+
+
+def test_class_labels_of_datasets_keep_their_names(words, tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["world", "sport", "film"])})
+    rows = [{"text": "sun", "label": 2}, {"text": "rain", "label": 0}, {"text": "news", "label": 1}]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "named")
+    task = TextTask.from_files(tmp_path / "named", words, kind="classification")
+    assert task.spec.labels == ("film", "sport", "world")
+    assert [row["label"] for row in task.train.rows] == [0, 2, 1]
+    rows[1]["label"] = -1  # as `datasets` marks rows of hidden tests
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "hidden")
+    with pytest.raises(InputError, match=r"hidden, row 2, field 'label': label -1 is none of 0 to 2. Drop rows"):
+        TextTask.from_files(tmp_path / "hidden", words, kind="classification")
+    features = Features({"text": Value("string"), "label": List(ClassLabel(names=["world", "sport"]))})
+    rows = [{"text": "sun", "label": [0, 1]}, {"text": "rain", "label": []}, {"text": "news", "label": [1]}]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "lists")
+    task = TextTask.from_files(tmp_path / "lists", words, kind="multilabel")
+    assert task.spec.labels == ("sport", "world")
+    assert torch.stack([row["label"] for row in task.train.rows]).tolist() == [[1, 1], [0, 0], [1, 0]]
+
+
+def test_a_folder_that_is_no_split_is_refused(tmp_path: Path) -> None:
+    fields = {"text": "review", "label": "stars"}
+    data = Dataset.from_list(ROWS)
+    DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "all")
+    with pytest.raises(InputError, match=r"several splits \(train, test\). Name one: .*all/train"):
+        read_rows(tmp_path / "all", fields)
+    assert len(read_rows(tmp_path / "all" / "train", fields)) == 4
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: this folder holds no data set"):
+        read_rows(tmp_path / "empty", fields)
+
+
+def test_rows_in_memory_are_checked_too(words) -> None:
+    good = [{"text": "sun", "label": "a"}, {"text": "rain", "label": "b"}]
+    for bad, problem in (
+        ({"label": "a"}, "row 3, field 'text': the row has no text"),
+        ({"text": "sun"}, "row 3, field 'label': the row has no label"),
+        ({"text": " ", "label": "a"}, "row 3, field 'text': the text is empty"),
+        ({"text": 5, "label": "a"}, "row 3, field 'text': the text is empty or not text"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            TextTask.from_rows({"train": [*good, bad]}, words, kind="classification")
+    with pytest.raises(InputError, match="row 2, field 'label': the label is empty or not text"):
+        TextTask.from_rows({"train": [good[0], {"text": "sun", "label": 3}]}, words, kind="text-to-text")
+    with pytest.raises(InputError, match="row 1, field 'about': the row has no about"):
+        TextTask.from_rows({"train": good}, words, kind="classification", template="{about} {text}")
+
+
+def test_shots_are_drawn_per_class_and_validation_rows_from_the_rest(words, tmp_path: Path) -> None:
+    rows = [{"text": f"sun {i}", "label": "ab"[i % 2]} for i in range(20)]
+    path = save(tmp_path, ".jsonl", rows)
+    task = TextTask.from_files(path, words, kind="classification", shots=3, validation_shots=2, test=path, max_test_rows=6)
+    assert [len(split) for split in (task.train, task.validation, task.test)] == [6, 4, 6]
+    for split in (task.train, task.validation, task.test):
+        assert sum(row["label"] for row in split.rows) == len(split) // 2
+    whole = TextTask.from_files(path, words, kind="classification", validation_shots=2)
+    assert (len(whole.train), len(whole.validation)) == (16, 4)
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+def test_a_long_text_is_cut_and_what_stands_around_it_is_kept(words) -> None:
+    row = {"text": "the film was good great red blue green", "about": "film news"}
+    spec = TaskSpec(kind="text-to-text", template="first {about} : {text} Topic :", max_source_length=10)
+    cut = Encoder(spec, words).source(row)
+    assert cut == ids(words, "first film news : the film was good Topic :")
+    assert len(cut) == 10
+    longer = spec.model_copy(update={"max_source_length": 14})
+    assert Encoder(longer, words).source(row) == ids(words, "first film news : the film was good great red blue green Topic :")
+    with pytest.raises(InputError, match=r"template alone takes 6 of 6 tokens. Raise max_source_length"):
+        Encoder(spec.model_copy(update={"max_source_length": 6}), words).source(row)
+
+
+def test_special_tokens_stay_around_a_text_that_is_cut(words) -> None:
+    import copy
+
+    closing = copy.deepcopy(words)
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A </s>", special_tokens=[("<unk>", 2), ("</s>", 1)]
+    )
+    for backbone, tail in (("encoder", [1]), ("seq2seq", [1]), ("causal-lm", [])):
+        spec = TaskSpec(kind="classification", backbone=backbone, labels=("a", "b"), max_source_length=5)
+        source = Encoder(spec, closing).source({"text": "the film was good great red"})
+        assert source[0] == 2
+        assert source[-1:] == tail if tail else source[-1] != 1  # a causal model writes on from the text
+        assert len(source) == 5
+        assert source[1 : 5 - len(tail)] == ids(words, "the film was good")[: 4 - len(tail)]
+
+
+def test_braces_in_a_text_are_not_fields(words) -> None:
+    spec = TaskSpec(kind="text-to-text", template="{about} : {text} Topic :")
+    assert template_fields(spec.template).keys() == {"about", "text"}
+    source = Encoder(spec, words).source({"text": "{about} {sun}", "about": "{text}"})
+    assert source == ids(words, "{text} : {about} {sun} Topic :")
+
+
+def test_a_field_that_no_row_has_is_named(words) -> None:
+    spec = TaskSpec(kind="text-to-text", template="{when} {text}")
+    with pytest.raises(InputError, match="field 'template': the template names 'when', which no row has"):
+        Encoder(spec, words).source({"text": "sun"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"kind": "text-to-text", "template": "no text"}, r"the template must contain \{text\}"),
+        ({"kind": "classification", "labels": ("a",)}, "at least two labels"),
+        ({"kind": "classification", "labels": ("a", "a")}, "labels must be distinct"),
+        ({"kind": "verbalizer", "labels": ("a", "b"), "verbalizer": {"c": "d"}}, r"unknown labels: \['c'\]"),
+        ({"kind": "verbalizer", "labels": ("a", "b"), "backbone": "encoder"}, "a verbalizer needs a language model"),
+        ({"kind": "classification", "labels": ("a", "b"), "max_source_length": 0}, "max_source_length"),
+        ({"kind": "classification", "labels": ("a", "b"), "colour": 1}, "colour"),
+    ],
+)
+def test_inconsistent_specifications_are_refused(settings: dict, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        TaskSpec(**settings)
+
+
+def test_from_rows_tells_what_is_inconsistent(words) -> None:
+    rows = {"train": [{"text": "sun", "label": "a"}, {"text": "sun", "label": "b"}]}
+    with pytest.raises(InputError, match=r"field 'task': the verbalizer names unknown labels: \['c'\]"):
+        TextTask.from_rows(rows, words, kind="verbalizer", verbalizer={"c": "d"})
+    with pytest.raises(InputError, match="field 'task': max_source_length: .*greater than or equal to 1"):
+        TextTask.from_rows(rows, words, kind="verbalizer", max_source_length=0)
+
+
+def test_another_tokenizer_is_refused(words) -> None:
+    import copy
+
+    spec = TaskSpec(kind="text-to-text", tokenizer_hash=tokenizer_hash(words))
+    Encoder(spec, words)
+    other = copy.deepcopy(words)
+    other.add_tokens(["moon"])
+    with pytest.raises(InputError, match="trained with another tokenizer. Use the tokenizer of its backbone"):
+        Encoder(spec, other)
+
+
+# --- label words ------------------------------------------------------------------------------------------------------
+def verbalizer(words, backbone: str = "causal-lm", normalised: bool = False, **labels: str) -> Encoder:
+    return Encoder(
+        TaskSpec(
+            kind="verbalizer", backbone=backbone, labels=tuple(labels), verbalizer=labels, length_normalised=normalised
+        ),
+        words,
+    )
+
+
+def test_label_words_are_their_tokens_closed_only_for_encoder_decoders(words) -> None:
+    assert verbalizer(words, a="good", b="bad film").candidates() == [ids(words, "good"), ids(words, "bad film")]
+    closed = verbalizer(words, "seq2seq", a="good", b="bad film").candidates()
+    assert closed == [[*ids(words, "good"), 1], [*ids(words, "bad film"), 1]]
+    batch = verbalizer(words, a="good", b="bad film").batch([{"source": [5]}])
+    assert batch["candidates"].tolist() == [[3, 0], [4, 5]]
+    assert batch["candidate_mask"].tolist() == [[1, 0], [1, 1]]
+
+
+def test_label_words_with_the_same_tokens_or_none_are_refused(words) -> None:
+    with pytest.raises(InputError, match=r"field 'verbalizer': label word 'moon' has the tokens of 'star'"):
+        verbalizer(words, a="star", b="moon").candidates()  # both unknown to this tokenizer
+    with pytest.raises(InputError, match="label word ' ' has no tokens"):
+        verbalizer(words, a="good", b=" ").candidates()
+
+
+def test_a_label_word_that_begins_with_another_one_is_refused_where_it_can_never_win(words) -> None:
+    with pytest.raises(InputError, match="label word 'good film' begins with 'good', which would always be the likelier one"):
+        verbalizer(words, a="good film", b="good").candidates()
+    assert len(verbalizer(words, normalised=True, a="good film", b="good").candidates()) == 2
+    assert len(verbalizer(words, "seq2seq", a="good film", b="good").candidates()) == 2  # the end of the word is scored
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+def rows_to_text(words, **spec) -> TextTask:
+    rows = [{"text": "the film", "label": "good news"}, {"text": "a great red sun was", "label": "bad"}]
+    return TextTask.from_rows({"train": rows}, words, kind="text-to-text", template="{text} Topic :", **spec)
+
+
+def test_targets_of_a_causal_model_stand_behind_their_source(words) -> None:
+    batch = rows_to_text(words).train.batch([0, 1])
+    first, second = ids(words, "the film Topic : good news"), ids(words, "a great red sun was Topic : bad")
+    assert batch["input_ids"].tolist() == [[0, 0, *first, 1], [*second, 1]]
+    assert batch["attention_mask"].tolist() == [[0, 0] + [1] * 7, [1] * 9]
+    assert batch["source_mask"].tolist() == [[0, 0, 1, 1, 1, 1, 0, 0, 0], [1] * 7 + [0, 0]]
+    assert batch["target_ids"].tolist() == [[-100] * 6 + [*ids(words, "good news"), 1], [-100] * 7 + [*ids(words, "bad"), 1]]
+    wanted = batch["target_ids"] != -100
+    assert torch.equal(batch["target_ids"][wanted], batch["input_ids"][wanted])
+    assert batch["sample_ids"] == [0, 1]
+
+
+def test_targets_of_an_encoder_decoder_stand_beside_their_source(words) -> None:
+    batch = rows_to_text(words, backbone="seq2seq").train.batch([0, 1])
+    assert batch["input_ids"].tolist() == [[*ids(words, "the film Topic :"), 0, 0, 0], ids(words, "a great red sun was Topic :")]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 7]
+    assert batch["target_ids"].tolist() == [[*ids(words, "good news"), 1], [*ids(words, "bad"), 1, -100]]
+
+
+def test_a_long_target_is_cut_and_closed(words) -> None:
+    task = rows_to_text(words, max_target_length=2)
+    assert task.train.rows[0]["target"] == [*ids(words, "good"), 1]
+
+
+def test_a_tokenizer_without_an_end_is_refused_where_targets_must_end(words) -> None:
+    import copy
+
+    endless = copy.deepcopy(words)
+    endless.eos_token = None
+    with pytest.raises(InputError, match="no end-of-sequence token. Set its eos_token"):
+        rows_to_text(endless)
+
+
+def test_a_multilabel_batch_has_a_cell_for_every_class(words) -> None:
+    rows = [{"text": "sun", "label": ["b", "c"]}, {"text": "rain", "label": []}, {"text": "news", "label": ["a"]}]
+    task = TextTask.from_rows({"train": rows}, words, kind="multilabel", backbone="encoder")
+    assert task.spec.labels == ("a", "b", "c")
+    batch = task.train.batch([0, 1, 2])
+    assert batch["labels"].tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
+    assert batch["labels"].dtype == torch.float32
+    with pytest.raises(InputError, match="row 2, field 'labels': 'a' is not a list of labels"):
+        TextTask.from_rows({"train": [rows[0], {"text": "sun", "label": "a"}]}, words, kind="multilabel", labels=["a", "b", "c"])
+
+
+def test_a_verbalizer_trained_on_tokens_has_the_tokens_of_the_right_word(words) -> None:
+    rows = [{"text": "sun", "label": "good"}, {"text": "rain", "label": "awful news"}]
+    task = TextTask.from_rows({"train": rows}, words, kind="verbalizer", objective="tokens")
+    batch = task.train.batch([0, 1])
+    assert batch["target_ids"].tolist() == [[*ids(words, "good"), -100], ids(words, "awful news")]
+    assert batch["labels"].tolist() == [1, 0]
+    assert "target_ids" not in TextTask.from_rows({"train": rows}, words, kind="verbalizer").train.batch([0, 1])
+
+
+def test_rows_are_padded_on_the_side_of_their_model(words) -> None:
+    assert [t.tolist() for t in pad([[5, 6], [7]], 9, "left")] == [[[5, 6], [9, 7]], [[1, 1], [0, 1]]]
+    assert [t.tolist() for t in pad([[5, 6], [7]], 9, "right")] == [[[5, 6], [7, 9]], [[1, 1], [1, 0]]]
+    for backbone, first in (("causal-lm", [0, 5]), ("encoder", [5, 0]), ("seq2seq", [5, 0])):
+        spec = TaskSpec(kind="classification", labels=("a", "b"), backbone=backbone)
+        assert Encoder(spec, words).batch([{"source": [5]}, {"source": [6, 7]}])["input_ids"][0].tolist() == first
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+LABELLED = [{"text": "the film was good", "label": "positive"}, {"text": "awful news", "label": "negative"}] * 2
+NEW = ["a great film", "bad", "the sun was red blue green", "sport"]
+
+
+def predicted(tiny: Build, words, kind: str, backbone: str, **settings) -> tuple[TextTask, PromptTuning, list[dict]]:
+    rows = [row | {"label": [row["label"]]} for row in LABELLED] if kind == "multilabel" else LABELLED
+    model = tiny({"causal-lm": "Llama", "encoder": "Bert", "seq2seq": "T5"}[backbone])
+    task = TextTask.from_rows({"train": rows}, words, kind=kind, backbone=backbone, max_target_length=5, **settings)
+    head = {"num_labels": 2, "multilabel": kind == "multilabel"} if kind in ("classification", "multilabel") else {}
+    made = PromptTuning(model, PromptTuningConfig(prompt_length=3, init="uniform", **head))
+    return task, made, task.predict(made, NEW, batch_size=3)
+
+
+@pytest.mark.parametrize("backbone", ["causal-lm", "seq2seq", "encoder"])
+@pytest.mark.parametrize("kind", ["verbalizer", "classification"])
+def test_a_predicted_class_is_that_of_the_highest_score(tiny: Build, words, kind: str, backbone: str) -> None:
+    if (kind, backbone) == ("verbalizer", "encoder"):
+        pytest.skip("a verbalizer needs a language model")
+    task, made, answers = predicted(tiny, words, kind, backbone)
+    assert len(answers) == 4
+    for text, answer in zip(NEW, answers, strict=True):
+        assert answer["scores"].keys() == {"negative", "positive"}
+        assert abs(sum(answer["scores"].values()) - 1) < 1e-5
+        assert answer["label"] == max(answer["scores"], key=answer["scores"].get)
+        (alone,) = task.predict(made, [text])
+        assert abs(alone["scores"]["positive"] - answer["scores"]["positive"]) < 1e-5
+    assert len({round(answer["scores"]["positive"], 4) for answer in answers}) > 1
+
+
+@pytest.mark.parametrize("backbone", ["causal-lm", "seq2seq", "encoder"])
+def test_predicted_labels_are_those_above_one_half(tiny: Build, words, backbone: str) -> None:
+    _, _, answers = predicted(tiny, words, "multilabel", backbone)
+    for answer in answers:
+        assert answer["labels"] == [name for name, score in answer["scores"].items() if score > 0.5]
+
+
+@pytest.mark.parametrize("backbone", ["causal-lm", "seq2seq"])
+def test_predicted_text_is_what_the_prompted_model_writes(tiny: Build, words, backbone: str) -> None:
+    task, made, answers = predicted(tiny, words, "text-to-text", backbone)
+    for text, answer in zip(NEW, answers, strict=True):
+        row = task.encoder.batch(task.texts([text]), with_targets=False)
+        tokens = made.generate(row, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        tokens = tokens[0, row["input_ids"].shape[1] :] if backbone == "causal-lm" else tokens[0]
+        assert answer == {"text": words.decode(tokens, skip_special_tokens=True).strip()}
+    assert len({answer["text"] for answer in answers}) > 1
+    metrics = task.score_text(made, task.train)
+    assert metrics.keys() == {"exact-match", "token-f1"}
+
+
+def test_predictions_fill_the_other_fields_of_the_template(tiny: Build, words) -> None:
+    rows = [row | {"about": "film"} for row in LABELLED]
+    task = TextTask.from_rows({"train": rows}, words, kind="verbalizer", template="{about} : {text} Topic :")
+    made = PromptTuning(tiny("Llama"), PromptTuningConfig(prompt_length=3, init="uniform"))
+    one, other = task.predict(made, ["sun", "sun"], about=["red", "news"])
+    assert one["scores"] != other["scores"]
+    with pytest.raises(InputError, match="the template names 'about'"):
+        task.predict(made, ["sun"])
+
+
+def test_a_text_without_tokens_is_refused(tiny: Build, words) -> None:
+    task, made, _ = predicted(tiny, words, "verbalizer", "causal-lm")
+    with pytest.raises(InputError, match="the text has no tokens"):
+        task.predict(made, ["sun", ""])
