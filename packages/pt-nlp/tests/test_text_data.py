@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from tokenizers import processors
+from torch import nn
+
 from pt_core.errors import InputError
 from pt_nlp.data import Encoder, TaskSpec, TextTask, pad, read_rows, template_fields, tokenizer_hash
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
-from tokenizers import processors
-from torch import nn
 
 Build = Callable[..., nn.Module]
 ROWS = [
@@ -52,7 +53,13 @@ def save(folder: Path, suffix: str, rows: list[dict] = ROWS) -> Path:
 def test_a_file_becomes_a_task_by_its_path(words, suffix: str, tmp_path: Path) -> None:
     path = save(tmp_path, suffix)
     task = TextTask.from_files(
-        path, words, kind="verbalizer", text="review", label="stars", validation=path, template="{about} : {text} Topic :"
+        path,
+        words,
+        kind="verbalizer",
+        text="review",
+        label="stars",
+        validation=path,
+        template="{about} : {text} Topic :",
     )
     assert task.spec.labels == ("negative", "positive")
     assert task.test is None
@@ -67,10 +74,14 @@ def test_a_column_that_is_absent_is_named(words, tmp_path: Path) -> None:
     for suffix in (".csv", ".jsonl", ".parquet", ""):
         path = save(tmp_path, suffix)
         options = {"kind": "verbalizer", "text": "review", "label": "stars"}
-        for wrong, name in (({"text": "body"}, "body"), ({"label": "class"}, "class"), ({"template": "{when} {text}"}, "when")):
+        for wrong, name in (
+            ({"text": "body"}, "body"),
+            ({"label": "class"}, "class"),
+            ({"template": "{when} {text}"}, "when"),
+        ):
             with pytest.raises(InputError, match=f"reviews{suffix}.*{name}") as error:
                 TextTask.from_files(path, words, **options | wrong)
-            assert "review" in str(error.value).split(name)[1]  # the columns that there are
+            assert "review" in str(error.value).rpartition(name)[2]  # the columns that there are
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ""], ids=lambda s: s or "folder")
@@ -85,10 +96,14 @@ def test_a_label_out_of_range_or_unknown_is_named_by_file_and_row(words, tmp_pat
     path = save(tmp_path, ".jsonl", rows)
     options = {"kind": "classification", "labels": ["bad", "fair", "good"]}
     with pytest.raises(InputError, match=r"reviews.jsonl, row 4, field 'label': label 3 is out of range. .* 0 to 2"):
-        TextTask.from_rows({"train": read_rows(path, {"text": "text", "label": "label"})}, words, files={"train": path}, **options)
+        TextTask.from_rows(
+            {"train": read_rows(path, {"text": "text", "label": "label"})}, words, files={"train": path}, **options
+        )
     train = save(tmp_path, ".json", [{"text": row["review"], "label": row["stars"]} for row in ROWS])
     test = save(tmp_path, ".csv", [{"text": "sport", "label": "positive"}, {"text": "sun", "label": "neutral"}])
-    with pytest.raises(InputError, match=r"reviews.csv, row 2, field 'label': unknown label 'neutral'. .*negative, positive"):
+    with pytest.raises(
+        InputError, match=r"reviews.csv, row 2, field 'label': unknown label 'neutral'. .*negative, positive"
+    ):
         TextTask.from_files(train, words, kind="classification", test=test)
 
 
@@ -142,7 +157,9 @@ def test_rows_in_memory_are_checked_too(words) -> None:
 def test_shots_are_drawn_per_class_and_validation_rows_from_the_rest(words, tmp_path: Path) -> None:
     rows = [{"text": f"sun {i}", "label": "ab"[i % 2]} for i in range(20)]
     path = save(tmp_path, ".jsonl", rows)
-    task = TextTask.from_files(path, words, kind="classification", shots=3, validation_shots=2, test=path, max_test_rows=6)
+    task = TextTask.from_files(
+        path, words, kind="classification", shots=3, validation_shots=2, test=path, max_test_rows=6
+    )
     assert [len(split) for split in (task.train, task.validation, task.test)] == [6, 4, 6]
     for split in (task.train, task.validation, task.test):
         assert sum(row["label"] for row in split.rows) == len(split) // 2
@@ -158,7 +175,9 @@ def test_a_long_text_is_cut_and_what_stands_around_it_is_kept(words) -> None:
     assert cut == ids(words, "first film news : the film was good Topic :")
     assert len(cut) == 10
     longer = spec.model_copy(update={"max_source_length": 14})
-    assert Encoder(longer, words).source(row) == ids(words, "first film news : the film was good great red blue green Topic :")
+    assert Encoder(longer, words).source(row) == ids(
+        words, "first film news : the film was good great red blue green Topic :"
+    )
     with pytest.raises(InputError, match=r"template alone takes 6 of 6 tokens. Raise max_source_length"):
         Encoder(spec.model_copy(update={"max_source_length": 6}), words).source(row)
 
@@ -255,7 +274,9 @@ def test_label_words_with_the_same_tokens_or_none_are_refused(words) -> None:
 
 
 def test_a_label_word_that_begins_with_another_one_is_refused_where_it_can_never_win(words) -> None:
-    with pytest.raises(InputError, match="label word 'good film' begins with 'good', which would always be the likelier one"):
+    with pytest.raises(
+        InputError, match="label word 'good film' begins with 'good', which would always be the likelier one"
+    ):
         verbalizer(words, a="good film", b="good").candidates()
     assert len(verbalizer(words, normalised=True, a="good film", b="good").candidates()) == 2
     assert len(verbalizer(words, "seq2seq", a="good film", b="good").candidates()) == 2  # the end of the word is scored
@@ -273,7 +294,10 @@ def test_targets_of_a_causal_model_stand_behind_their_source(words) -> None:
     assert batch["input_ids"].tolist() == [[0, 0, *first, 1], [*second, 1]]
     assert batch["attention_mask"].tolist() == [[0, 0] + [1] * 7, [1] * 9]
     assert batch["source_mask"].tolist() == [[0, 0, 1, 1, 1, 1, 0, 0, 0], [1] * 7 + [0, 0]]
-    assert batch["target_ids"].tolist() == [[-100] * 6 + [*ids(words, "good news"), 1], [-100] * 7 + [*ids(words, "bad"), 1]]
+    assert batch["target_ids"].tolist() == [
+        [-100] * 6 + [*ids(words, "good news"), 1],
+        [-100] * 7 + [*ids(words, "bad"), 1],
+    ]
     wanted = batch["target_ids"] != -100
     assert torch.equal(batch["target_ids"][wanted], batch["input_ids"][wanted])
     assert batch["sample_ids"] == [0, 1]
@@ -281,7 +305,10 @@ def test_targets_of_a_causal_model_stand_behind_their_source(words) -> None:
 
 def test_targets_of_an_encoder_decoder_stand_beside_their_source(words) -> None:
     batch = rows_to_text(words, backbone="seq2seq").train.batch([0, 1])
-    assert batch["input_ids"].tolist() == [[*ids(words, "the film Topic :"), 0, 0, 0], ids(words, "a great red sun was Topic :")]
+    assert batch["input_ids"].tolist() == [
+        [*ids(words, "the film Topic :"), 0, 0, 0],
+        ids(words, "a great red sun was Topic :"),
+    ]
     assert batch["attention_mask"].sum(1).tolist() == [4, 7]
     assert batch["target_ids"].tolist() == [[*ids(words, "good news"), 1], [*ids(words, "bad"), 1, -100]]
 
@@ -308,7 +335,9 @@ def test_a_multilabel_batch_has_a_cell_for_every_class(words) -> None:
     assert batch["labels"].tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
     assert batch["labels"].dtype == torch.float32
     with pytest.raises(InputError, match="row 2, field 'labels': 'a' is not a list of labels"):
-        TextTask.from_rows({"train": [rows[0], {"text": "sun", "label": "a"}]}, words, kind="multilabel", labels=["a", "b", "c"])
+        TextTask.from_rows(
+            {"train": [rows[0], {"text": "sun", "label": "a"}]}, words, kind="multilabel", labels=["a", "b", "c"]
+        )
 
 
 def test_a_verbalizer_trained_on_tokens_has_the_tokens_of_the_right_word(words) -> None:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pt_core.attach import Forward, Handle, Rows, register_family
 from pt_core.errors import InputError
@@ -135,11 +136,11 @@ def checkpoints_blocks(base: Model) -> bool:
 def keep_checkpointing(backbone: Model, on: bool = True) -> None:
     """Keep gradient checkpointing, where it is enabled, in force in a model that is in eval mode; or suspend it.
 
-    transformers checkpoints a block only while that block's own `training` flag is up; the flag of its children, where
-    dropout lives, stays down. Suspended, blocks take a cache again.
+    transformers checkpoints a block only while that block's own `training` flag is up; the flags of all other modules,
+    where dropout lives (T5's attention reads its own), stay down. Suspended, blocks take a cache again.
     """
     for module in backbone.modules():
-        if getattr(module, "gradient_checkpointing", False):
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = on
 
 
