@@ -277,6 +277,21 @@ def test_bf16_backbones_get_float32_adapters(cls):
     assert {p.dtype for p in method.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("make", [llama, t5])
+def test_gradient_checkpointing_gives_the_same_loss_and_gradients_without_dropout(make):
+    found = []
+    for checkpointing in (False, True):
+        backbone = make()
+        if checkpointing:
+            backbone.gradient_checkpointing_enable()
+        method = disturbed(LoRA(backbone)).train()
+        loss = method.loss(batch()).value
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in method.parameters())])
+    for plain, checkpointed in zip(*found, strict=True):
+        assert (plain - checkpointed).abs().max() < 1e-5
+
+
 # --- the contract -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("cls", METHODS)
 def test_an_artifact_is_small_names_the_original_backbone_and_restores_the_logits(cls, tmp_path):

@@ -48,7 +48,8 @@ class AdapterMethod(TextMethod):
 
     What runs (`model`) is a copy of the backbone's modules over the very same parameters and buffers; only the copy's
     layers are wrapped. The backbone keeps its modules and weights, serves other methods meanwhile, and is what an artifact
-    identifies. Only the adapter's tensors (float32) are trained and saved.
+    identifies. Only the adapter's tensors (float32) are trained and saved. Gradient checkpointing has to be enabled on the
+    backbone before, or on `model` later.
 
     Raises:
         InputError: peft is not installed, it knows no layers to adapt in this model, or the backbone carries prompts.
