@@ -40,7 +40,7 @@ class Isolation:
 
 
 ISOLATION = {
-    "pt-core": Isolation(extras=("report",)),
+    "pt-core": Isolation(extras=("report", "tensorboard")),
     "pt-nlp": Isolation(uses=frozenset({"transformers"}), extras=("demo", "peft")),
 }
 
