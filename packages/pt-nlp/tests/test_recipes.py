@@ -9,6 +9,7 @@ import pytest
 
 from pt_core import artifacts, recipe, registry
 from pt_core.assets import Unavailable
+from pt_core.testing import one_thread
 from pt_nlp import assets, workbench
 
 RECIPES = [name for name in recipe.installed() if name.startswith("nlp/")]
@@ -55,10 +56,11 @@ def test_a_recipe_runs_on_its_real_model_and_data(
         pytest.skip(str(reason))
     from pt_core import cli
 
-    changes = ["training.max_steps=2", "data.max_test_rows=10", "data.validation_shots=1", "data.shots=2"]
+    changes = ["training.max_steps=2", "training.batch_size=2", "data.max_test_rows=10"]
+    changes += ["data.validation_shots=1", "data.shots=2"]
     settings = [part for change in changes for part in ("--set", change)]
     monkeypatch.setattr("sys.argv", ["pt", "train", "nlp/bbc-topics", *settings, "-o", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as ended:
+    with one_thread(), pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
     assert "prompt-tuning" in capsys.readouterr().out

@@ -166,8 +166,8 @@ def table(results: Sequence[Result], metrics: Sequence[str] | None = None, title
     grid = results_grid(results, metrics)
     rich = Table(title=Text(title) if title else None, caption=grid.caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, name in enumerate(grid.header):
-        word = max(map(len, name.split()))
-        rich.add_column(name, justify="right" if column else "left", no_wrap=not column, min_width=word, overflow="fold")
+        side, word = "right" if column else "left", max(map(len, name.split()))
+        rich.add_column(Text(name), justify=side, no_wrap=not column, min_width=word, overflow="fold")
     for i, row in enumerate(grid.rows):
         stars = [(i, j) in grid.marked for j in range(len(row))]
         cells = [Text(f"* {c}", style="bold") if s else Text(c) for c, s in zip(row, stars, strict=True)]
