@@ -41,6 +41,7 @@ class Isolation:
 
 ISOLATION = {
     "pt-core": Isolation(extras=("report", "tensorboard")),
+    "pt-graph": Isolation(uses=frozenset({"torch_geometric"}), extras=("demo",)),
     "pt-nlp": Isolation(uses=frozenset({"transformers"}), extras=("demo", "peft")),
 }
 

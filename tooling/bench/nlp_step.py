@@ -38,7 +38,7 @@ from rich.table import Table
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pt_core.attach import attach, route
+from pt_core.attachment import attach, route
 from pt_core.prompts import SoftPrompt
 from pt_nlp import assets
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig

@@ -23,7 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pt_core.attach import attach, route
+from pt_core.attachment import attach, route
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.prompts import LowRankOffset, SoftPrompt

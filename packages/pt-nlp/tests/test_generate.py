@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
-from pt_core.attach import attach
+from pt_core.attachment import attach
 from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt, Prompt, SoftPrompt
 from pt_nlp import backbones

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pt_core.attach import Handle, attach, route
+from pt_core.attachment import Handle, attach, route
 from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
 from pt_nlp import backbones

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from pt_core.attach import attach
+from pt_core.attachment import attach
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.prompts import KeyValuePrompt, SoftPrompt
 from pt_core.training import FitConfig, fit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,10 @@ def test_no_package_at_all(install):
     assert registry.methods() == {}
     with pytest.raises(InputError, match="installed: none"):
         registry.package_folder("nlp")
+
+
+def test_no_public_name_is_hidden_by_the_module_that_holds_it() -> None:
+    import pt_core
+
+    rooms = {path.stem for path in Path(pt_core.__file__).parent.glob("*.py")}
+    assert not rooms & set(pt_core.__all__)

@@ -34,7 +34,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pt_core.attach import Forward, Handle, Rows, register_family
+from pt_core.attachment import Forward, Handle, Rows, register_family
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pt_core.attach import attach
+from pt_core.attachment import attach
 from pt_core.errors import InputError
 from pt_core.method import Loss, Method, MethodConfig, Output
 from pt_core.prompts import Prompt

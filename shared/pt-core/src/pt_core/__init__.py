@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pt_core.artifacts import load, load_artifact, push
-    from pt_core.attach import Handle, attach, off, route
+    from pt_core.attachment import Handle, attach, off, route
     from pt_core.data import Split, base_to_new, few_shot
     from pt_core.errors import InputError
     from pt_core.frozen import FeatureCache, fingerprint, freeze
@@ -48,7 +48,7 @@ __all__ = [
 
 _ROOMS = {
     "artifacts": ("load", "load_artifact", "push"),
-    "attach": ("Handle", "attach", "off", "route"),
+    "attachment": ("Handle", "attach", "off", "route"),
     "data": ("Split", "base_to_new", "few_shot"),
     "errors": ("InputError",),
     "frozen": ("FeatureCache", "fingerprint", "freeze"),

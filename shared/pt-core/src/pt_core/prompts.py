@@ -1,6 +1,6 @@
 """What is trained: prompts, as modules of tensors that own no backbone.
 
-A prompt says what it offers and a backbone family puts it in its place (`pt_core.attach`):
+A prompt says what it offers and a backbone family puts it in its place (`pt_core.attachment`):
 
     tokens()      [m, d]                     rows in front of the input embeddings
     key_values()  [layers, 2, h, m, d_h]     keys and values that every layer attends to, no query rows

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pt_core.attach import Forward, Handle, Rows, attach, register_family
+from pt_core.attachment import Forward, Handle, Rows, attach, register_family
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot

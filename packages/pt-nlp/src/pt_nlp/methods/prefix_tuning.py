@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pt_core.attach import off
+from pt_core.attachment import off
 from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt, Prompt
 from pt_nlp.backbones import Shape, base_of, is_causal, shape_of

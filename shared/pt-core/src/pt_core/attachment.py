@@ -152,7 +152,7 @@ def _family(backbone: nn.Module) -> Family:
     known = ", ".join(f.name for f in _FAMILIES) or "none"
     raise InputError(
         f"no installed package knows how prompts enter a {type(backbone).__name__} (families: {known})",
-        remedy="Install the package of its modality, or register a family (pt_core.attach.register_family)",
+        remedy="Install the package of its modality, or register a family (pt_core.attachment.register_family)",
     )
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from pt_core import attach as room
-from pt_core.attach import attach, off, register_family, route
+from pt_core import attachment as room
+from pt_core.attachment import attach, off, register_family, route
 from pt_core.errors import InputError
 from pt_core.frozen import freeze, snapshot
 from pt_core.prompts import Prompt, SoftPrompt

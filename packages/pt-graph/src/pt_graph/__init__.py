@@ -1,0 +1,1 @@
+"""Prompt tuning for graphs. Names are loaded when they are first used."""
