@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pt_core.errors import InputError
 from pt_core.files import write
@@ -166,7 +166,8 @@ def table(results: Sequence[Result], metrics: Sequence[str] | None = None, title
     grid = results_grid(results, metrics)
     rich = Table(title=Text(title) if title else None, caption=grid.caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, name in enumerate(grid.header):
-        side, word = "right" if column else "left", max(map(len, name.split()))
+        side: Literal["left", "right"] = "right" if column else "left"
+        word = max(map(len, name.split()))
         rich.add_column(Text(name), justify=side, no_wrap=not column, min_width=word, overflow="fold")
     for i, row in enumerate(grid.rows):
         stars = [(i, j) in grid.marked for j in range(len(row))]
