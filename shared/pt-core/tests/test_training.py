@@ -125,6 +125,36 @@ def test_groups_have_their_own_rates_under_one_schedule():
     assert (method.w.item(), method.b.item()) == pytest.approx((w, b), rel=1e-5)
 
 
+def test_a_group_may_name_its_own_schedule():
+    class Scheduled(Line):
+        def parameter_groups(self):
+            w, b = super().parameter_groups()
+            return [w | {"schedule": "exponential"}, b]
+
+    def rates(method, **changes):
+        run = config(max_steps=6, lr=0.1, schedule="linear", warmup_steps=2, log_every=1, **changes)
+        history = fit(method, pairs([1.0] * 4, [1.0] * 4), config=run).history
+        return [row["lr/w"] for row in history], [row["lr/b"] for row in history]
+
+    w, b = rates(Scheduled(nn.Identity()))
+    assert w == pytest.approx([0.25, 0.5, 0.5, 0.5 * 0.01 ** (1 / 3), 0.5 * 0.01 ** (2 / 3), 0.005])
+    assert b == pytest.approx([0.05, 0.1, 0.1, 0.075, 0.05, 0.025])
+    assert rates(line())[0] == pytest.approx([5 * rate for rate in b])
+    run = config(schedule="cosine")
+    for schedule in ("constant", "linear", "cosine", "exponential"):
+        assert lr_factor(run, 3, 8, schedule) == lr_factor(config(schedule=schedule), 3, 8)
+    assert lr_factor(run, 3, 8) == lr_factor(run, 3, 8, "cosine")
+
+
+def test_a_schedule_that_is_none_is_refused_before_the_first_step():
+    class Scheduled(Line):
+        def optimisers(self, config):
+            return {"main": torch.optim.SGD([{"params": [self.w, self.b], "schedule": "steps"}], lr=0.1)}
+
+    with pytest.raises(InputError, match=r"schedule 'steps'.*Choose one of: constant, linear, cosine, exponential"):
+        Loop(Scheduled(nn.Identity()), config(), total_steps=1)
+
+
 def test_a_rate_without_effect_is_refused():
     _, method = tiny()
     with pytest.raises(InputError, match=r"names the rates of all its groups.*method's configuration"):
@@ -151,6 +181,22 @@ def test_gradients_are_cut_to_their_global_norm():
     assert float(norm) == pytest.approx(math.hypot(6, 2))
     moved = torch.cat([method.w / 0.5, method.b / 1.0])
     torch.testing.assert_close(-moved.detach(), slope * 2 / math.hypot(6, 2))
+
+
+def test_an_update_may_be_cut_otherwise_than_the_run_says():
+    def moved(run_norm, **changes):
+        method, batch = line(), pairs([3.0], [-1.0]).batch([0])
+        loop = Loop(method, config(optimiser="sgd", lr=1.0, max_grad_norm=run_norm), total_steps=1)
+        for _ in loop.steps():
+            loop.backward(method.loss(batch), batch)
+            assert float(loop.update(**changes)) == pytest.approx(math.hypot(6, 2))
+        return math.hypot(method.w.item() / 0.5, method.b.item())
+
+    assert moved(2.0) == pytest.approx(2)
+    assert moved(2.0, max_grad_norm=0.5) == pytest.approx(0.5)
+    assert moved(2.0, max_grad_norm=None) == pytest.approx(math.hypot(6, 2))
+    assert moved(None, max_grad_norm=0.5) == pytest.approx(0.5)
+    assert moved(None) == pytest.approx(math.hypot(6, 2))
 
 
 # --- batches and accumulation ---------------------------------------------------------------------------------------
@@ -245,6 +291,91 @@ def test_optimisers_step_together_or_alone():
     assert seen[0] == pytest.approx((0.2, 0.0))
     assert seen[1] == pytest.approx((0.2 + 0.16, 0.16))
     assert seen[2] == pytest.approx((0.36 + 0.096, 0.16 + 0.096))
+
+
+class Duo(Line):
+    """Two optimisers with losses of their own: of w a squared error with a part, of b a coupled one."""
+
+    def optimisers(self, config):
+        w = {"params": [self.w], "lr": 0.1, "schedule": "linear"}
+        return {"w": torch.optim.Adam([w]), "b": torch.optim.SGD([self.b], lr=0.1)}
+
+    def loss_of_w(self, batch):
+        loss = ((self.w * batch["x"] - batch["labels"]) ** 2).sum()
+        return Loss(loss, len(batch["x"]), {"twice": 2 * loss.detach()})
+
+    def loss_of_b(self):
+        return Loss.mean(((self.b - torch.rand(())) ** 2).sum())
+
+    def epoch(self, loop, parts):
+        """An update of w by each of the parts, in micro-batches of one row, each followed by two updates of b."""
+        for part in parts:
+            for i in range(len(part["x"])):
+                row = {key: value[i : i + 1] for key, value in part.items()}
+                loop.backward(self.loss_of_w(row), row)
+            loop.update("w", max_grad_norm=None)
+            for _ in range(2):
+                loop.backward(self.loss_of_b())
+                loop.update("b")
+
+
+def test_a_step_may_have_many_updates_of_several_optimisers():
+    split = pairs([1.0, 2.0, 3.0], [1.0, 1.0, 2.0])
+    parts = [split.batch([0, 1]), split.batch([2])]
+    method = Duo(nn.Identity())
+    loop = Loop(method, config(max_steps=3, log_every=2), total_steps=3)
+    by_hand = nn.Parameter(torch.zeros(1))
+    adam, losses = torch.optim.Adam([by_hand]), []
+    for step in loop.steps():
+        adam.param_groups[0]["lr"] = 0.1 * (1 - (step - 1) / 3)
+        method.epoch(loop, parts)
+        for part in parts:
+            loss = ((by_hand * part["x"] - part["labels"]) ** 2).mean()
+            losses.append(float(loss) * len(part["x"]))
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    torch.testing.assert_close(method.w.detach(), by_hand.detach())
+    assert [row["step"] for row in loop.history] == [2, 3]
+    for row, of_w in zip(loop.history, (losses[:4], losses[4:]), strict=True):
+        # The mean of a part is over the losses that have it, not over all of the step.
+        assert row["twice"] == pytest.approx(2 * sum(of_w) / (3 * len(of_w) / 2), rel=1e-5)
+    assert [row["lr/w/0"] for row in loop.history] == pytest.approx([0.2 / 3, 0.1 / 3])
+    assert [row["lr/b/0"] for row in loop.history] == [0.1, 0.1]
+
+
+def test_a_run_of_many_updates_a_step_resumes_to_the_same_result(tmp_path):
+    split = pairs([1.0, 2.0, 3.0], [1.0, 1.0, 2.0])
+    parts = [split.batch([0, 1]), split.batch([2])]
+
+    def run(folder, killed_in=None):
+        method = Duo(nn.Identity())
+        loop = Loop(method, config(max_steps=5, checkpoint_every=1, log_every=2), folder, total_steps=5)
+        for step in loop.steps():
+            method.epoch(loop, parts if step != killed_in else parts[:1])
+            if step == killed_in:
+                break
+        return method, loop.history
+
+    whole, rows = run(tmp_path / "whole")
+    run(tmp_path / "killed", killed_in=4)
+    resumed, again = run(tmp_path / "killed")
+    assert torch.equal(resumed.w, whole.w)
+    assert torch.equal(resumed.b, whole.b)
+    assert again == rows
+
+
+def test_only_a_loss_that_couples_rows_must_be_alone_in_its_update():
+    method, batch = Duo(nn.Identity()), pairs([1.0], [1.0]).batch([0])
+    loop = Loop(method, config(), total_steps=1)
+    loop.backward(method.loss_of_b())
+    loop.update("b")
+    loop.backward(method.loss_of_w(batch))
+    loop.backward(method.loss_of_w(batch))
+    loop.update("w")
+    loop.backward(method.loss_of_b())
+    with pytest.raises(InputError, match="couples the rows"):
+        loop.backward(method.loss_of_w(batch))
 
 
 # --- random numbers and precision -----------------------------------------------------------------------------------
@@ -498,6 +629,24 @@ def test_no_gradient_is_noticed_in_the_first_step(alarms):
     assert "no gradient reaches what tiny-prompt trains" in alarms()[0]
 
 
+def test_a_later_update_of_the_first_step_may_be_without_gradient(alarms):
+    """An advantage may be zero; that nothing reaches the prompt shows in the first update."""
+
+    def run(weights):
+        method, batch = line(), pairs([1.0], [1.0]).batch([0])
+        loop = Loop(method, config(), total_steps=2)
+        for _ in loop.steps():
+            for weight in weights:
+                loss = method.loss(batch)
+                loop.backward(Loss(loss.total * weight, loss.count), batch)
+                loop.update()
+
+    run([1, 0, 0])
+    assert alarms() == []
+    run([0, 0, 1])
+    assert len(alarms()) == 1
+
+
 def test_a_flat_loss_is_noticed_and_names_the_rates(alarms):
     method = tiny(lr=1e-6, bias_lr=2e-6)[1]
     fit(method, tiny_split(8), config=config(max_steps=10, batch_size=8))
@@ -571,6 +720,24 @@ def test_on_an_accelerator_a_bad_step_is_masked_and_stops_one_late(broken, tmp_p
             assert (float(method.w) == before) == method.bad
     assert loop.state.step == 3
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-0000002"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_nan_in_one_of_many_updates_stops_before_the_step_is_over(late):
+    method, split = line(), pairs([1.0, 1.0, 1.0], [1.0, math.inf, 1.0])
+    loop = Loop(method, config(optimiser="sgd", lr=0.1), total_steps=9)
+    loop._reads_late = late
+    made = []
+    with pytest.raises(NonFiniteLoss, match=r"at step 1; samples \[1\]"):
+        for _ in loop.steps():
+            for i in range(3):
+                batch = split.batch([i])
+                loop.backward(method.loss(batch), batch)
+                loop.update()
+                made.append(float(method.w))
+    assert made == ([made[0]] * 2 if late else [made[0]])
+    assert math.isfinite(float(method.w))
+    assert float(method.w) == made[0]
 
 
 # --- shares of processes --------------------------------------------------------------------------------------------

@@ -106,7 +106,8 @@ class Method(nn.Module):
         return ((n, p) for n, p in self.named_parameters() if p.requires_grad)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for the optimiser: dicts with `name`, `params` and, if it differs from the run's, `lr`, `weight_decay`."""
+        """Groups for the optimiser: dicts with `name`, `params` and, where they differ from the run's, `lr`,
+        `weight_decay` and `schedule`."""
         return [{"name": "prompt", "params": [p for _, p in self.trainable()]}]
 
     def optimisers(self, config: FitConfig) -> dict[str, torch.optim.Optimizer]:

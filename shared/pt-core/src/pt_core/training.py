@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ from pt_core.files import write
 from pt_core.frozen import fingerprint
 from pt_core.method import Batch, Loss, Method
 from pt_core.metrics import evaluate_logits, higher_is_better
+
+Schedule = Literal["constant", "linear", "cosine", "exponential"]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -74,7 +76,7 @@ class FitConfig(BaseModel):
     optimiser: Literal["adamw", "adam", "adafactor", "sgd"] = "adamw"
     lr: float | None = Field(default=None, gt=0, description="rate of groups that name none; default: 1e-3")
     weight_decay: float = Field(default=0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    schedule: Schedule = Field(default="constant", description="of groups that name none")
     warmup_steps: int = Field(default=0, ge=0, description="linear warm-up before the schedule")
     final_factor: float = Field(default=0.01, gt=0, le=1, description="share that `exponential` ends at (PTEC)")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="an update's global norm is cut to this")
@@ -110,27 +112,28 @@ class FitConfig(BaseModel):
 _MAY_CHANGE_ON_RESUME = {"progress", "trackers", "checkpoint_every", "device"}
 
 
-def lr_factor(config: FitConfig, step: int, total: int) -> float:
-    """Factor on the learning rate of step `step` (0-based) of `total`.
+def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | None = None) -> float:
+    """Factor on the learning rate of step `step` (0-based) of `total`, under `schedule` (default: the run's).
 
     A function of the step alone, so that a resumed run needs no scheduler state. `exponential` multiplies by
-    gamma = final_factor^(1 / (total - 1)) each step and ends at `final_factor`.
+    gamma = final_factor^(1 / (total - 1)) each step and ends at `final_factor`. The run's warm-up precedes all schedules.
     """
+    schedule = schedule or config.schedule
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     left = max(total - config.warmup_steps, 1)
     at = step - config.warmup_steps
-    if config.schedule == "linear":
+    if schedule == "linear":
         return max(0.0, 1 - at / left)
-    if config.schedule == "cosine":
+    if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * at / left))
-    if config.schedule == "exponential":
+    if schedule == "exponential":
         return float(config.final_factor ** (at / max(left - 1, 1)))
     return 1.0
 
 
 def build_optimiser(groups: list[dict[str, Any]], config: FitConfig, default_lr: float = 1e-3) -> torch.optim.Optimizer:
-    """Optimiser over named groups. A group's own `lr` or `weight_decay` wins over the run's.
+    """Optimiser over named groups. A group's own `lr`, `weight_decay` or `schedule` wins over the run's.
 
     Raises:
         InputError: a parameter is in two groups, or twice in one.
@@ -213,7 +216,7 @@ class _State:
     step: int = 0
     log_offset: int = 0
     sums: dict[str, float] = field(default_factory=dict)  # since the last log: of the loss and of its parts
-    count: float = 0.0
+    counts: dict[str, float] = field(default_factory=dict)  # their terms: not every loss of a step has every part
     first_loss: float | None = None
     last_loss: float | None = None
     monitor: str | None = None
@@ -265,6 +268,13 @@ class Loop:
                 remedy="Set the rates in the method's configuration",
                 field="lr",
             )
+        named = {g["schedule"] for o in self.optimisers.values() for g in o.param_groups if g.get("schedule")}
+        if unknown := sorted(named - set(get_args(Schedule))):
+            raise InputError(
+                f"{method.name} names the schedule {unknown[0]!r} for a group",
+                remedy=f"Choose one of: {', '.join(get_args(Schedule))}",
+                field="schedule",
+            )
         self.state = _State()
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] | None = None
@@ -272,7 +282,8 @@ class Loop:
         self._in_step, self._started = False, 0.0
         self._sums: list[Tensor] = []  # total and count of each backward since the last update
         self._ids: list[Any] = []
-        self._coupled = False
+        self._coupled = False  # whether a loss of the run couples rows
+        self._whole = False  # whether one since the last update does
         self._window: list[tuple[Tensor, dict[str, Tensor]]] = []
         # Reading a flag makes an accelerator wait, so there the flag of a step is read one step late.
         self._reads_late = self.device.type != "cpu"
@@ -281,6 +292,7 @@ class Loop:
             self._identity = json.loads(json.dumps(self._describe_run() | dict(identity or {})))
             self.folder.mkdir(parents=True, exist_ok=True)
             self._resume()
+        self._first_update = self.state.step == 0
         if config.trackers:
             again = {"purge_step": self.state.step + 1} if self.state.step else {}
             values = {"method": method.name, "seed": config.seed}
@@ -348,7 +360,8 @@ class Loop:
                 remedy="Check that the prompt is attached, used, and not empty",
             )
         self._coupled |= not loss.decomposes
-        if self._coupled and (self._sums or self.accelerator.num_processes > 1):
+        self._whole |= not loss.decomposes
+        if self._whole and (self._sums or self.accelerator.num_processes > 1):
             raise InputError(
                 f"the loss of {self.method.name} couples the rows of a batch: it cannot be accumulated or split",
                 remedy="Set micro_batch_size to batch_size and use one process",
@@ -360,12 +373,15 @@ class Loop:
         self._sums.append(sums)
         self._window.append((sums, {name: value.detach().float() for name, value in loss.parts.items()}))
 
-    def update(self, *names: str) -> Tensor:
+    def update(self, *names: str, max_grad_norm: float | Literal["of the run"] | None = "of the run") -> Tensor:
         """Step optimisers with the gradients since the last update: reduce over processes, divide, clip, schedule.
+
+        A step of the loop may have several updates (an epoch of reinforcement learning); all have the step's rates.
 
         Args:
             names: of the optimisers that step together; default: all. Gradients of parameters that are in none of them
                 are dropped.
+            max_grad_norm: what the norm is cut to in this update, None for no clipping; default: as the run says.
 
         Returns:
             The global gradient norm before clipping (a tensor: reading it waits for the device).
@@ -399,22 +415,23 @@ class Loop:
                 gradient.copy_(torch.where(finite.to(gradient.device), gradient, 0))
         else:
             self._check_finite()
-        if self.state.step == 0 and not bool(norm > 0):
+        if self._first_update and not bool(norm > 0):
             warnings.warn(
                 f"no gradient reaches what {self.method.name} trains: check that the prompt is attached and used",
                 NotLearning,
                 stacklevel=2,
             )
-        if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
-        factor = lr_factor(self.config, self.state.step, self.total_steps)
+        self._first_update = False
+        limit = self.config.max_grad_norm if max_grad_norm == "of the run" else max_grad_norm
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         for name, optimiser in chosen.items():
             for group, lr in zip(optimiser.param_groups, self._base_lr[name], strict=True):
-                group["lr"] = lr * factor
+                group["lr"] = lr * lr_factor(self.config, self.state.step, self.total_steps, group.get("schedule"))
             optimiser.step()
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
-        self._sums, self._ids = [], []
+        self._sums, self._ids, self._whole = [], [], False
         return norm
 
     # --- evaluation and early stopping --------------------------------------------------------------------------
@@ -505,11 +522,11 @@ class Loop:
         state = self.state
         if self.step % self.config.log_every == 0 or self.step == self.total_steps or state.stopped:
             self._read_window()
-            if state.count:
-                row = {name: total / state.count for name, total in state.sums.items()}
+            if state.counts.get("loss"):
+                row = {name: total / state.counts[name] for name, total in state.sums.items() if state.counts[name]}
                 state.last_loss = row["loss"]
                 state.first_loss = row["loss"] if state.first_loss is None else state.first_loss
-                state.sums, state.count = {}, 0.0
+                state.sums, state.counts = {}, {}
                 self.log(row | self._rates())
         state.step, self._in_step = self.step, False
 
@@ -530,9 +547,9 @@ class Loop:
         if self.accelerator.num_processes > 1:
             entries = gather_object(entries)
         for count, sums_by_name in entries:
-            self.state.count += count
             for name, value in sums_by_name.items():
                 self.state.sums[name] = self.state.sums.get(name, 0.0) + value
+                self.state.counts[name] = self.state.counts.get(name, 0.0) + count
         self._window.clear()
 
     def _progress(self) -> str:
