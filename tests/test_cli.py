@@ -86,7 +86,7 @@ def test_list_shows_every_field_of_every_method_whole_at_100_columns(pt: Run) ->
     lines = out.splitlines()
     assert max(map(len, lines)) <= 100
     assert "…" not in out
-    for method in registry.methods().values():
+    for method in registry.all_methods():
         at = next(i for i, line in enumerate(lines) if line.startswith(f"{method.name} "))
         values = f"{method.parameters:,}" if method.parameters else "none"
         assert all(part in lines[at] for part in (method.name, method.kind, values))
@@ -103,7 +103,7 @@ def test_list_shows_the_recipes(pt: Run) -> None:
 
 def test_the_table_of_the_readme_is_the_one_that_list_prints(pt: Run) -> None:
     code, out, _ = pt("list", "--markdown")
-    assert code == 0 and out.count("\n") == len(registry.methods()) + 2
+    assert code == 0 and out.count("\n") == len(registry.all_methods()) + 2
     readme = ROOT / "README.md"
     found = (
         re.search(r"<!-- methods -->\n(.*?)<!-- /methods -->", readme.read_text("utf-8"), re.S)
@@ -166,7 +166,7 @@ def test_doctor_shows_this_machine(pt: Run) -> None:
         (["predict", "."], ["give either inputs or --data"]),
         (["predict", ".", "text", "--data", "x.csv"], ["give either inputs or --data"]),
         (["predict", ".", "text"], ["prompt_config.json: is missing"]),
-        (["demo", "smell"], ["no package 'smell' is installed (installed: nlp)"]),
+        (["demo", "smell"], ["no package 'smell' is installed (installed: graph, nlp, vl)"]),
         (["demo", "nlp", "--data", "gone.csv"], ["gone.csv", "no such file"]),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_malformed_recipe_is_refused(pt: Run, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     for text, problem in [
         ("package: nlp\nmethod: [\n", "is not YAML: while parsing"),
-        ("package: nope\n", "field 'package': 'nope' is no installed package. Installed: nlp"),
+        ("package: nope\n", "field 'package': 'nope' is no installed package. Installed: graph, nlp, vl"),
         ("package: nlp\ndata: {train: x}\n", "field 'method': is missing"),
         ("- a\n", "holds no settings"),
     ]:
@@ -218,4 +218,4 @@ def test_a_fresh_process_ends_with_exit_code_2() -> None:
     with pytest.raises(subprocess.CalledProcessError) as ended:
         python(MAIN, "demo", "smell")
     assert ended.value.returncode == 2
-    assert ended.value.stderr == "pt: no package 'smell' is installed (installed: nlp). See `pt list`\n"
+    assert ended.value.stderr == "pt: no package 'smell' is installed (installed: graph, nlp, vl). See `pt list`\n"

@@ -16,7 +16,7 @@ from pt_core.testing import Case, contract_checks
 SIZES = [5, 3, 6, 4, 2, 7]
 SETTINGS: dict[str, dict[str, Any]] = {}  # of methods that need other settings than their defaults here
 CASES: dict[str, dict[str, Any]] = {}  # what a method declares to the suite beyond its class
-METHODS = [name for name, entry in methods().items() if entry.package == "graph"]
+METHODS = list(methods("graph"))
 
 
 @pytest.mark.parametrize("check", contract_checks())
@@ -29,7 +29,7 @@ def test_contract(
     task = {"task": "multilabel" if molecule else "multiclass", "outputs": 2}
 
     def make(seed: int) -> tuple[nn.Module, Method]:
-        backbone, chosen = make_backbone(kind), find_method(name)
+        backbone, chosen = make_backbone(kind), find_method("graph", name)
         config = {"num_outputs": 2, "task": task["task"], "seed": seed} | SETTINGS.get(name, {})
         return backbone, chosen(backbone, chosen.config_class.model_validate(config))
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from pt_core import registry
 
-ENTRIES = [entry for entry in registry.methods().values() if entry.package == "nlp"]
+ENTRIES = list(registry.methods("nlp").values())
 
 # name in `reference` -> (model, configuration as published, parameters)
 T5_BASE = dict(vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_a_row_names_the_class_that_calls_itself_so(entry: registry.MethodEntry) -> None:
-    method = registry.find_method(entry.name)
+    method = registry.find_method("nlp", entry.name)
     assert method.name == entry.name
     assert method.__doc__ and "Parameters:" in method.__doc__ and "Fidelity:" in method.__doc__
     assert method.config_class.__module__ == method.__module__
@@ -72,7 +72,7 @@ def test_a_row_names_the_class_that_calls_itself_so(entry: registry.MethodEntry)
 def test_the_count_of_a_row_is_that_of_the_method_on_its_reference_backbone(entry: registry.MethodEntry) -> None:
     if entry.name in ("lora", "ia3"):
         pytest.importorskip("peft", reason="peft is not installed: the extra `peft` of pt-nlp")
-    cls = registry.find_method(entry.name)
+    cls = registry.find_method("nlp", entry.name)
     build, size = BACKBONES["GPT-2" if entry.reference == "any" else entry.reference.partition(",")[0]]
     with torch.device("meta"):
         backbone = build()

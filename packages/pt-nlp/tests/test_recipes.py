@@ -29,7 +29,7 @@ def test_a_recipe_is_read_and_all_its_methods_take_their_settings(name: str) -> 
     for label in labels:
         chosen = checked.with_method(label)
         config = chosen.config(num_labels=3)
-        assert type(config) is registry.find_method(chosen.method.name).config_class
+        assert type(config) is registry.find_method("nlp", chosen.method.name).config_class
         for key, value in (chosen.method.model_extra or {}).items():  # nothing is dropped or changed
             assert config.model_dump()[key] == value
 

@@ -24,6 +24,7 @@ class ToyData(BaseModel):
     order: str = "up"
 
 class Recipe(recipe.Recipe):
+    package = "toy"
     data: ToyData
 """
 METHODS = """
@@ -138,7 +139,7 @@ def test_a_file_elsewhere_names_its_package(tmp_path: Path) -> None:
         ({"training.epochs": 2}, ["field 'training'", "exactly one of max_steps and epochs"]),
         ({"training.seed": 2}, ["field 'training'", "a key of the recipe"]),
         ({"method": {"length": 3}}, ["field 'method.name'", "is missing"]),
-        ({"method.name": "tinny"}, ["unknown method 'tinny'", "Installed: lost, tiny-prompt"]),
+        ({"method.name": "tinny"}, ["unknown method 'tinny'", "Those of toy: lost, tiny-prompt"]),
         ({"method.name": ["a"]}, ["field 'method.name'", "valid string"]),
         ({"method.lenght": 3}, ["field 'method.lenght'", "did you mean 'length'?", "bias_lr, length, lr, noise, seed"]),
         ({"method.length": "long"}, ["field 'method.length'", "valid integer", "got 'long'"]),

@@ -141,6 +141,8 @@ class TextData(BaseModel):
 class Recipe(recipe.Recipe):
     """A recipe for text."""
 
+    package = "nlp"
+
     backbone: TextBackbone
     data: TextData
 
@@ -181,7 +183,7 @@ class Bench:
         task = self.recipe.data.task(self.rows, self.tokenizer, self.recipe.backbone.kind, seed)
         assert task.train is not None
         config = chosen.config(seed=seed, **_known_to_task(chosen, task))
-        method = registry.find_method(chosen.method.name)(self.backbone, config)
+        method = registry.find_method("nlp", chosen.method.name)(self.backbone, config)
         source = self.recipe.backbone
         job = Job(
             method,
@@ -280,7 +282,7 @@ def _device() -> torch.device:
 
 def _reads_head(method: str) -> bool:
     """Whether a method cannot do without a trained head."""
-    return bool(getattr(registry.find_method(method), "reads_head", False))
+    return bool(getattr(registry.find_method("nlp", method), "reads_head", False))
 
 
 def _known_to_task(chosen: Recipe, task: TextTask) -> dict[str, Any]:

@@ -163,20 +163,14 @@ def load(source: str | Path, backbone: nn.Module, strict: bool = False, revision
     Raises:
         InputError: as `load_artifact` does, or no installed package has the method.
     """
-    from pt_core.registry import find_method
+    from pt_core import registry
 
     artifact = load_artifact(source, revision)
     method, package = artifact.config.method, artifact.config.package
     try:
-        found = find_method(method)
+        found = registry.find_method(registry.short_name(package), method)
     except InputError as error:
         raise InputError(f"needs the method {method!r} of the package {package}: {error}", file=source) from error
-    if found.__module__.partition(".")[0] != package:
-        raise InputError(
-            f"is of the method {method!r} of {package}, the installed one is of {found.__module__}",
-            file=source,
-            remedy=f"Install {package}",
-        )
     return found.from_pretrained(artifact.folder, backbone, strict=strict)
 
 

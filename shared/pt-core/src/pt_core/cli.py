@@ -60,7 +60,7 @@ def list_methods(
         heads = ("method\npackage, fidelity", "what is trained\npaper", "trained values\nof which backbone")
         table = Table(*heads, box=None, padding=(0, 2, 1, 0))
         table.columns[0].no_wrap = True
-        for row in registry.methods().values():
+        for row in registry.all_methods():
             values = f"{row.parameters:,}" if row.parameters else "none"
             table.add_row(
                 f"[bold]{row.name}[/]\n{row.package}, {row.fidelity}",
@@ -72,7 +72,9 @@ def list_methods(
 
 @app.command()
 def demo(
-    modality: Annotated[str | None, typer.Argument(help="package to show; default: the first installed")] = None,
+    modality: Annotated[
+        str | None, typer.Argument(help="package to show; default: nlp, else the first installed")
+    ] = None,
     output: Output = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="runs of each method")] = 1,
     shots: Annotated[int, typer.Option(min=1, help="training examples of each class")] = 16,
@@ -82,7 +84,8 @@ def demo(
     installed = registry.packages()
     if not installed:
         raise InputError("no modality package is installed", remedy="Install one, such as packages/pt-nlp")
-    registry.workbench(modality or next(iter(installed))).demo(output, seeds=seeds, shots=shots, data=data)
+    chosen = modality or ("nlp" if "nlp" in installed else next(iter(installed)))
+    registry.workbench(chosen).demo(output, seeds=seeds, shots=shots, data=data)
 
 
 @app.command()
@@ -196,15 +199,11 @@ def _open(prompt: str, backbone: str | None) -> Any:
     from pt_core import artifacts
 
     artifact = artifacts.load_artifact(prompt)
-    found = next((short for short, module in registry.packages().items() if module == artifact.config.package), None)
-    if found is None:
-        installed = ", ".join(registry.packages().values()) or "none"
-        raise InputError(
-            f"needs the package {artifact.config.package}, which is not installed",
-            file=prompt,
-            remedy=f"Installed: {installed}",
-        )
-    return registry.workbench(found).open_artifact(artifact, backbone)
+    try:
+        package = registry.short_name(artifact.config.package)
+    except InputError as error:
+        raise InputError(f"needs another package: {error}", file=prompt) from error
+    return registry.workbench(package).open_artifact(artifact, backbone)
 
 
 def _show(table: Any) -> None:

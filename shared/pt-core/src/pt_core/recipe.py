@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -43,6 +43,7 @@ class Recipe(BaseModel):
     """What every recipe has. A package adds its `backbone` and `data` (`Recipe` of its `workbench` module)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    package: ClassVar[str]  # short name of the package whose methods the recipe may name
 
     about: str = Field("", description="what the recipe shows, for `pt list --recipes`")
     method: MethodChoice
@@ -75,7 +76,7 @@ class Recipe(BaseModel):
         return [own, *(label for label, variant in self.compare.items() if variant is not None)]
 
     def with_method(self, label: str) -> Self:
-        """This recipe with another method: one of the `compare` section, or any installed method at its defaults.
+        """This recipe with another method: one of the `compare` section, or any method of the package at its defaults.
 
         Raises:
             InputError: there is no such method, or it does not have these settings.
@@ -105,7 +106,7 @@ class Recipe(BaseModel):
                 leaves it open.
         """
         settings = self.method.model_extra or {}
-        schema = registry.find_method(self.method.name).config_class
+        schema = registry.find_method(self.package, self.method.name).config_class
         fitting = {k: v for k, v in known.items() if k in schema.model_fields}
         try:
             return schema.model_validate(fitting | settings)

@@ -26,7 +26,7 @@ class MethodEntry:
     """One row of a methods.toml.
 
     Args:
-        name: how recipes and artifacts call it.
+        name: how recipes and artifacts call it, unique in its package (several packages have a linear probe).
         target: `module:Class`.
         package: short name of the package, such as `nlp`.
         paper: authors, venue and year.
@@ -52,6 +52,14 @@ def packages() -> dict[str, str]:
     return {point.name: point.value for point in sorted(entry_points(group="pt.packages"), key=lambda p: p.name)}
 
 
+def short_name(module: str) -> str:
+    """The short name of an installed package by its import name: `pt_nlp` -> `nlp`."""
+    for short, name in packages().items():
+        if name == module:
+            return short
+    raise InputError(f"{module} is not installed", remedy=f"Installed: {', '.join(packages().values()) or 'none'}")
+
+
 def package_folder(package: str) -> Path:
     """Folder of an installed modality package, found without importing it."""
     if package not in packages():
@@ -64,23 +72,27 @@ def package_folder(package: str) -> Path:
 
 
 @cache
-def methods() -> dict[str, MethodEntry]:
-    """All installed methods by name."""
+def methods(package: str) -> dict[str, MethodEntry]:
+    """The methods of an installed package, by name."""
+    file = package_folder(package) / "methods.toml"
     found: dict[str, MethodEntry] = {}
-    for package in packages():
-        rows = tomllib.loads((package_folder(package) / "methods.toml").read_text("utf-8"))["method"]
-        for row in rows:
-            entry = MethodEntry(package=package, **row)
-            if entry.name in found:
-                raise InputError(f"method {entry.name!r} is in two packages: {found[entry.name].package}, {package}")
-            found[entry.name] = entry
+    for row in tomllib.loads(file.read_text("utf-8"))["method"]:
+        entry = MethodEntry(package=package, **row)
+        if entry.name in found:
+            raise InputError(f"the method {entry.name!r} is there twice", file=file)
+        found[entry.name] = entry
     return found
+
+
+def all_methods() -> list[MethodEntry]:
+    """The methods of all installed packages."""
+    return [entry for package in packages() for entry in methods(package).values()]
 
 
 def markdown() -> str:
     """The installed methods as a Markdown table."""
     rows = [["method", "package", "paper", "what is trained", "trained values", "fidelity"]]
-    for entry in methods().values():
+    for entry in all_methods():
         values = f"{entry.parameters:,} ({entry.reference})" if entry.parameters else "none"
         cells = [f"`{entry.name}`", entry.package, entry.paper, entry.kind, values, entry.fidelity]
         rows.append([cell.replace("|", "\\|") for cell in cells])
@@ -88,11 +100,12 @@ def markdown() -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-def find_method(name: str) -> type[Method]:
-    """The class of an installed method. Only what an installed package registers is ever imported."""
-    if name not in methods():
-        raise InputError(f"unknown method {name!r}", remedy=f"Installed: {', '.join(sorted(methods()))}")
-    module, _, attribute = methods()[name].target.partition(":")
+def find_method(package: str, name: str) -> type[Method]:
+    """The class of a method of an installed package. Only what a package registers is ever imported."""
+    known = methods(package)
+    if name not in known:
+        raise InputError(f"unknown method {name!r}", remedy=f"Those of {package}: {', '.join(sorted(known))}")
+    module, _, attribute = known[name].target.partition(":")
     try:
         found: type[Method] = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
