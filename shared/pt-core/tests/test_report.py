@@ -308,3 +308,11 @@ def test_a_comparison_without_histories_has_no_curves(tmp_path):
     path = write_comparison(tmp_path, results()[-1:])
     assert not (tmp_path / "curves.png").exists()
     assert "Paired differences" not in path.read_text()
+
+
+def test_pictures_of_the_comparison_are_in_its_report(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_comparison(tmp_path / "first", results())
+    path = write_comparison(tmp_path, results(), pictures={"Prompted <atoms>": tmp_path / "first" / "bars.png"})
+    page = path.read_text(encoding="utf-8")
+    assert "Prompted &lt;atoms&gt;" in page and page.count("<img") == 2

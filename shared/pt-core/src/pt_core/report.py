@@ -407,6 +407,7 @@ def write_comparison(
     notes: str = "",
     metrics: Sequence[str] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
+    pictures: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write results.json, results.csv, table.md, bars.png, curves.png (where there are histories) and report.html.
 
@@ -417,6 +418,7 @@ def write_comparison(
         histories: method -> its run or runs, as for `curves`.
         metrics: which, the main one first; default: all there are.
         samples: predictions to show, as for `samples_grid`.
+        pictures: heading -> PNG file, shown after the results.
 
     Returns:
         The path of report.html.
@@ -440,6 +442,7 @@ def write_comparison(
         order = dict.fromkeys([result.method for result in results], ())
         curves({**order, **histories}, folder / "curves.png")
         sections.append(("Training", [folder / "curves.png"]))
+    sections += [(heading, [picture]) for heading, picture in (pictures or {}).items()]
     sections += [("Sample predictions", [samples_grid(samples)])] if samples else []
     html(folder / "report.html", title, sections)
     return folder / "report.html"
