@@ -215,6 +215,7 @@ def test_a_field_that_no_row_has_is_named(words) -> None:
     ("settings", "problem"),
     [
         ({"kind": "text-to-text", "template": "no text"}, r"the template must contain \{text\}"),
+        ({"kind": "text-to-text", "metrics": ("accuracy",)}, "no metric 'accuracy' for the task 'text'"),
         ({"kind": "classification", "labels": ("a",)}, "at least two labels"),
         ({"kind": "classification", "labels": ("a", "a")}, "labels must be distinct"),
         ({"kind": "verbalizer", "labels": ("a", "b"), "verbalizer": {"c": "d"}}, r"unknown labels: \['c'\]"),

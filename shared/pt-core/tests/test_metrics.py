@@ -211,6 +211,23 @@ def test_text_numbers_by_hand():
     assert values == pytest.approx({"rouge-1": 2 / 3, "rouge-2": 0.0}, abs=1e-6)
 
 
+def test_json_keys_asks_for_one_object_with_the_keys_of_the_reference():
+    reference = '{"topic": "tech", "headline": "A"}'
+    right = ['{"headline": "other", "topic": 3}', ' {"topic": "tech", "headline": "A"}\n']
+    wrong = [
+        "topic: tech",
+        '{"topic": "tech"}',
+        '{"topic": 1, "headline": 2, "more": 3}',
+        '["topic", "headline"]',
+        f"```json\n{reference}\n```",
+        f"{reference} {reference}",
+        '{"topic": "tech", "headl',
+    ]
+    predictions = right + wrong
+    assert evaluate_text(["json-keys"], predictions, [reference] * 9)["json-keys"] == pytest.approx(2 / 9)
+    assert evaluate_text(["json-keys"], ["tech"], ["tech"])["json-keys"] == 0
+
+
 def test_bleu_by_hand():
     # n-gram precisions 4/5, 3/4, 2/3, 1/2, and no brevity penalty: (1/5)^(1/4)
     value = evaluate_text(["bleu"], ["a b c d x"], ["a b c d e"])["bleu"]

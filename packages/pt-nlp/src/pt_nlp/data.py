@@ -38,6 +38,7 @@ from pt_core.data import (
     stratified,
 )
 from pt_core.errors import InputError
+from pt_core.metrics import check_names, evaluate_text
 
 Kind = Literal["verbalizer", "classification", "multilabel", "text-to-text"]
 Backbone = Literal["causal-lm", "encoder", "seq2seq"]
@@ -47,6 +48,12 @@ METRICS = {
     "multilabel": ("macro-f1", "micro-f1"),
     "text-to-text": ("exact-match", "token-f1"),
 }
+SCORED_AS = {
+    "verbalizer": "multiclass",
+    "classification": "multiclass",
+    "multilabel": "multilabel",
+    "text-to-text": "text",
+}  # kind of task in `pt_core.metrics`
 
 
 class TaskSpec(BaseModel):
@@ -74,6 +81,7 @@ class TaskSpec(BaseModel):
     )
     max_source_length: int = Field(256, ge=1, description="tokens of an input, special tokens included")
     max_target_length: int = Field(64, ge=1, description="tokens of a target, and of what is generated")
+    metrics: tuple[str, ...] = Field((), description="names of `pt_core.metrics`; default: those of the kind of task")
     tokenizer_hash: str = Field("", description="of the vocabulary; another tokenizer is refused")
 
     @model_validator(mode="after")
@@ -86,6 +94,7 @@ class TaskSpec(BaseModel):
             raise ValueError("labels must be distinct")
         if unknown := set(self.verbalizer) - set(self.labels):
             raise ValueError(f"the verbalizer names unknown labels: {sorted(unknown)}")
+        check_names(self.metrics, SCORED_AS[self.kind])
         if self.kind == "verbalizer" and self.backbone == "encoder":
             raise ValueError("a verbalizer needs a language model; use a head (classification) on an encoder")
         return self
@@ -359,8 +368,8 @@ class TextTask:
         return Split(
             rows=encoded,
             collate=encode.batch,
-            metrics=METRICS[spec.kind],
-            task={"multilabel": "multilabel", "text-to-text": "text"}.get(spec.kind, "multiclass"),
+            metrics=spec.metrics or METRICS[spec.kind],
+            task=SCORED_AS[spec.kind],
             num_classes=len(spec.labels) or None,
             lengths=[len(item["source"]) + len(item.get("target", ())) for item in encoded],
             scorer=self.score_text if spec.kind == "text-to-text" else None,
@@ -412,9 +421,7 @@ class TextTask:
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def score_text(self, method: Any, split: Split, batch_size: int = 32) -> dict[str, float]:
-        """Exact match and token F1 of greedy continuations against the references."""
-        from pt_core.metrics import evaluate_text
-
+        """Metrics of greedy continuations against the references."""
         device = next(method.backbone.parameters()).device
         written: list[str] = []
         for start in range(0, len(split), batch_size):

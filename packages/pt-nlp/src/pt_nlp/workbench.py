@@ -83,6 +83,7 @@ class TextData(BaseModel):
     length_normalised: bool = False
     max_source_length: int = Field(256, ge=1)
     max_target_length: int = Field(64, ge=1)
+    metrics: tuple[str, ...] = ()
 
     @field_validator("train", "validation", "test")
     @classmethod

@@ -6,6 +6,7 @@ it is imported by the first metric that needs it, since its import takes seconds
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -125,6 +126,21 @@ def _token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     return float(squad(answers, truths)["f1"]) / 100  # type: ignore[arg-type]
 
 
+def _json_keys(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Share of predictions that are one JSON object with the keys of their reference, no more and no fewer."""
+    pairs = zip(predictions, references, strict=True)
+    return sum(_keys(p) == _keys(r) is not None for p, r in pairs) / len(references)
+
+
+def _keys(text: str) -> set[str] | None:
+    """Keys of a JSON object; None of anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return set(value) if isinstance(value, dict) else None
+
+
 def _rouge(key: str, predictions: Sequence[str], references: Sequence[str]) -> Tensor:
     """Mean ROUGE F-measure over rows, without stemming (Lin 2004)."""
     from torchmetrics.functional.text.rouge import rouge_score
@@ -162,6 +178,7 @@ METRICS: dict[str, dict[str, Callable[[Any, Any], Tensor | float]]] = {
     "text": {
         "exact-match": _exact_match,
         "token-f1": _token_f1,
+        "json-keys": _json_keys,
         "rouge-1": partial(_rouge, "rouge1"),
         "rouge-2": partial(_rouge, "rouge2"),
         "rouge-l": partial(_rouge, "rougeL"),
