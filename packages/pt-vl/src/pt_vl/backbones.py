@@ -1,0 +1,789 @@
+"""Dual encoders behind one small interface: Hugging Face CLIP and SigLIP, and open_clip's CLIP models.
+
+    backbone = load_backbone("openai/clip-vit-base-patch16")          # or DualEncoder(model, processor)
+    words = backbone.tokenise(["a photo of a cat.", "a photo of a dog."])
+    w = backbone.text(backbone.embed_words(words.ids), words.eot)     # [C, d]
+    f = backbone.image(pixels)                                        # [B, d]
+    logits = backbone.similarity(f, w)                                # [B, C]
+
+Both towers take prompts at any depth. In text, layer 0 is the word embeddings, which the caller composes; the image tower
+inserts layer 0 at one of two places that the literature uses, which are different functions. At block l >= 1 rows overwrite
+the prompt slots that came up from the block before (deep visual prompt tuning, Jia et al. 2022, eq. 5).
+
+What makes it fast is exact, and taken only where a tower declares that it holds (`causal`):
+
+- text is cut behind the last slot that is pooled (77 -> about 20 tokens);
+- a prefix that all classes share ([SOS] and context) runs once; its keys and values are expanded over the classes;
+- many classes run in chunks that are computed again in the backward pass, so that one chunk's activations are held at a time;
+- below the first trained prompt autograd records nothing, since nothing there requires a gradient.
+
+SigLIP's text is bidirectional and pooled at the last slot of the whole context: it takes the plain path always.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms import InterpolationMode, v2
+
+from pt_core.errors import InputError
+from pt_core.tokens import BlockPrompt, Tokens, insert, real, run
+
+Place = Literal["before-ln-pre", "after-cls"]
+After = Callable[[int, Tokens], Tokens]
+KeyValue = tuple[Tensor, Tensor]
+
+
+# --- images as the model was trained on them -------------------------------------------------------------------------
+class Preprocessing(BaseModel):
+    """How an image becomes pixels: resized, cropped to a square, scaled to [0, 1], normalised. Saved with every prompt.
+
+    Defaults: CLIP's (Radford et al. 2021, released code).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(224, ge=1, description="pixels of a side that the model takes")
+    resize: int | None = Field(None, ge=1, description="of the shorter side before the centre crop; default: `size`")
+    squash: bool = Field(False, description="resize both sides to `size` instead of cropping (SigLIP)")
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def mode(self) -> InterpolationMode:
+        return InterpolationMode(self.interpolation)
+
+    def normalise(self, image: Any) -> Tensor:
+        """A PIL image of the right size -> float32 [3, size, size]."""
+        return v2.functional.normalize(
+            v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True),
+            list(self.mean),
+            list(self.std),
+        )
+
+    def __call__(self, image: Any) -> Tensor:
+        """A PIL image in RGB -> float32 [3, size, size]."""
+        if self.squash:
+            image = v2.functional.resize(image, [self.size, self.size], self.mode)
+        else:
+            image = v2.functional.resize(image, [self.resize or self.size], self.mode)
+            image = v2.functional.center_crop(image, [self.size, self.size])
+        return self.normalise(image)
+
+
+def _hf_preprocessing(processor: Any, size: int) -> Preprocessing:
+    """The settings of a Hugging Face image processor."""
+    wanted = dict(processor.size)
+    short = wanted.get("shortest_edge")
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
+    return Preprocessing(
+        size=size,
+        resize=short if short and short != size else None,
+        squash=not (short and crop),
+        interpolation={0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(processor.resample)],
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+    )
+
+
+# --- towers: one `BlockStack` (pt_core.tokens) for each library and side ---------------------------------------------
+class _Tower:
+    """What all towers have in common. They hold no state of a pass, and no weights: those are the model's."""
+
+    causal: bool = False
+    first: int = 0  # slot of the first word or patch: 1 behind [SOS] or CLS
+    parts: bool = False  # whether `open_block` and `close_block` know the blocks
+
+    def prepare(self, tokens: Tokens) -> Any:
+        return None
+
+    def cached(self, index: int, cache: Any) -> int:
+        return 0
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class _HFBlocks(_Tower):
+    """Blocks of a CLIP or SigLIP tower in transformers."""
+
+    parts = True
+
+    def __init__(self, tower: Any) -> None:
+        self.tower = tower
+        self.layers = tower.encoder.layers
+        self.width = int(tower.config.hidden_size)
+        self.heads = int(tower.config.num_attention_heads)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.layers)
+
+    def block(self, index: int, hidden: Tensor, context: Any, cache: Any) -> Tensor:
+        options = {"is_causal": True} if self.causal else {}
+        return cast(Tensor, self.layers[index](hidden, context, **options))
+
+    def open_block(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a block, [b, heads, n, d / heads] each."""
+        layer = self.layers[index]
+        x, a = layer.layer_norm1(hidden), layer.self_attn
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+        return q, k, v
+
+    def close_block(self, index: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """What a block adds to [b, n, d], given its attention's output [b, n, d]."""
+        layer = self.layers[index]
+        hidden = hidden + layer.self_attn.out_proj(attended)
+        return cast(Tensor, hidden + layer.mlp(layer.layer_norm2(hidden)))
+
+
+class _HFText(_HFBlocks):
+    """CLIP: causal, pooled at EOT, projected. SigLIP: bidirectional, pooled at the last slot, then its head."""
+
+    def __init__(self, model: Any, causal: bool) -> None:
+        super().__init__(model.text_model)
+        self.causal, self.first = causal, int(causal)
+        self.project = model.text_projection if causal else model.text_model.head
+        self.context = int(self.tower.config.max_position_embeddings)
+        self.words = self.tower.embeddings.token_embedding
+
+    @property
+    def positions(self) -> Tensor:
+        return cast(Tensor, self.tower.embeddings.position_embedding.weight)
+
+    def prepare(self, tokens: Tokens) -> Tensor | None:
+        if not self.causal or self.tower.config._attn_implementation == "sdpa":
+            return None
+        n, hidden = tokens.hidden.shape[1], tokens.hidden
+        return hidden.new_full((n, n), torch.finfo(hidden.dtype).min).triu(1)[None, None]
+
+    def read(self, pooled: Tensor) -> Tensor:
+        """Features [b, d] of the pooled slots [b, d_t]."""
+        return cast(Tensor, self.project(self.tower.final_layer_norm(pooled)))
+
+
+class _HFImage(_HFBlocks):
+    """CLIP: CLS, ln_pre, read at CLS. SigLIP: patches only, read by its attention head, which sees no prompt."""
+
+    def __init__(self, model: Any, clip: bool) -> None:
+        super().__init__(model.vision_model)
+        self.clip, self.first = clip, int(clip)
+        if not clip and not model.vision_model.use_head:
+            raise InputError("the image tower has no pooling head", remedy="Use a model with vision_use_head")
+        self.project = model.visual_projection if clip else model.vision_model.head
+        self.size = int(self.tower.config.image_size)
+
+    def embed(self, pixels: Tensor) -> Tokens:
+        """What comes before ln_pre, [B, n, d_v]."""
+        return Tokens.of(self.tower.embeddings(pixels))
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return cast(Tensor, self.tower.pre_layrnorm(hidden)) if self.clip else hidden
+
+    def read(self, tokens: Tokens) -> Tensor:
+        """Features [B, d]."""
+        if self.clip:
+            return cast(Tensor, self.project(self.tower.post_layernorm(tokens.hidden[:, 0])))
+        return cast(Tensor, self.project(self.tower.post_layernorm(real(tokens))))
+
+
+class _OpenClipBlocks(_Tower):
+    """Blocks of an open_clip transformer."""
+
+    def __init__(self, transformer: Any) -> None:
+        self.transformer = transformer
+        self.blocks = transformer.resblocks
+        self.width = int(transformer.width)
+        self.parts = all(type(b).__name__ == "ResidualAttentionBlock" for b in self.blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    def block(self, index: int, hidden: Tensor, context: Any, cache: Any) -> Tensor:
+        if self.transformer.batch_first:
+            return cast(Tensor, self.blocks[index](hidden, attn_mask=context))
+        return cast(Tensor, self.blocks[index](hidden.transpose(0, 1), attn_mask=context).transpose(0, 1))
+
+    def open_block(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        block = self.blocks[index]
+        projected = F.linear(block.ln_1(hidden), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        q, k, v = projected.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def close_block(self, index: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        block = self.blocks[index]
+        hidden = hidden + block.ls_1(block.attn.out_proj(attended))
+        return cast(Tensor, hidden + block.ls_2(block.mlp(block.ln_2(hidden))))
+
+
+class _OpenClipText(_OpenClipBlocks):
+    def __init__(self, model: Any) -> None:
+        self.tower = getattr(model, "text", model)
+        if getattr(self.tower, "cls_emb", None) is not None or getattr(self.tower, "use_pad_mask", False):
+            raise InputError("text towers with a CLS token or a padding mask are not known", remedy="Use a CLIP model")
+        if not hasattr(self.tower, "token_embedding"):
+            raise InputError(f"no prompts for a text tower of {type(self.tower).__name__}", remedy="Use a CLIP model")
+        super().__init__(self.tower.transformer)
+        self.pooling = str(getattr(self.tower, "text_pool_type", None) or getattr(self.tower, "pool_type", "argmax"))
+        if self.pooling not in ("argmax", "eos", "last"):
+            raise InputError(f"text pooled by {self.pooling!r} is not known", remedy="Use a CLIP model")
+        self.causal = self.tower.attn_mask is not None
+        self.first = int(self.pooling != "last")
+        self.context = int(self.tower.context_length)
+        self.words = self.tower.token_embedding
+
+    @property
+    def positions(self) -> Tensor:
+        return cast(Tensor, self.tower.positional_embedding)
+
+    def prepare(self, tokens: Tokens) -> Tensor | None:
+        n = tokens.hidden.shape[1]
+        return self.tower.attn_mask[:n, :n].to(tokens.hidden) if self.causal else None
+
+    def read(self, pooled: Tensor) -> Tensor:
+        pooled, weight = self.tower.ln_final(pooled), self.tower.text_projection
+        if weight is None:
+            return cast(Tensor, pooled)
+        return cast(Tensor, weight(pooled) if isinstance(weight, nn.Module) else pooled @ weight)
+
+
+class _OpenClipImage(_OpenClipBlocks):
+    first = 1
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__(visual.transformer)
+        self.visual = visual
+        self.size = int(visual.image_size[0])
+
+    def embed(self, pixels: Tensor) -> Tokens:
+        v = self.visual
+        x = v.conv1(pixels.to(v.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        return Tokens.of(x + v.positional_embedding.to(x.dtype))
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return cast(Tensor, self.visual.ln_pre(hidden))
+
+    def read(self, tokens: Tokens) -> Tensor:
+        pooled, _ = self.visual._pool(real(tokens))
+        return cast(Tensor, pooled if self.visual.proj is None else pooled @ self.visual.proj)
+
+
+# --- the interface ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Words:
+    """Tokenised texts, on the CPU.
+
+    Attributes:
+        ids: [C, n] token ids; n is the longest text's length, or the whole context for towers that pool the last slot.
+        eot: [C] slot that is pooled.
+        lengths: [C] tokens of each text, special tokens included.
+    """
+
+    ids: Tensor
+    eot: Tensor
+    lengths: Tensor
+
+
+class DualEncoder(nn.Module):
+    """A CLIP-like model, the tokeniser of its text tower and the preprocessing of its images.
+
+    The model is held, not copied, and nothing of it is replaced: its class, configuration and forward stay what they are.
+
+    Args:
+        model: a `transformers.CLIPModel` or `SiglipModel`, or a CLIP model of open_clip.
+        processor: a Hugging Face processor (tokeniser and image processor), or a tokeniser alone (a Hugging Face one; for
+            open_clip, what `open_clip.get_tokenizer` gives).
+        preprocessing: default: the processor's or the model's own, else CLIP's at the model's image size.
+
+    Raises:
+        InputError: the model is of no known family, or a part of it is none that prompts can enter exactly.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("CLIPModel", "SiglipModel", "open_clip CLIP")
+
+    def __init__(self, model: nn.Module, processor: Any, preprocessing: Preprocessing | None = None) -> None:
+        super().__init__()
+        self.model = model
+        kinds = {cls.__name__ for cls in type(model).__mro__}
+        text: _HFText | _OpenClipText
+        image: _HFImage | _OpenClipImage | None
+        if kinds & {"CLIPModel", "SiglipModel"}:
+            clip = "CLIPModel" in kinds
+            text, image = _HFText(model, causal=clip), _HFImage(model, clip)
+            for tower in (text.tower, image.tower):
+                if tower.config._attn_implementation not in ("sdpa", "eager"):
+                    raise InputError(
+                        f"prompts do not go with {tower.config._attn_implementation!r} attention",
+                        remedy='Call model.set_attn_implementation("sdpa")',
+                    )
+        elif type(model).__module__.startswith("open_clip"):
+            text, visual = _OpenClipText(model), cast(Any, model).visual
+            # Convolutional and timm towers have no blocks that prompts could enter, and run as they are.
+            image = _OpenClipImage(visual) if type(visual).__name__ == "VisionTransformer" else None
+            if image is not None and (visual.attn_pool is not None or not image.transformer.batch_first):
+                image = None
+        else:
+            raise InputError(
+                f"{type(model).__name__} is no dual encoder that is known", remedy=f"Known: {', '.join(self.families)}"
+            )
+        # Towers are views of the model: its modules are registered once, under `model`.
+        self.__dict__["text_tower"], self.__dict__["image_tower"] = text, image
+        # Hugging Face processors, and open_clip's wrapper of Hugging Face tokenisers, hold the tokeniser.
+        self.tokeniser = getattr(processor, "tokenizer", processor)
+        self.preprocessing = preprocessing or self._own_preprocessing(getattr(processor, "image_processor", None))
+
+    text_tower: _HFText | _OpenClipText
+    image_tower: _HFImage | _OpenClipImage | None
+
+    def _own_preprocessing(self, image_processor: Any) -> Preprocessing:
+        visual = getattr(self.model, "visual", None)
+        if image_processor is not None and self.image_tower is not None:
+            return _hf_preprocessing(image_processor, self.image_tower.size)
+        if (known := getattr(visual, "preprocess_cfg", None)) is not None:  # open_clip's
+            size = known["size"] if isinstance(known["size"], int) else known["size"][0]
+            squash = known.get("resize_mode", "shortest") == "squash"
+            return Preprocessing(
+                size=size,
+                squash=squash,
+                interpolation=known.get("interpolation", "bicubic"),
+                mean=tuple(known["mean"]),
+                std=tuple(known["std"]),
+            )
+        return Preprocessing(size=self.image_tower.size) if self.image_tower is not None else Preprocessing()
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+    @property
+    def config(self) -> Any:
+        """The model's own configuration (None for open_clip)."""
+        return getattr(self.model, "config", None)
+
+    @property
+    def hf_device_map(self) -> Any:
+        return getattr(self.model, "hf_device_map", None)
+
+    @property
+    def is_quantized(self) -> bool:
+        return bool(getattr(self.model, "is_quantized", False))
+
+    @property
+    def causal(self) -> bool:
+        """Whether a text slot attends to earlier ones only; every shortcut in the text tower needs that."""
+        return self.text_tower.causal
+
+    @property
+    def context(self) -> int:
+        """Slots of the text tower, special tokens included: 77 for CLIP."""
+        return self.text_tower.context
+
+    @property
+    def text_width(self) -> int:
+        """d_t."""
+        return self.text_tower.width
+
+    @property
+    def text_layers(self) -> int:
+        return self.text_tower.num_blocks
+
+    @property
+    def image_width(self) -> int:
+        """d_v."""
+        return self._images().width
+
+    @property
+    def image_layers(self) -> int:
+        return self._images().num_blocks
+
+    @property
+    def patch_size(self) -> int:
+        """p, pixels of a patch's side."""
+        tower = self._images()
+        return int(tower.tower.config.patch_size if isinstance(tower, _HFImage) else tower.visual.patch_size[0])
+
+    @cached_property
+    def width(self) -> int:
+        """d, of the joint space."""
+        with torch.no_grad():
+            pooled = self.embed_words(torch.zeros(1, dtype=torch.long))
+            return int(self.text_tower.read(pooled).shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self.text_tower.words.weight.device)
+
+    def _images(self) -> _HFImage | _OpenClipImage:
+        if self.image_tower is None:
+            raise InputError(
+                f"prompts cannot enter an image tower of {type(cast(Any, self.model).visual).__name__}",
+                remedy="Use a vision transformer, or a method that prompts text only",
+            )
+        return self.image_tower
+
+    # --- text -------------------------------------------------------------------------------------------------------
+    def tokenise(self, texts: Sequence[str], context: int | None = None) -> Words:
+        """Token ids of texts, and the slot at which each is pooled, as the model's own text tower chooses it.
+
+        Args:
+            texts: C of them.
+            context: slots to be had; default: the tower's.
+
+        Raises:
+            InputError: a text needs more slots than there are (it is named, never cut).
+        """
+        context = context or self.context
+        rows = [self._encode(text) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) > context:
+                raise InputError(
+                    f"{text!r} takes {len(row)} tokens, there are {context}",
+                    field="class_names",
+                    remedy="Shorten the class name, the template or the context",
+                )
+        lengths = torch.tensor([len(row) for row in rows])
+        n = int(lengths.max()) if self.causal else context
+        ids = torch.full((len(rows), n), self._pad)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        return Words(ids, self._eot(ids), lengths)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens."""
+        if hasattr(self.tokeniser, "convert_tokens_to_ids"):
+            return list(self.tokeniser(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokeniser.encode(text))  # open_clip's own
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids with special tokens, as many as there are."""
+        if hasattr(self.tokeniser, "convert_tokens_to_ids"):
+            return list(self.tokeniser(text)["input_ids"])
+        return [self.tokeniser.sot_token_id, *self.tokeniser.encode(text), self.tokeniser.eot_token_id]
+
+    @cached_property
+    def _pad(self) -> int:
+        pad = getattr(self.tokeniser, "pad_token_id", None)
+        return int(pad if pad is not None else 0)
+
+    def _eot(self, ids: Tensor) -> Tensor:
+        tower = self.text_tower
+        if isinstance(tower, _OpenClipText):
+            kind, token = tower.pooling, getattr(tower.tower, "text_eos_id", getattr(tower.tower, "eos_id", None))
+        else:
+            token = getattr(tower.tower, "eos_token_id", None)
+            # Before transformers 4.31 CLIP's configurations said 2, and the largest id was pooled; such files live on.
+            kind = "last" if not tower.causal else "argmax" if token == 2 else "eos"
+        if kind == "last":
+            return torch.full((len(ids),), ids.shape[1] - 1)
+        if kind == "argmax":
+            return ids.argmax(-1)
+        found = torch.eq(ids, cast(int, token))
+        if not bool(found.any(-1).all()):
+            raise InputError(
+                f"the tokeniser does not end texts with the model's end-of-text token ({token})",
+                remedy="Use the tokeniser that belongs to the model",
+            )
+        return found.int().argmax(-1)
+
+    def embed_words(self, ids: Tensor) -> Tensor:
+        """Word embeddings [..., d_t] of token ids, without positions."""
+        return cast(Tensor, self.text_tower.words(ids.to(self.device)))
+
+    def shares_prefix(
+        self, prefix: Tensor | None, deep: Mapping[int, Tensor] | None = None, at: int | None = None
+    ) -> bool:
+        """Whether `text` computes this prefix once for all classes: the tower is causal, its blocks are known and lie on one
+        device, and all deep rows are the same for every class and lie within the prefix."""
+        at = self.text_tower.first if at is None else at
+        inside = all(
+            r.ndim == 2 and at + len(r) <= (0 if prefix is None else prefix.shape[-2]) for r in (deep or {}).values()
+        )
+        spread = len(set((self.hf_device_map or {}).values())) > 1
+        return prefix is not None and self.causal and self.text_tower.parts and inside and not spread
+
+    def text(
+        self,
+        embeddings: Tensor,
+        eot: Tensor,
+        deep: Mapping[int, Tensor] | None = None,
+        *,
+        prefix: Tensor | None = None,
+        at: int | None = None,
+        chunk: int | None = None,
+        share: bool = True,
+        after: After | None = None,
+    ) -> Tensor:
+        """Text features of sequences [prefix; embeddings], from word embeddings.
+
+        Args:
+            embeddings: [C, n, d_t], without positions.
+            eot: [C] slot of the whole sequence (prefix included) that is pooled, on the CPU.
+            deep: block l >= 1 -> rows [m, d_t], or [C, m, d_t], that overwrite slots at .. at + m - 1 at the input of
+                block l. What lies there is not read.
+            prefix: [p, d_t] in front of every class; [G, p, d_t]: G of them, each in front of every class.
+            at: first slot that `deep` overwrites; default: the one behind [SOS].
+            chunk: sequences that run at a time; those of a training pass are run again in the backward pass.
+            share: False takes the plain path even where the prefix could be shared.
+            after: (block, tokens) -> tokens, called behind every block: to read hidden states, or to change them (adapters).
+                It sees whole sequences: plain path, one chunk.
+
+        Returns:
+            [C, d], or [G, C, d].
+
+        Raises:
+            InputError: shapes, blocks or slots do not fit, or the sequence is longer than the context.
+        """
+        tower, deep = self.text_tower, dict(deep or {})
+        at = tower.first if at is None else at
+        p = 0 if prefix is None else prefix.shape[-2]
+        if self.causal:
+            embeddings = embeddings[:, : int(eot.max()) + 1 - p]
+        classes, n = embeddings.shape[:2]
+        self._check_text(n + p, deep, at)
+        groups = len(prefix) if prefix is not None and prefix.ndim == 3 else 1
+        front = None if prefix is None else prefix.reshape(groups, p, -1).to(embeddings)
+        keys: list[KeyValue] | None = None
+        if share and after is None and front is not None and self.shares_prefix(prefix, deep, at):
+            keys = self._prefix_keys(front, deep, at)
+
+        def part(start: int, stop: int) -> Tensor:
+            rows = embeddings[start:stop]
+            count = len(rows)
+            rows = rows.expand(groups, -1, -1, -1).flatten(0, 1)
+            slots = (eot[start:stop] - (p if keys is not None else 0)).repeat(groups).to(rows.device)
+            if keys is not None:
+                hidden = self._behind(rows + tower.positions[p : p + n].to(rows), keys, count)
+            else:
+                if front is not None:
+                    rows = torch.cat([front[:, None].expand(-1, count, -1, -1).flatten(0, 1), rows], dim=1)
+                mine = {l: r[start:stop].repeat(groups, 1, 1) if r.ndim == 3 else r for l, r in deep.items()}
+                hidden = self._whole(rows + tower.positions[: n + p].to(rows), mine, at, after)
+            return tower.read(hidden[torch.arange(len(hidden), device=hidden.device), slots]).unflatten(
+                0, (groups, count)
+            )
+
+        step = classes if chunk is None or after is not None else max(1, chunk // groups)
+        bounds = [(i, min(i + step, classes)) for i in range(0, classes, step)]
+        if len(bounds) == 1:
+            features = part(0, classes)
+        elif torch.is_grad_enabled():
+            features = torch.cat(
+                [
+                    cast(Tensor, checkpoint(part, i, j, use_reentrant=False, preserve_rng_state=False))
+                    for i, j in bounds
+                ],
+                dim=1,
+            )
+        else:
+            features = torch.cat([part(i, j) for i, j in bounds], dim=1)
+        return features if prefix is not None and prefix.ndim == 3 else features[0]
+
+    def _check_text(self, length: int, deep: Mapping[int, Tensor], at: int) -> None:
+        if length > self.context:
+            raise InputError(f"the text has {length} slots, the tower {self.context}", remedy="Use a shorter context")
+        for block, rows in deep.items():
+            if not 1 <= block < self.text_layers or at + rows.shape[-2] > length:
+                raise InputError(
+                    f"{rows.shape[-2]} deep text prompts at slot {at} of block {block}",
+                    remedy=f"Blocks are 1 .. {self.text_layers - 1}, slots 0 .. {length - 1}",
+                )
+        if len({rows.shape[-2] for rows in deep.values()}) > 1:
+            raise InputError("deep text prompts differ in length", remedy="Give every block the same number of rows")
+
+    def _whole(self, hidden: Tensor, deep: Mapping[int, Tensor], at: int, after: After | None) -> Tensor:
+        """Last hidden states [b, n, d_t] by the library's own blocks."""
+        tokens = Tokens.of(hidden)
+        if deep:
+            count = next(iter(deep.values())).shape[-2]
+            slots = torch.zeros(hidden.shape[1], dtype=torch.bool)
+            slots[at : at + count] = True
+            tokens = replace(tokens, is_prompt=slots)
+        prompts = {block: BlockPrompt(rows, mode="replace") for block, rows in deep.items()}
+        return _run(self.text_tower, tokens, prompts, after).hidden
+
+    def _prefix_keys(self, prefix: Tensor, deep: Mapping[int, Tensor], at: int) -> list[KeyValue]:
+        """Keys and values of the prefix [G, p, d_t] in every block, [G, heads, p, d_h]."""
+        tower, found = self.text_tower, list[KeyValue]()
+        hidden = prefix + tower.positions[: prefix.shape[1]].to(prefix)
+        for index in range(tower.num_blocks):
+            if index in deep:
+                rows = deep[index].to(hidden).expand(len(hidden), -1, -1)
+                hidden = torch.cat([hidden[:, :at], rows, hidden[:, at + rows.shape[1] :]], dim=1)
+            q, k, v = tower.open_block(index, hidden)
+            found.append((k, v))
+            if index + 1 < tower.num_blocks:  # nothing reads what the last block makes of the prefix
+                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                hidden = tower.close_block(index, hidden, attended.transpose(1, 2).flatten(2))
+        return found
+
+    def _behind(self, hidden: Tensor, keys: list[KeyValue], count: int) -> Tensor:
+        """Last hidden states [G * count, n, d_t] of what stands behind a prefix, given the prefix's keys and values."""
+        tower, (n, p) = self.text_tower, (hidden.shape[1], keys[0][0].shape[2])
+        visible = torch.ones(n, p + n, dtype=torch.bool, device=hidden.device).tril(p)
+
+        def spread(shared: Tensor) -> Tensor:
+            return shared[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
+
+        for index, (k0, v0) in enumerate(keys):
+            q, k, v = tower.open_block(index, hidden)
+            k, v = torch.cat([spread(k0), k], dim=2), torch.cat([spread(v0), v], dim=2)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+            hidden = tower.close_block(index, hidden, attended.transpose(1, 2).flatten(2))
+        return hidden
+
+    def encode_text(self, texts: Sequence[str], chunk: int | None = None) -> Tensor:
+        """Features [C, d] of texts, without prompts."""
+        words = self.tokenise(texts)
+        return self.text(self.embed_words(words.ids), words.eot, chunk=chunk)
+
+    # --- images -----------------------------------------------------------------------------------------------------
+    def image(
+        self,
+        pixels: Tensor,
+        prompts: Mapping[int, Tensor] | None = None,
+        *,
+        place: Place = "before-ln-pre",
+        after: After | None = None,
+    ) -> Tensor:
+        """Image features [B, d] of pixels [B, 3, H, W].
+
+        Args:
+            pixels: preprocessed images (`preprocessing`).
+            prompts: block l -> rows [m, d_v], or [B, m, d_v]. Those of the lowest block are inserted, the others overwrite
+                them at the input of block l; what lies there is not read.
+            place: where rows enter at block 0. "before-ln-pre": last in the sequence, in front of the first layer norm
+                (MaPLe's code); "after-cls": between CLS and the patches, behind it (MVLPT's). A tower without CLS or without
+                that norm (SigLIP) does the same without them.
+            after: (block, tokens) -> tokens, called behind every block; `pt_core.tokens.real(tokens)` has no prompts in it.
+
+        Raises:
+            InputError: shapes or blocks do not fit, or the tower is one that prompts cannot enter.
+        """
+        if self.image_tower is None and not prompts and after is None:
+            return cast(Tensor, cast(Any, self.model).encode_image(pixels))
+        tower, rows = self._images(), dict(prompts or {})
+        if pixels.shape[-2:] != (tower.size, tower.size):
+            raise InputError(
+                f"images are {list(pixels.shape[-2:])}, the model takes {[tower.size, tower.size]}",
+                remedy="Use the backbone's own preprocessing",
+            )
+        tokens = tower.embed(pixels)
+        lowest, last = min(rows, default=0), tokens.hidden.shape[1]
+        at = last if place == "before-ln-pre" else tower.first
+        if 0 in rows and place == "before-ln-pre":
+            tokens = insert(tokens, rows.pop(0), at)
+        tokens = replace(tokens, hidden=tower.norm(tokens.hidden))
+        steps = {
+            block: BlockPrompt(row, at=at, mode="insert" if block == lowest else "replace")
+            for block, row in rows.items()
+        }
+        return tower.read(_run(tower, tokens, steps, after))
+
+    # --- both -------------------------------------------------------------------------------------------------------
+    @property
+    def logit_scale(self) -> Tensor:
+        """s; similarities are multiplied by exp(s)."""
+        return cast(Tensor, self.model.logit_scale)
+
+    def similarity(self, image: Tensor, text: Tensor) -> Tensor:
+        """Logits exp(s) norm(f) norm(w)^T (plus SigLIP's bias), [B, C].
+
+        Args:
+            image: f, [B, d].
+            text: w, [C, d], or [B, C, d] where every image has its own.
+        """
+        f, w = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        logits = f @ w.T if w.ndim == 2 else (w @ f[..., None])[..., 0]
+        bias = getattr(self.model, "logit_bias", None)
+        scaled = self.logit_scale.exp() * logits
+        return scaled if bias is None else scaled + bias
+
+    def forward(self, pixels: Tensor, words: Words) -> Tensor:
+        """Logits [B, C] of images and texts, without prompts: what the model itself computes."""
+        return self.similarity(self.image(pixels), self.text(self.embed_words(words.ids), words.eot))
+
+    def call_with(
+        self, weights: Mapping[str, Tensor], tower: Literal["image", "text"], *args: Any, **options: Any
+    ) -> Tensor:
+        """`image` or `text` with other tensors in the place of some of the model's, which stay as they are.
+
+        Args:
+            weights: name in `named_parameters()` -> tensor, such as a masked weight; gradients flow to it.
+            tower: which of the two is called, with the remaining arguments.
+        """
+        inside = {f"encoder.{name}": tensor for name, tensor in weights.items()}
+        return cast(Tensor, functional_call(_Call(self, tower), inside, args, options))
+
+    def extra_repr(self) -> str:
+        return f"{type(self.model).__name__}, causal={self.causal}, context={self.context}"
+
+
+class _Call(nn.Module):
+    """A method of a module as a module of its own, for `functional_call`."""
+
+    def __init__(self, encoder: DualEncoder, name: str) -> None:
+        super().__init__()
+        self.encoder, self.name = encoder, name
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return getattr(self.encoder, self.name)(*args, **options)
+
+
+def _run(tower: Any, tokens: Tokens, prompts: Mapping[int, BlockPrompt], after: After | None) -> Tokens:
+    if after is None:
+        return run(tower, tokens, prompts)
+    if outside := [block for block in prompts if not 0 <= block < tower.num_blocks]:
+        raise InputError(f"prompts for blocks {outside}", remedy=f"Blocks are 0 .. {tower.num_blocks - 1}")
+    for index in range(tower.num_blocks):
+        tokens = after(index, run(tower, tokens, prompts, start=index, stop=index + 1))
+    return tokens
+
+
+def load_backbone(
+    name: str, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str | None = None
+) -> DualEncoder:
+    """A dual encoder by name or path.
+
+    Args:
+        name: a hub id or folder of a CLIP or SigLIP model; or `open-clip:MODEL` or `open-clip:MODEL/PRETRAINED`, where
+            PRETRAINED is one of open_clip's tags or a weight file (`open-clip:hf-hub:...` for its hub models).
+        revision: commit or tag on the hub.
+        dtype: of the weights.
+        device: where to put it.
+
+    Raises:
+        InputError: there is no such model, or open_clip is not installed.
+    """
+    if name.startswith("open-clip:"):
+        model, tokeniser = _load_open_clip(name.removeprefix("open-clip:"))
+        return DualEncoder(model.to(dtype=dtype), tokeniser).to(device or "cpu").eval()
+    transformers = importlib.import_module("transformers")
+    try:
+        model = transformers.AutoModel.from_pretrained(name, revision=revision, dtype=dtype)
+        processor = transformers.AutoProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be loaded ({str(error).splitlines()[0]})", remedy="Check the name") from error
+    return DualEncoder(model, processor).to(device or "cpu").eval()
+
+
+def _load_open_clip(name: str) -> tuple[Any, Any]:
+    try:
+        open_clip = importlib.import_module("open_clip")
+    except ImportError as error:
+        raise InputError("open_clip is not installed", remedy="Install the extra `open-clip` of pt-vl") from error
+    model, _, weights = (name, "", "") if name.startswith("hf-hub:") else name.partition("/")
+    try:
+        made = open_clip.create_model(model, pretrained=weights or None)
+        return made, open_clip.get_tokenizer(model)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(f"open_clip cannot load {name} ({str(error).splitlines()[0]})") from error
