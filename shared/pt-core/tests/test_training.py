@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from pt_core import training
@@ -110,6 +111,43 @@ def test_linear_cosine_constant_and_warm_up():
     assert lr_factor(warm, 9, 110) == 1
     assert lr_factor(warm, 10, 110) == 1
     assert lr_factor(warm, 109, 110) == pytest.approx(0.01)
+
+
+def test_epoch_cosine_starts_at_a_fixed_rate_and_steps_once_an_epoch():
+    run = config(max_steps=None, epochs=5, schedule="epoch-cosine")
+    published = [1e-5, 1, 0.9045, 0.6545, 0.3455]
+    assert [lr_factor(run, step, 5) for step in range(5)] == pytest.approx(published, abs=5e-5)
+    three_an_epoch = [lr_factor(run, step, 15) for step in range(15)]
+    assert three_an_epoch == pytest.approx([factor for factor in published for _ in range(3)], abs=5e-5)
+    assert 0.002 * lr_factor(run, 0, 5, lr=0.002) == pytest.approx(1e-5)
+    assert lr_factor(run, 1, 5, lr=0.002) == 1
+    history = fit(line(), pairs([1.0] * 4, [1.0] * 4), config=run.model_copy(update={"log_every": 1})).history
+    assert [row["lr/w"] for row in history] == pytest.approx([1e-5, *(0.5 * f for f in published[1:])], abs=5e-5)
+
+
+def test_epoch_cosine_without_epochs_is_refused():
+    with pytest.raises(ValidationError, match="epoch-cosine needs epochs"):
+        config(schedule="epoch-cosine")
+
+    class Scheduled(Line):
+        def parameter_groups(self):
+            return [group | {"schedule": "epoch-cosine"} for group in super().parameter_groups()]
+
+    with pytest.raises(InputError, match="Give epochs, not max_steps"):
+        Loop(Scheduled(nn.Identity()), config(), total_steps=1)
+
+
+def test_sgd_has_momentum_and_others_refuse_it():
+    method = line()
+    run = config(max_steps=3, lr=0.01, optimiser="sgd", momentum=0.9, max_grad_norm=None)
+    fit(method, pairs([1.0] * 4, [1.0] * 4), config=run)
+    w = b = speed = 0.0
+    for _ in range(3):
+        speed = 0.9 * speed + 2 * (w + b - 1)
+        w, b = w - 0.5 * speed, b - 0.01 * speed
+    assert (method.w.item(), method.b.item()) == pytest.approx((w, b), rel=1e-5)
+    with pytest.raises(ValidationError, match="momentum is a setting of sgd"):
+        config(momentum=0.9)
 
 
 def test_groups_have_their_own_rates_under_one_schedule():

@@ -33,6 +33,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,7 +54,7 @@ from pt_core.frozen import fingerprint
 from pt_core.method import Batch, Loss, Method
 from pt_core.metrics import evaluate_logits, higher_is_better
 
-Schedule = Literal["constant", "linear", "cosine", "exponential"]
+Schedule = Literal["constant", "linear", "cosine", "exponential", "epoch-cosine"]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -76,6 +77,7 @@ class FitConfig(BaseModel):
     optimiser: Literal["adamw", "adam", "adafactor", "sgd"] = "adamw"
     lr: float | None = Field(default=None, gt=0, description="rate of groups that name none; default: 1e-3")
     weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
     schedule: Schedule = Field(default="constant", description="of groups that name none")
     warmup_steps: int = Field(default=0, ge=0, description="linear warm-up before the schedule")
     final_factor: float = Field(default=0.01, gt=0, le=1, description="share that `exponential` ends at (PTEC)")
@@ -106,17 +108,25 @@ class FitConfig(BaseModel):
     def _one_length(self) -> FitConfig:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of max_steps and epochs")
+        if self.momentum and self.optimiser != "sgd":
+            raise ValueError("momentum is a setting of sgd")
+        if self.schedule == "epoch-cosine" and self.epochs is None:
+            raise ValueError("the schedule epoch-cosine needs epochs, not max_steps")
         return self
 
 
 _MAY_CHANGE_ON_RESUME = {"progress", "trackers", "checkpoint_every", "device"}
 
 
-def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | None = None) -> float:
-    """Factor on the learning rate of step `step` (0-based) of `total`, under `schedule` (default: the run's).
+def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | None = None, lr: float = 1.0) -> float:
+    """Factor on the learning rate `lr` of step `step` (0-based) of `total`, under `schedule` (default: the run's).
 
     A function of the step alone, so that a resumed run needs no scheduler state. `exponential` multiplies by
     gamma = final_factor^(1 / (total - 1)) each step and ends at `final_factor`. The run's warm-up precedes all schedules.
+
+    `epoch-cosine` is constant within an epoch: a rate of 1e-5 in the first one, whatever `lr` is, then
+    (1 + cos(pi (e - 1) / E)) / 2 of `lr` in epoch e = 1 .. E - 1 (CoOp, released code: the cosine counts from the end of
+    its warm-up epoch and keeps its period E, so it does not reach zero).
     """
     schedule = schedule or config.schedule
     if step < config.warmup_steps:
@@ -127,6 +137,10 @@ def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | Non
         return max(0.0, 1 - at / left)
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * at / left))
+    if schedule == "epoch-cosine":
+        epochs = config.epochs or 1
+        epoch = step * epochs // total
+        return 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs)) if epoch else 1e-5 / lr
     if schedule == "exponential":
         return float(config.final_factor ** (at / max(left - 1, 1)))
     return 1.0
@@ -145,15 +159,14 @@ def build_optimiser(groups: list[dict[str, Any]], config: FitConfig, default_lr:
                 names = f"{owner[id(parameter)]!r} and {group['name']!r}"
                 raise InputError(f"a parameter is twice in the groups of one optimiser: {names}")
             owner[id(parameter)] = group["name"]
-    kinds = {
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw": torch.optim.AdamW,
         "adam": torch.optim.Adam,
         "adafactor": torch.optim.Adafactor,
-        "sgd": torch.optim.SGD,
+        "sgd": partial(torch.optim.SGD, momentum=config.momentum),
     }
     lr = config.lr if config.lr is not None else default_lr
-    optimiser: torch.optim.Optimizer = kinds[config.optimiser](groups, lr=lr, weight_decay=config.weight_decay)
-    return optimiser
+    return kinds[config.optimiser](groups, lr=lr, weight_decay=config.weight_decay)
 
 
 class BatchPlan:
@@ -274,6 +287,12 @@ class Loop:
                 f"{method.name} names the schedule {unknown[0]!r} for a group",
                 remedy=f"Choose one of: {', '.join(get_args(Schedule))}",
                 field="schedule",
+            )
+        if "epoch-cosine" in named and config.epochs is None:
+            raise InputError(
+                f"{method.name} names the schedule 'epoch-cosine', which counts epochs",
+                remedy="Give epochs, not max_steps",
+                field="epochs",
             )
         self.state = _State()
         self.history: list[dict[str, Any]] = []
@@ -427,7 +446,8 @@ class Loop:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         for name, optimiser in chosen.items():
             for group, lr in zip(optimiser.param_groups, self._base_lr[name], strict=True):
-                group["lr"] = lr * lr_factor(self.config, self.state.step, self.total_steps, group.get("schedule"))
+                schedule = group.get("schedule")
+                group["lr"] = lr * lr_factor(self.config, self.state.step, self.total_steps, schedule, lr)
             optimiser.step()
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
