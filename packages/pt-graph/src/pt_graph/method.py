@@ -6,16 +6,23 @@ and `sample_ids`. `pt_graph.data` makes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pt_core.attachment import attach
+from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
+from pt_core.training import BatchPlan, FitConfig, FitResult, Loop
 from pt_graph.backbones import FeaturePrompt, GraphBackbone, dropping
 
 
@@ -48,11 +55,30 @@ class Head(nn.Sequential):
             super().__init__(*hidden, nn.Linear(width, outputs))
 
 
+def check_labels(labels: Tensor, outputs: int, task: str) -> None:
+    """Refuse labels that are not classes [B] below `outputs`, or not of shape [B, outputs] (multi-label)."""
+    if labels.shape[1:] != (() if task == "multiclass" else (outputs,)):
+        problem = f"labels of shape {list(labels.shape)} are not those of {outputs} outputs ({task})"
+    elif (
+        labels.device.type == "cpu"
+        and task == "multiclass"
+        and not bool((labels >= 0).all() & (labels < outputs).all())
+    ):
+        problem = f"labels from {int(labels.min())} to {int(labels.max())} are not classes 0 to {outputs - 1}"
+    else:
+        return
+    raise InputError(problem, field="labels", remedy="Set `task` and `num_outputs` as the data are")
+
+
 def label_loss(logits: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
     """Loss of each graph, summed over its terms, and the number of its terms, [B] each.
 
     Binary cross-entropy over the labels that are there (a missing one, -1, is no term), or cross-entropy.
+
+    Raises:
+        InputError: the labels are not of this task, or of another number of outputs.
     """
+    check_labels(labels, logits.shape[1], task)
     if task == "multiclass":
         return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels)
     known = labels >= 0
@@ -106,13 +132,125 @@ class GraphMethod(Method):
             with self.handle.active():
                 return cast(Tensor, self.backbone(graphs))
 
+    def embed(self, graphs: Any) -> Tensor:
+        """What the head reads of prompted graphs: graph embeddings [B, d]."""
+        return self.backbone.readout(self.nodes(graphs), graphs)
+
+    def features(self, batch: Batch) -> Tensor:
+        """`embed` of the batch's graphs, or the `features` that `read` has put in their place."""
+        return cast(Tensor, batch["features"]) if "features" in batch else self.embed(batch["graphs"])
+
     def forward(self, batch: Batch) -> Output:
         """Logits [B, C] and graph embeddings [B, d]."""
-        graphs = batch["graphs"]
-        features = self.backbone.readout(self.nodes(graphs), graphs)
+        features = self.features(batch)
         return Output(cast(nn.Module, self.head)(features), features)
 
     def loss(self, batch: Batch) -> Loss:
         logits = self(batch).logits
         total, count = label_loss(logits, batch["labels"], self.config.task)
         return Loss(total.sum(), count.sum())
+
+    @torch.no_grad()
+    def read(self, split: Split, config: FitConfig) -> Split:
+        """The split with `features` in place of graphs: `embed` of every row, once, in eval mode and float32.
+
+        Exact as long as what `embed` depends on does not change.
+        """
+        self.place(torch.device("cpu") if config.device == "cpu" else Accelerator().device)
+        device, was_training = next(self.backbone.parameters()).device, self.training
+        self.eval()
+        rows: list[tuple[Tensor, Tensor]] = []
+        for batch in split.batches(config.eval_batch_size):
+            found = self.embed(send_to_device(batch["graphs"], device)).float().cpu()
+            rows += zip(found, torch.as_tensor(batch["labels"]), strict=True)
+        self.train(was_training)
+        ids = list(range(len(split))) if split.ids is None else split.ids
+        return replace(split, rows=rows, collate=_collate, ids=ids)
+
+
+def _collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    return {"features": torch.stack([f for f, _ in rows]), "labels": torch.stack([y for _, y in rows])}
+
+
+class ReadOnceMethod(GraphMethod):
+    """A method that feeds the frozen backbone graphs as they are: each is embedded once, before the first step.
+
+    With `backbone_dropout` the embeddings of training rows are drawn anew in every step.
+    """
+
+    def start(self, train: Split) -> None:
+        """Start values that are read off the embedded training rows."""
+
+    def embedded(self, train: Split, validation: Split | None, config: FitConfig) -> tuple[Split, Split | None, Split]:
+        """What is trained and validated on, and the training rows as they are without dropout; makes the `start`."""
+        seen = self.read(train, config)
+        self.start(seen)
+        if validation is not None and validation.scorer is None:  # a scorer may want to see graphs
+            validation = self.read(validation, config)
+        return train if self.config.backbone_dropout else seen, validation, seen
+
+    def fit(
+        self,
+        train: Split,
+        validation: Split | None = None,
+        config: FitConfig | None = None,
+        output_dir: str | Path | None = None,
+    ) -> FitResult:
+        config = config or FitConfig(epochs=10)
+        train, validation, _ = self.embedded(train, validation, config)
+        return super().fit(train, validation, config, output_dir)
+
+    def class_means(self, features: Tensor, labels: Tensor, of: int = 1) -> Tensor:
+        """Mean features [C, F] of the rows of each class; multi-label: of the rows labelled `of` (zeros: there are none).
+
+        Raises:
+            InputError: the labels are not of this task, or a class has no rows (multi-class).
+        """
+        outputs, multiclass = self.config.num_outputs, self.config.task == "multiclass"
+        check_labels(labels, outputs, self.config.task)
+        if multiclass and (empty := sorted(set(range(outputs)) - set(labels.tolist()))):
+            raise InputError(
+                f"no training graph is of class {', '.join(map(str, empty))} (counted from 0)",
+                field="labels",
+                remedy="Add rows, or leave the class out",
+            )
+        members = (F.one_hot(labels, outputs) if multiclass else labels == of).double()
+        means = members.T @ features.double() / members.sum(0)[:, None].clamp(min=1)
+        return means.to(features.dtype)
+
+
+def fit_by_steps(
+    method: Method,
+    train: Split,
+    validation: Split | None,
+    config: FitConfig,
+    output_dir: str | Path | None,
+    step: Callable[[Loop, int, list[int]], None],
+) -> FitResult:
+    """Supervised training of which a step is more than one update of everything.
+
+    Args:
+        step: called with the loop, the epoch (from 0) and the step's rows; it makes the updates.
+    """
+    lengths = list(train.lengths) if config.bucket_by_length and train.lengths is not None else None
+    plan = BatchPlan(len(train), config.batch_size, config.seed, lengths)
+    total = config.max_steps or plan.per_epoch * (config.epochs or 1)
+    every = config.evaluate_every or plan.per_epoch
+    identity = {"train_rows": len(train), "validation_rows": len(validation) if validation is not None else None}
+    loop = Loop(method, config, output_dir, total_steps=total, identity=identity)
+    method.train()
+    for number in loop.steps():
+        step(loop, (number - 1) // plan.per_epoch, plan.batch(number - 1))
+        loop.training_done()
+        if validation is not None and (number % every == 0 or number == total):
+            loop.record(loop.evaluate(validation))
+    return loop.finish()
+
+
+def backward(loop: Loop, method: Method, split: Split, rows: list[int]) -> None:
+    """Add the gradient of a step's rows, in micro-batches."""
+    for part in loop.share(rows):
+        batch = loop.to_device(split.batch(part))
+        with loop.autocast():
+            loss = method.loss(batch)
+        loop.backward(loss, batch)
