@@ -14,7 +14,11 @@ from pt_core.registry import find_method, methods
 from pt_core.testing import Case, contract_checks
 
 SIZES = [5, 3, 6, 4, 2, 7]
-SETTINGS: dict[str, dict[str, Any]] = {}  # of methods that need other settings than their defaults here
+# of methods that need other settings than their defaults here
+SETTINGS: dict[str, dict[str, Any]] = {
+    "all-in-one": {"tokens": 3, "lr": 0.05, "answer_epochs": 1, "prompt_epochs": 1},
+    "gppt": {"structure_tokens": 3},
+}
 CASES: dict[str, dict[str, Any]] = {}  # what a method declares to the suite beyond its class
 METHODS = list(methods("graph"))
 
