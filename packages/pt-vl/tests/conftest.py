@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
+from pt_core.data import Split
+from pt_core.testing import one_thread
 from pt_vl.backbones import DualEncoder
+from pt_vl.method import Stacked
 
 KNOWN = "a photo of the cat dog bird tree red car big house texture . , X type pet one two three satellite"
 BODY = ["<pad>", "<unk>", "<two>", *KNOWN.split()]
@@ -82,3 +85,26 @@ def make_encoder() -> Callable[..., DualEncoder]:
 @pytest.fixture
 def pixels() -> torch.Tensor:
     return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
+
+
+CLASSES = ("cat", "big_house", "red car")
+
+
+def images(rows: int, seed: int = 0, classes: int = 3, fixed: bool = True) -> Split:
+    """Noise around one pattern of each class; every class is among the first rows."""
+    patterns = torch.randn(classes, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(99))
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, 3, SIZE, SIZE, generator=draw)
+    made = [{"pixels": patterns[i % classes] + noise[i], "label": i % classes} for i in range(rows)]
+    return Split(made, Stacked(fixed), ("accuracy",), num_classes=classes, ids=[f"image-{i}" for i in range(rows)])
+
+
+@pytest.fixture
+def make_images() -> Callable[..., Split]:
+    return images
+
+
+@pytest.fixture(autouse=True)
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield

@@ -19,16 +19,6 @@ FAMILIES = ["clip", "clip-legacy", "siglip", "open-clip"]
 TEXTS = ["a photo of a cat.", "dog.", "a big red car of the house."]
 Make = Callable[..., DualEncoder]
 
-pytestmark = pytest.mark.usefixtures("one_thread_only")
-
-
-@pytest.fixture
-def one_thread_only() -> Any:
-    from pt_core.testing import one_thread
-
-    with one_thread():
-        yield
-
 
 def random(*shape: int, seed: int = 3) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -25,7 +25,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -412,12 +411,11 @@ class DualEncoder(nn.Module):
         tower = self._images()
         return int(tower.tower.config.patch_size if isinstance(tower, _HFImage) else tower.visual.patch_size[0])
 
-    @cached_property
+    @property
     def width(self) -> int:
         """d, of the joint space."""
         with torch.no_grad():
-            pooled = self.embed_words(torch.zeros(1, dtype=torch.long))
-            return int(self.text_tower.read(pooled).shape[-1])
+            return int(self.text_tower.read(self.text_tower.positions[:1]).shape[-1])
 
     @property
     def device(self) -> torch.device:
@@ -470,7 +468,7 @@ class DualEncoder(nn.Module):
             return list(self.tokeniser(text)["input_ids"])
         return [self.tokeniser.sot_token_id, *self.tokeniser.encode(text), self.tokeniser.eot_token_id]
 
-    @cached_property
+    @property
     def _pad(self) -> int:
         pad = getattr(self.tokeniser, "pad_token_id", None)
         return int(pad if pad is not None else 0)
@@ -551,7 +549,7 @@ class DualEncoder(nn.Module):
         classes, n = embeddings.shape[:2]
         self._check_text(n + p, deep, at)
         groups = len(prefix) if prefix is not None and prefix.ndim == 3 else 1
-        front = None if prefix is None else prefix.reshape(groups, p, -1).to(embeddings)
+        front = None if prefix is None else prefix.reshape(groups, p, prefix.shape[-1]).to(embeddings)
         keys: list[KeyValue] | None = None
         if share and after is None and front is not None and self.shares_prefix(prefix, deep, at):
             keys = self._prefix_keys(front, deep, at)
@@ -702,11 +700,12 @@ class DualEncoder(nn.Module):
             image: f, [B, d].
             text: w, [C, d], or [B, C, d] where every image has its own.
         """
-        f, w = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        logits = f @ w.T if w.ndim == 2 else (w @ f[..., None])[..., 0]
-        bias = getattr(self.model, "logit_bias", None)
-        scaled = self.logit_scale.exp() * logits
-        return scaled if bias is None else scaled + bias
+        # In float32 whatever the towers compute in: logits are of the order of 100, bfloat16 has steps of 0.5 there.
+        with torch.autocast(image.device.type, enabled=False):
+            f, w = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+            logits = self.logit_scale.float().exp() * (f @ w.T if w.ndim == 2 else (w @ f[..., None])[..., 0])
+            bias = getattr(self.model, "logit_bias", None)
+            return logits if bias is None else logits + bias.float()
 
     def forward(self, pixels: Tensor, words: Words) -> Tensor:
         """Logits [B, C] of images and texts, without prompts: what the model itself computes."""

@@ -1,0 +1,360 @@
+"""What all image-text methods share: logits exp(s) norm(f) norm(w)^T of image features f and class features w.
+
+A method trains what makes f, w or both, and says which (`trains_text`, `trains_image`); what it does not train is computed
+once. Batches are dicts: `pixels` [B, 3, H, W] or `image_features` [B, d], `labels` [B] and `sample_ids`. `pt_vl.data` makes
+them.
+
+Class names are part of a method's configuration, so that a saved prompt can be rebuilt, and may be changed afterwards:
+
+    method = CoOp(backbone, CoOpConfig(class_names=("cat", "dog")))
+    method.with_classes(("horse", "sheep"))          # the same prompt, another label space
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pt_core.errors import InputError
+from pt_core.frozen import FeatureCache, fingerprint
+from pt_core.method import Batch, Loss, Method, MethodConfig, Output
+from pt_core.training import FitConfig
+from pt_vl.backbones import After, DualEncoder
+
+if TYPE_CHECKING:
+    from pt_core.data import Split
+    from pt_core.training import FitResult
+
+Position = Literal["end", "middle", "front"]
+
+
+def written(name: str) -> str:
+    """A class name as it stands in a sentence: underscores are spaces."""
+    return " ".join(name.replace("_", " ").split())
+
+
+class VLConfig(MethodConfig):
+    """Settings that every image-text method has."""
+
+    class_names: tuple[str, ...] = Field(min_length=2, description="in the order of the labels")
+    templates: tuple[str, ...] = Field(
+        ("a photo of a {}.",),
+        min_length=1,
+        description="sentences with {} for the class name, where the text is not prompted; several: their normalised "
+        "features are averaged (Radford et al. 2021)",
+    )
+    text_chunk: int | None = Field(
+        256, ge=1, description="sentences of a text pass; what goes beyond is recomputed in the backward pass, exactly"
+    )
+    seed: int = Field(0, description="of the start values")
+
+    @field_validator("class_names")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        seen: dict[str, str] = {}
+        for name in names:
+            if not written(name):
+                raise ValueError("a class name is empty")
+            if written(name) in seen:
+                raise ValueError(f"class names {seen[written(name)]!r} and {name!r} are one")
+            seen[written(name)] = name
+        return names
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("templates")
+    @classmethod
+    def _room(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} needs one {{}} for the class name")
+        return templates
+
+
+def template_features(
+    backbone: DualEncoder, names: Sequence[str], templates: Sequence[str], chunk: int | None = None
+) -> Tensor:
+    """Features [C, d] of classes: of one template as the tower gives them; of several, normalised, averaged, normalised."""
+    made = [backbone.encode_text([t.replace("{}", written(name)) for name in names], chunk) for t in templates]
+    if len(made) == 1:
+        return made[0]
+    return F.normalize(torch.stack([F.normalize(w, dim=-1) for w in made]).mean(0), dim=-1)
+
+
+class Sentences(nn.Module):
+    """Class names with m slots for a context: [SOS] context words name "." [EOS].
+
+    Args:
+        backbone: whose text tower reads them.
+        names: C class names.
+        length: m.
+        position: where the name stands: behind the context, between its halves (the first has m // 2), or in front of it.
+        words: frozen words in front of the name, such as "of a".
+
+    Raises:
+        InputError: a sentence does not fit into the tower's context (the class is named).
+    """
+
+    embeddings: Tensor
+    order: Tensor
+
+    def __init__(
+        self, backbone: DualEncoder, names: Sequence[str], length: int, position: Position = "end", words: str = ""
+    ) -> None:
+        super().__init__()
+        self.__dict__["backbone"] = backbone  # not a submodule: it is not this module's to keep
+        room = backbone.context - length
+        if room < 3:
+            raise InputError(f"{length} context slots leave no room in {backbone.context}", field="prompt_length")
+        self.length, self.position = length, position
+        told = [f"{words} {written(name)}.".strip() for name in names]
+        tokens = backbone.tokenise(told, context=room)
+        self.eot = tokens.eot + length
+        first, n = backbone.text_tower.first, tokens.ids.shape[1]
+        self.first = first
+        context = n + torch.arange(length)  # slots of the context, behind the n own ones
+        order = []
+        for name, row in zip(names, tokens.ids.tolist(), strict=True):
+            before = (
+                0 if position == "end" else _common(backbone.plain_ids(f"{words} {written(name)}".strip()), row[first:])
+            )
+            head, half = torch.arange(first), {"end": length, "middle": length // 2, "front": 0}[position]
+            own = torch.arange(first, n)
+            order.append(torch.cat([head, context[:half], own[:before], context[half:], own[before:]]))
+        ahead = backbone.plain_ids(words) if words else []
+        frozen = min(_common(ahead, row[first:]) for row in tokens.ids.tolist())
+        # Slots that are the same for every class, as long as the context is.
+        self.shared = first + {"end": length + frozen, "middle": length // 2, "front": 0}[position]
+        self.register_buffer("embeddings", backbone.embed_words(tokens.ids).detach(), persistent=False)
+        self.register_buffer("order", torch.stack(order).to(self.embeddings.device), persistent=False)
+
+    def forward(
+        self,
+        context: Tensor,
+        deep: Mapping[int, Tensor] | None = None,
+        *,
+        per_image: bool = False,
+        chunk: int | None = None,
+        share: bool = True,
+        after: After | None = None,
+    ) -> Tensor:
+        """Text features of all classes.
+
+        Args:
+            context: [m, d_t]; [C, m, d_t] if every class has its own; [B, m, d_t] with `per_image`.
+            deep, chunk, share, after: see `DualEncoder.text`; deep rows overwrite the slots behind [SOS].
+
+        Returns:
+            [C, d]; [B, C, d] with `per_image`.
+        """
+        own, backbone = self.embeddings, cast(DualEncoder, self.backbone)
+        options: dict[str, Any] = {"deep": deep, "chunk": chunk, "share": share, "after": after}
+        context = context.to(own.dtype)
+        if context.ndim == 3 and not per_image:
+            return backbone.text(_arranged(own, context, self.order), self.eot, **options)
+        if per_image and self.position != "end":
+            raise InputError("a context for each image stands in front of the name", field="position")
+        start = self.order[:1, : self.shared]
+        groups = context if per_image else context[None]
+        prefix = _arranged(own[:1].expand(len(groups), -1, -1), groups, start.expand(len(groups), -1))
+        if self.position == "end":  # nothing behind the prefix is context
+            rest = own[:, self.shared - self.length :]
+        else:
+            rest = _arranged(own, context.expand(len(own), -1, -1), self.order[:, self.shared :])
+        return backbone.text(rest, self.eot, prefix=prefix if per_image else prefix[0], **options)
+
+
+def _arranged(own: Tensor, context: Tensor, order: Tensor) -> Tensor:
+    """Rows of [own; context], [b, n + m, d], in the order [b, k]."""
+    rows = torch.cat([own, context], dim=1)
+    return rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class VLMethod(Method):
+    """A frozen dual encoder whose class features, image features or both are made with a trained prompt.
+
+    A subclass overrides `encode_text`, `encode_image` or both, and declares it. By default text is the templates' and images
+    are the tower's own.
+    """
+
+    config: Any
+    backbone: DualEncoder
+    config_class: ClassVar[type[MethodConfig]] = VLConfig
+    trains_text: ClassVar[bool] = False  # class features depend on what is trained
+    trains_image: ClassVar[bool] = False  # image features do
+
+    def __init__(self, backbone: DualEncoder, config: MethodConfig | None = None) -> None:
+        if not isinstance(backbone, DualEncoder):
+            raise InputError(
+                f"image-text methods want a DualEncoder, not a {type(backbone).__name__}",
+                remedy="Wrap it: pt_vl.DualEncoder(model, processor)",
+            )
+        if config is None:
+            raise InputError(f"{self.name} has to know the classes", field="class_names")
+        super().__init__(backbone, config)
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+        self._known: tuple[Any, Tensor] | None = None
+        for template in (
+            () if self.trains_text else self.config.templates
+        ):  # refuse what is too long before anything starts
+            backbone.tokenise([template.replace("{}", written(name)) for name in self.config.class_names])
+
+    # --- to override ------------------------------------------------------------------------------------------------
+    def encode_text(self) -> Tensor:
+        """Class features w, [C, d]."""
+        return template_features(self.backbone, self.config.class_names, self.config.templates, self.config.text_chunk)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Image features f, [B, d]."""
+        return self.backbone.image(pixels)
+
+    # --- contract ---------------------------------------------------------------------------------------------------
+    def text_features(self) -> Tensor:
+        """Class features [C, d]. Those that no gradient is wanted for are computed once for the values at hand."""
+        if self.trains_text and torch.is_grad_enabled():
+            return self.encode_text()
+        device = self.backbone.device
+        values = [(id(p), p._version) for p in self.parameters()] if self.trains_text else []
+        key = (values, device, torch.is_autocast_enabled(device.type))
+        if self._known is None or self._known[0] != key:
+            with torch.no_grad():
+                self._known = (key, self.encode_text())
+        return self._known[1]
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """Image features [B, d]: those of the batch if it has any (`cache_features`), else of its pixels."""
+        if "image_features" in batch and not self.trains_image:
+            return cast(Tensor, batch["image_features"])
+        if "pixels" not in batch:
+            raise InputError(f"{self.name} prompts the image tower: cached features are of no use", field="pixels")
+        return self.encode_image(batch["pixels"])
+
+    def forward(self, batch: Batch) -> Output:
+        """Logits [B, C] and image features [B, d]."""
+        features = self.image_features(batch)
+        return Output(self.backbone.similarity(features, self.text_features()), features)
+
+    def loss(self, batch: Batch) -> Loss:
+        """Cross-entropy, summed over rows."""
+        logits = self(batch).logits
+        return Loss(F.cross_entropy(logits, batch["labels"], reduction="sum"), len(logits))
+
+    def train(self, mode: bool = True) -> Self:
+        if self.trains_text:
+            self._known = None
+        return super().train(mode)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [group | {"lr": self.config.lr} for group in super().parameter_groups()]
+
+    def with_classes(self, names: Sequence[str]) -> Self:
+        """The same prompt on other classes (base-to-new, cross-data-set).
+
+        Raises:
+            InputError: what was trained belongs to the classes, or a name does not fit.
+        """
+        settings = self.config.model_dump() | {"class_names": tuple(names)}
+        other = type(self)(self.backbone, self.config_class.model_validate(settings))
+        try:
+            other.load_trained_state(self.trained_state())
+        except InputError as error:
+            raise InputError(
+                f"what {self.name} has trained belongs to its own classes ({error})", field="class_names"
+            ) from error
+        return other.to(self.backbone.device).train(self.training)
+
+    def save_pretrained(self, path: str | Path, *, task: Mapping[str, Any] | None = None, **options: Any) -> Path:
+        """See `Method.save_pretrained`; the images' preprocessing and the text's context are recorded in any case."""
+        known = {"preprocessing": self.backbone.preprocessing.model_dump(mode="json"), "context": self.backbone.context}
+        return super().save_pretrained(path, task=known | dict(task or {}), **options)
+
+    def fit(
+        self,
+        train: Split,
+        validation: Split | None = None,
+        config: FitConfig | None = None,
+        output_dir: str | Path | None = None,
+    ) -> FitResult:
+        """Train by this method's protocol. Images that pass an unprompted tower in fixed views do so once."""
+        config = config or FitConfig(epochs=10)
+        if not self.trains_image:
+            place_for(self, config)
+            train = cache_features(train, self.backbone, config.eval_batch_size)
+            if validation is not None:
+                validation = cache_features(validation, self.backbone, config.eval_batch_size)
+        return super().fit(train, validation, config, output_dir)
+
+
+def place_for(method: Method, config: FitConfig) -> None:
+    """Put a method where a run of this configuration will put it."""
+    method.place(torch.device("cpu") if config.device == "cpu" else Accelerator().device)
+
+
+class Stacked:
+    """Rows with one image and one label each, as a batch.
+
+    Args:
+        fixed: every row gives the same view each time it is read, so what a frozen tower makes of it may be kept.
+    """
+
+    def __init__(self, fixed: bool = True) -> None:
+        self.fixed = fixed
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0] if key != "label"}
+        if "label" in rows[0]:
+            batch["labels"] = torch.tensor([row["label"] for row in rows])
+        return batch
+
+
+@torch.no_grad()
+def cache_features(
+    split: Split, backbone: DualEncoder, batch_size: int = 32, folder: str | Path | None = None
+) -> Split:
+    """The split with `image_features` in the place of `pixels`, computed once, where every row has one fixed view.
+
+    Augmented splits, and splits that are cached already, are returned as they are.
+
+    Args:
+        split: of images.
+        backbone: whose image tower runs without prompts, where it is.
+        batch_size: images of a pass.
+        folder: of a `FeatureCache`, to be used again by later runs; None: in memory.
+    """
+    collate = split.collate
+    if not (isinstance(collate, Stacked) and collate.fixed) or "pixels" not in split.rows[0]:
+        return split
+    store = None
+    if folder is not None:
+        store = FeatureCache(folder, fingerprint(backbone.model), backbone.preprocessing.model_dump(mode="json"))
+    rows: list[dict[str, Any]] = []
+    for batch in split.batches(batch_size):
+
+        def compute(chosen: list[int], batch: Mapping[str, Any] = batch) -> Tensor:
+            return backbone.image(send_to_device(batch["pixels"][chosen], backbone.device)).float()
+
+        count = len(batch["pixels"])
+        features = (
+            compute(list(range(count))).cpu() if store is None else store.get_or_compute(batch["sample_ids"], compute)
+        )
+        labels = batch["labels"].tolist() if "labels" in batch else [None] * count
+        for feature, label in zip(features, labels, strict=True):
+            rows.append({"image_features": feature} | ({} if label is None else {"label": label}))
+    return replace(split, rows=rows)

@@ -1,0 +1,203 @@
+"""What all image-text methods share: classes, templates, what is computed once, what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from pt_core.artifacts import load, load_artifact
+from pt_core.errors import InputError
+from pt_core.training import FitConfig
+from pt_vl.method import VLConfig, VLMethod, cache_features
+from pt_vl.methods.coop import CoOp, CoOpConfig
+from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
+from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
+
+Make = Callable[..., Any]
+CLASSES = ("cat", "big_house", "red car")
+RUN = FitConfig(epochs=2, batch_size=4, device="cpu", progress=False, optimiser="sgd", momentum=0.9, weight_decay=5e-4)
+
+
+def coop(backbone: Any, **settings: Any) -> CoOp:
+    return CoOp(backbone, CoOpConfig(**{"class_names": CLASSES, "prompt_length": 3, "lr": 0.05} | settings))
+
+
+def test_class_names_that_are_one_are_refused() -> None:
+    with pytest.raises(ValidationError, match="class names 'red_car' and 'red car' are one"):
+        VLConfig(class_names=("red_car", "cat", "red car"))
+    with pytest.raises(ValidationError, match="a class name is empty"):
+        VLConfig(class_names=("cat", "_"))
+    with pytest.raises(ValidationError, match="at least 2 items"):
+        VLConfig(class_names=("cat",))
+
+
+def test_a_template_without_a_place_for_the_name_is_refused() -> None:
+    with pytest.raises(ValidationError, match="needs one {}"):
+        VLConfig(class_names=("cat", "dog"), templates="a photo.")
+
+
+def test_class_names_that_do_not_fit_the_context_are_refused_by_name(make_encoder: Make) -> None:
+    long = "a " * 16
+    with pytest.raises(InputError, match=r"'a photo of a a a .*' takes 23 tokens, there are 18"):
+        ZeroShot(make_encoder(), ZeroShotConfig(class_names=("cat", long)))
+    with pytest.raises(InputError, match=r"'a a .*' takes 19 tokens, there are 15"):
+        coop(make_encoder(), class_names=("cat", long))
+    with pytest.raises(InputError, match="16 context slots leave no room in 18"):
+        coop(make_encoder(), prompt_length=16)
+
+
+def test_a_bare_model_is_refused_with_the_way_to_wrap_it(make_model: Make) -> None:
+    with pytest.raises(InputError, match="want a DualEncoder, not a CLIPModel.*Wrap it"):
+        ZeroShot(make_model(), ZeroShotConfig(class_names=CLASSES))
+    with pytest.raises(InputError, match="has to know the classes"):
+        ZeroShot(make_model("clip"), None) if False else VLMethod.__init__(
+            object.__new__(ZeroShot), _encoder(make_model)
+        )
+
+
+def _encoder(make_model: Make) -> Any:
+    from pt_vl.backbones import DualEncoder
+
+    return DualEncoder(make_model(), None)
+
+
+def test_class_features_are_computed_once_until_what_they_depend_on_changes(
+    make_encoder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, calls = coop(make_encoder()).eval(), list[int]()
+    inner = method.encode_text
+    monkeypatch.setattr(method, "encode_text", lambda: (calls.append(1), inner())[1])
+    with torch.no_grad():
+        first = method.text_features()
+        assert method.text_features() is first
+        assert len(calls) == 1
+        method.context.add_(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)))
+        changed = method.text_features()
+    assert len(calls) == 2
+    assert not torch.allclose(changed, first, atol=1e-3)
+    with torch.no_grad():
+        assert_close(changed, inner())
+    assert method.text_features().requires_grad, "a gradient that is wanted is there"
+
+
+def test_an_optimisers_step_is_seen(make_encoder: Make, make_images: Make) -> None:
+    for optimiser in (torch.optim.SGD, torch.optim.AdamW):
+        method = coop(make_encoder()).eval()
+        batch = make_images(4).batch([0, 1, 2, 3])
+        before = method(batch).logits.detach()
+        with torch.no_grad():
+            assert torch.equal(method(batch).logits, before)
+        step = optimiser(method.parameters(), lr=0.5)
+        method.loss(batch).total.backward()
+        step.step()
+        with torch.no_grad():
+            assert not torch.allclose(method(batch).logits, before, atol=1e-3)
+
+
+def test_training_on_cached_image_features_gives_what_training_on_pixels_gives(
+    make_encoder: Make, make_images: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, validation = make_images(9), make_images(5, seed=1)
+    passes = list[int]()
+
+    def run(cached: bool) -> tuple[CoOp, Any]:
+        backbone = make_encoder()
+        method = coop(backbone)
+        inner = backbone.image
+        monkeypatch.setattr(backbone, "image", lambda p: (passes.append(len(p)), inner(p))[1])
+        if not cached:
+            monkeypatch.setattr("pt_vl.method.cache_features", lambda split, *_: split)
+        return method, method.fit(train, validation, RUN)
+
+    fast, result = run(True)
+    assert sum(passes) == 9 + 5, "every image passes the tower once"
+    passes.clear()
+    slow, expected = run(False)
+    assert sum(passes) > 30
+    assert_close(fast.context, slow.context, rtol=1e-4, atol=1e-6)
+    assert result.metrics == pytest.approx(expected.metrics, rel=1e-4)
+
+
+def test_features_are_cached_only_of_fixed_views(make_encoder: Make, make_images: Make, tmp_path: Any) -> None:
+    backbone, split = make_encoder(), make_images(5)
+    views = make_images(5, fixed=False)
+    assert cache_features(views, backbone) is views
+    cached = cache_features(split, backbone, 2)
+    assert cache_features(cached, backbone) is cached
+    batch, plain = cached.batch([3, 1]), split.batch([3, 1])
+    assert set(batch) == {"image_features", "labels", "sample_ids"}
+    assert batch["sample_ids"] == plain["sample_ids"] == ["image-3", "image-1"]
+    assert torch.equal(batch["labels"], plain["labels"])
+    assert_close(batch["image_features"], backbone.image(plain["pixels"]))
+    kept = cache_features(split, backbone, 2, tmp_path)
+    backbone.model.vision_model.forward = None
+    again = cache_features(split.subset([4, 0]), backbone, 2, tmp_path)
+    assert torch.equal(again.batch([0])["image_features"], kept.batch([4])["image_features"])
+    other = make_encoder(seed=1)
+    with pytest.raises(InputError, match="the features are of backbone"):
+        cache_features(split, other, 2, tmp_path)
+
+
+def test_new_class_names_keep_the_prompt(make_encoder: Make, make_images: Make) -> None:
+    method = coop(make_encoder())
+    method.fit(make_images(6), None, RUN)
+    new = method.with_classes(("dog", "bird", "tree", "cat"))
+    assert torch.equal(new.context, method.context)
+    assert new.config.class_names == ("dog", "bird", "tree", "cat")
+    batch = make_images(4).batch([0, 1, 2, 3])
+    with torch.no_grad():
+        logits, old = new(batch).logits, method(batch).logits
+    assert logits.shape == (4, 4)
+    assert_close(logits[:, 3], old[:, 0], rtol=1e-4, atol=1e-4)  # the class that both know
+    assert new.training == method.training
+
+
+def test_what_belongs_to_its_classes_has_no_new_ones(make_encoder: Make) -> None:
+    backbone = make_encoder()
+    for method in (
+        coop(backbone, class_specific=True),
+        LinearProbe(backbone, LinearProbeConfig(class_names=CLASSES)),
+    ):
+        with pytest.raises(InputError, match="belongs to its own classes"):
+            method.with_classes(("dog", "bird"))
+
+
+def test_an_artifact_rebuilds_the_method_and_records_preprocessing(
+    make_encoder: Make, make_images: Make, tmp_path: Any
+) -> None:
+    method = coop(make_encoder())
+    method.fit(make_images(6), None, RUN)
+    path = method.save_pretrained(tmp_path / "prompt", task={"data": "pets"})
+    task = load_artifact(path).config.task
+    assert task is not None
+    assert task["data"] == "pets"
+    assert task["preprocessing"] == method.backbone.preprocessing.model_dump(mode="json")
+    assert task["context"] == 18
+    loaded = load(path, make_encoder())
+    assert loaded.config == method.config
+    with torch.no_grad():
+        batch = make_images(4).batch([0, 1, 2, 3])
+        assert torch.equal(loaded(batch).logits, method(batch).logits)
+
+
+def test_the_coop_run_has_the_published_rates(make_encoder: Make, make_images: Make) -> None:
+    changes = {"epochs": 5, "schedule": "epoch-cosine", "log_every": 1, "max_grad_norm": None}
+    history = coop(make_encoder(), lr=1.0).fit(make_images(4), None, RUN.model_copy(update=changes)).history
+    assert [row["lr/prompt"] for row in history] == pytest.approx([1e-5, 1, 0.9045, 0.6545, 0.3455], abs=5e-5)
+
+
+def test_logits_are_scaled_cosines_in_float32_under_autocast(make_encoder: Make, pixels: Tensor) -> None:
+    backbone = make_encoder()
+    f, w = torch.randn(3, 8), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = backbone.similarity(f, w)
+    expected = backbone.logit_scale.exp() * F.normalize(f, dim=-1) @ F.normalize(w, dim=-1).T
+    assert logits.dtype == torch.float32
+    assert_close(logits, expected)
