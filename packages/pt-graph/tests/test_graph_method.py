@@ -1,0 +1,77 @@
+"""What all graph methods share: heads, losses with missing labels, embeddings that are kept, ROC-AUC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch.nn import functional as F
+
+from pt_core import InputError
+from pt_core.metrics import evaluate_logits
+from pt_core.training import FitConfig
+from pt_graph import GPF, GPFConfig
+from pt_graph.method import Head, label_loss
+
+
+@pytest.mark.parametrize(("layers", "count"), [(1, 3_612), (2, 93_912), (3, 184_212)])
+def test_a_head_of_l_layers_has_the_stated_count(layers: int, count: int) -> None:
+    head = Head(300, 12, layers, 0)
+    assert sum(p.numel() for p in head.parameters()) == count == (layers - 1) * (300**2 + 300) + 300 * 12 + 12
+
+
+def test_missing_labels_are_no_terms_of_the_loss() -> None:
+    logits, labels = torch.randn(3, 2), torch.tensor([[1, -1], [0, 1], [-1, -1]])
+    total, count = label_loss(logits, labels, "multilabel")
+    assert count.tolist() == [1, 2, 0]
+    expected = [
+        -F.logsigmoid(logits[0, 0]),
+        -F.logsigmoid(-logits[1, 0]) - F.logsigmoid(logits[1, 1]),
+        torch.tensor(0.0),
+    ]
+    torch.testing.assert_close(total, torch.stack(expected))
+
+
+def test_labels_of_another_task_or_size_are_refused() -> None:
+    for labels, task, problem in (
+        (torch.zeros(3, 2).long(), "multiclass", "not those of 4 outputs"),
+        (torch.zeros(3, 2).long(), "multilabel", "not those of 4 outputs"),
+        (torch.tensor([0, 4, 1]), "multiclass", "not classes 0 to 3"),
+        (torch.tensor([0, -1, 1]), "multiclass", "not classes 0 to 3"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            label_loss(torch.zeros(3, 4), labels, task)
+
+
+def test_roc_auc_skips_tasks_without_both_classes_and_missing_labels_and_sees_only_the_order() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(20, 4), torch.randint(0, 2, (20, 4))
+    labels[:, 1] = 1  # one class
+    labels[3:9, 2] = -1
+    labels[:, 3] = -1  # none
+    known = labels[:, 2] >= 0
+    by_hand = [roc_auc_score(labels[:, 0], logits[:, 0]), roc_auc_score(labels[known, 2], logits[known, 2])]
+
+    def auc(scores: torch.Tensor) -> float:
+        return evaluate_logits(("roc-auc",), "multilabel", scores, labels, -1)["roc-auc"]
+
+    assert auc(logits) == pytest.approx(sum(by_hand) / 2)
+    assert auc(100 * logits**3 - 7) == auc(logits)
+    wild = logits.clone()
+    wild[3:9, 2] = 50  # of missing labels
+    assert auc(wild) == auc(logits)
+
+
+def test_read_keeps_embeddings_labels_and_ids_of_every_row(make_backbone: Callable[..., Any], make_split: Any) -> None:
+    rows = make_split([5, 3, 6, 4], molecule=True, task="multilabel").subset([2, 0, 3])
+    made = GPF(make_backbone("chem"), GPFConfig(num_outputs=2))
+    seen = made.read(rows, FitConfig(epochs=1, eval_batch_size=2, device="cpu"))
+    batch, kept = rows.batch([0, 2]), seen.batch([0, 2])
+    assert kept["sample_ids"] == batch["sample_ids"] == [2, 3]
+    assert torch.equal(kept["labels"], batch["labels"])
+    torch.testing.assert_close(kept["features"], made.embed(batch["graphs"]))
+    torch.testing.assert_close(made(kept).logits, made(batch).logits)
+    assert made.training
