@@ -8,9 +8,11 @@ import inspect
 import threading
 import weakref
 from contextvars import copy_context
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 from torch import nn
 
 from pt_core import attachment as room
@@ -252,6 +254,25 @@ def test_a_forward_wrapped_after_us_is_left_in_place():
     assert torch.equal(backbone(IDS), plain)
     again = attach(backbone, prompt(1))
     assert torch.equal(backbone(IDS), by_hand(backbone, again.prompt))
+
+
+def test_accelerate_unwraps_its_autocast_and_leaves_the_prompt_in():
+    backbone = model()
+    plain = backbone(IDS)
+    handle = attach(backbone, prompt(0))
+    ours, prompted = backbone.forward, backbone(IDS)
+    # What `Accelerator(mixed_precision="bf16").prepare` does to a forward that is a method, without its global state.
+    backbone._original_forward = ours
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)(ours.__func__)
+    backbone.forward = MethodType(convert_outputs_to_fp32(autocast), backbone)
+    assert backbone(IDS).dtype == torch.float32
+    assert not torch.equal(backbone(IDS), prompted)
+    extract_model_from_parallel(backbone, keep_fp32_wrapper=False)
+    assert backbone.forward == ours
+    assert torch.equal(backbone(IDS), prompted)
+    handle.remove()
+    assert "forward" not in backbone.__dict__
+    assert torch.equal(backbone(IDS), plain)
 
 
 def test_a_backbone_with_prompts_is_not_copied():

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any, Protocol
 
 from torch import nn
@@ -103,7 +104,7 @@ class _Attached:
         self.patched: list[tuple[nn.Module, Forward, Forward]] = []
         for module, wrap in family.patches(backbone, selected):
             original = module.forward
-            ours = functools.wraps(original)(wrap(original))  # wraps: generate and Trainer read the signature
+            ours = _bound(wrap(original), module, like=original)
             module.forward = ours
             self.patched.append((module, original, ours))
 
@@ -113,11 +114,28 @@ class _Attached:
 
     def restore(self) -> None:
         for module, original, ours in self.patched:
-            if module.__dict__.get("forward") is not ours:
+            if module.__dict__.get("forward") != ours:
                 continue  # another library has wrapped ours since: it stays inside, and does nothing without prompts
             del module.__dict__["forward"]
             if module.forward != original:  # it was an instance attribute before us (accelerate's hooks)
                 module.forward = original
+
+
+def _bound(forward: Forward, module: nn.Module, like: Forward) -> Forward:
+    """`forward` as a method of `module`, with the name and signature of `like`, which generate and Trainer read.
+
+    It is a method, since accelerate unwraps a forward and binds what it finds to the module again; and without
+    `__wrapped__`, which it would follow through ours to the original.
+    """
+
+    @functools.wraps(like)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    del method.__wrapped__
+    signature, first = inspect.signature(like), inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    method.__dict__["__signature__"] = signature.replace(parameters=[first, *signature.parameters.values()])
+    return MethodType(method, module)
 
 
 _SLOT = "_pt_attached"  # where a backbone keeps it: not a submodule, and collected with the backbone
