@@ -1,0 +1,654 @@
+"""Images with class labels: folders, tables, the split files of the CoOp family, `datasets` folders, arrays -> batches.
+
+An `ImageTask` holds what a prompt needs besides its tensors to be used (`ImageSpec`: class names, templates, preprocessing,
+context; it is saved with the prompt) and the splits. Batches are dicts: `pixels` [B, 3, H, W], `labels` [B], `sample_ids`.
+
+    task = ImageTask.from_folder("pets/train", backbone, test="pets/test", shots=16, seed=1, templates=TEMPLATES["pets"])
+    base, new = task.base_to_new()
+
+Paths in files are relative to a folder and never lead out of it. Images are opened when they are asked for; those that a
+task keeps are read once beforehand, so that a damaged file is known before training starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torchvision.transforms import v2
+
+from pt_core.data import Split, base_to_new, class_names, encode_labels, few_shot_split, read_table
+from pt_core.errors import InputError
+from pt_vl.backbones import DualEncoder, Preprocessing
+from pt_vl.method import Stacked, written
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    # By data set, as in the CoOp code.
+    "imagenet": ("a photo of a {}.",),
+    "caltech101": ("a photo of a {}.",),
+    "pets": ("a photo of a {}, a type of pet.",),
+    "flowers": ("a photo of a {}, a type of flower.",),
+    "aircraft": ("a photo of a {}, a type of aircraft.",),
+    "food101": ("a photo of {}, a type of food.",),
+    "cars": ("a photo of a {}.",),
+    "sun397": ("a photo of a {}.",),
+    "dtd": ("{} texture.",),
+    "eurosat": ("a centered satellite photo of {}.",),
+    "ucf101": ("a photo of a person doing {}.",),
+    # The seven that CLIP's notebooks select of eighty for ImageNet.
+    "ensemble": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SPLITS = ("train", "validation", "test")
+
+Source = Path | bytes | np.ndarray[Any, Any]
+Unreadable = Literal["refuse", "skip"]
+
+
+class ImageSpec(BaseModel):
+    """What turns images into a batch and a prediction into an answer. Saved with every prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    class_names: tuple[str, ...] = Field(description="in the order of the logits")
+    templates: tuple[str, ...] = Field(("a photo of a {}.",), description="sentences with {} for the class name")
+    preprocessing: Preprocessing = Field(description="of the backbone's own images")
+    context: int = Field(description="slots of its text tower")
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+def read_image(source: Source) -> Image.Image:
+    """An image in RGB of 8 bits.
+
+    Grey, palette, CMYK and transparent images are converted as CLIP's preprocessing does (transparency is dropped); values
+    of 16 bits are scaled to 8, where a plain conversion would cut them off.
+
+    Args:
+        source: a file, the bytes of one, or uint8 [H, W, 3] or [H, W].
+
+    Raises:
+        OSError: the file is missing, damaged, truncated or no image.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source).convert("RGB")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            if image.mode == "F":
+                raise OSError("holds floating point values, whose scale is not known")
+            if image.mode.startswith("I"):
+                values = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+                return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except (SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+        raise OSError(str(error)) from error
+
+
+class ImageRows(Sequence[dict[str, Any]]):
+    """Images that are opened when they are asked for, and their labels.
+
+    Args:
+        sources: one of each image.
+        labels: class indices.
+        preprocessing: of the backbone.
+        crop_scale: area of a random crop, (least, most) of the image; the crop is flipped every other time and drawn anew
+            whenever a row is read. None: the fixed view.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        labels: Sequence[int],
+        preprocessing: Preprocessing,
+        crop_scale: tuple[float, float] | None = None,
+    ) -> None:
+        self.sources, self.labels, self.preprocessing, self.crop_scale = sources, labels, preprocessing, crop_scale
+        self._augment = None
+        if crop_scale is not None:
+            size, mode = preprocessing.size, preprocessing.mode
+            crop = v2.RandomResizedCrop(size, scale=crop_scale, interpolation=mode, antialias=True)
+            self._augment = v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: Any) -> Any:
+        image = read_image(self.sources[index])
+        if self._augment is None:
+            return {"pixels": self.preprocessing(image), "label": self.labels[index]}
+        return {"pixels": self.preprocessing.normalise(self._augment(image)), "label": self.labels[index]}
+
+
+@dataclass
+class Listed:
+    """Images of one split before anything is drawn: sources, labels as they stand in the file, ids, and the file."""
+
+    sources: list[Source] = field(default_factory=list)
+    labels: list[str | int] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    file: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def take(self, rows: Iterable[int]) -> Listed:
+        rows = list(rows)
+        return Listed(
+            [self.sources[i] for i in rows], [self.labels[i] for i in rows], [self.ids[i] for i in rows], self.file
+        )
+
+
+def inside(folder: Path, path: str, file: Path | None = None, row: int | None = None) -> Path:
+    """The file at `path` in `folder`.
+
+    Raises:
+        InputError: the path leads out of the folder (links included), or there is no such file.
+    """
+    root = folder.resolve()
+    found = (root / path).resolve()
+    if not path or "\0" in path or not found.is_relative_to(root):
+        raise InputError(
+            f"the path {path!r} leads out of {folder}", remedy="Give paths below it", file=file, row=row, field="path"
+        )
+    if not found.is_file():
+        raise InputError(f"no such image: {path!r} in {folder}", file=file, row=row, field="path")
+    return found
+
+
+def readable(listed: Listed, unreadable: Unreadable) -> Listed:
+    """The images that can be read.
+
+    Raises:
+        InputError: one cannot, and `unreadable` is "refuse": how many, the first by name, and why.
+    """
+    bad: dict[int, str] = {}
+    for i, source in enumerate(listed.sources):
+        try:
+            read_image(source)
+        except OSError as error:
+            bad[i] = str(error).splitlines()[0]
+    if not bad:
+        return listed
+    first = next(iter(bad))
+    shown = ", ".join(listed.ids[i] for i in list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
+    problem = f"{len(bad)} of {len(listed)} images cannot be read: {shown} ({bad[first]})"
+    if unreadable == "refuse":
+        raise InputError(problem, remedy='Mend or remove them, or pass unreadable="skip"', file=listed.file)
+    warnings.warn(f"skipped: {problem}", UserWarning, stacklevel=3)
+    return listed.take(i for i in range(len(listed)) if i not in bad)
+
+
+# --- the sources of images ---------------------------------------------------------------------------------------------
+def list_folder(folder: str | Path) -> Listed:
+    """Images of a folder with one folder for each class.
+
+    Raises:
+        InputError: there is no such folder, it has no class folders, or one of them has no images.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError("no such folder", file=folder)
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise InputError("has no class folders", file=folder, remedy="Make one folder for each class, images in it")
+    found = Listed(file=folder)
+    for each in classes:
+        files = sorted(path for path in each.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not files:
+            raise InputError(f"class {each.name!r} has no images", file=folder, remedy="Add some, or remove its folder")
+        names = [path.relative_to(folder).as_posix() for path in files]
+        found.sources += [inside(folder, name, folder) for name in names]
+        found.labels += [each.name] * len(files)
+        found.ids += names
+    return found
+
+
+def list_table(file: str | Path, images: str | Path | None = None, path: str = "path", label: str = "label") -> Listed:
+    """Images that a CSV, TSV, JSON, JSONL or Parquet file names, one row for each.
+
+    Args:
+        file: the table.
+        images: folder that its paths are relative to; default: the file's.
+        path, label: columns.
+    """
+    file = Path(file)
+    rows = read_table(file, {"path": path, "label": label}, text=["path"])
+    folder = file.parent if images is None else Path(images)
+    sources: list[Source] = [inside(folder, row["path"], file, number) for number, row in enumerate(rows, start=1)]
+    return Listed(sources, [row["label"] for row in rows], [row["path"] for row in rows], file)
+
+
+def list_split_file(file: str | Path, images: str | Path) -> tuple[dict[str, Listed], list[str]]:
+    """Splits and class names (by label id) of a `split_zhou_*.json`.
+
+    It is {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
+
+    Raises:
+        InputError: the file is not of this form, labels are not 0 .. C - 1, or a label has two names.
+    """
+    file, images = Path(file), Path(images)
+    if not file.is_file():
+        raise InputError("no such file", file=file)
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"is not JSON ({error})", file=file) from error
+    if not isinstance(content, dict) or not {"train", "val", "test"} <= content.keys():
+        raise InputError("is no split file", file=file, remedy='It has the keys "train", "val" and "test"')
+    names: dict[int, str] = {}
+    found = {}
+    for key, split in (("train", "train"), ("val", "validation"), ("test", "test")):
+        listed = Listed(file=file)
+        for number, row in enumerate(content[key], start=1):
+            right = isinstance(row, list) and len(row) == 3
+            if not (right and isinstance(row[0], str) and type(row[1]) is int and isinstance(row[2], str)):
+                raise InputError(f"{row!r} is not [path, label, class name]", file=file, row=number, field=key)
+            if names.setdefault(row[1], row[2]) != row[2]:
+                problem = f"label {row[1]} is {row[2]!r} here and {names[row[1]]!r} before"
+                raise InputError(problem, file=file, row=number, field=key)
+            listed.sources.append(inside(images, row[0], file, number))
+            listed.labels.append(row[1])
+            listed.ids.append(row[0])
+        found[split] = listed
+    if sorted(names) != list(range(len(names))):
+        raise InputError(f"labels are not 0 .. {len(names) - 1}", file=file, field="label")
+    return found, [names[i] for i in range(len(names))]
+
+
+def list_dataset(
+    folder: str | Path, image: str = "image", label: str = "label"
+) -> tuple[dict[str, Listed], list[str] | None]:
+    """Splits and class names (if the label column has them) of a folder that `datasets` has saved.
+
+    Raises:
+        InputError: `datasets` is not installed, the folder is none of its own, or a column is absent.
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise InputError("reading this folder needs datasets", file=folder, remedy="Install datasets") from error
+    folder = Path(folder)
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(f"is no folder of datasets ({str(error).splitlines()[0]})", file=folder) from error
+    parts = loaded if isinstance(loaded, dict) else {"train": loaded}
+    found, names = dict[str, Listed](), None
+    for key, part in parts.items():
+        split = {"val": "validation", "valid": "validation"}.get(key, key)
+        if split not in SPLITS:
+            continue
+        for column in (image, label):
+            if column not in part.column_names:
+                raise InputError("no such column", file=folder, field=column, remedy=f"There are: {part.column_names}")
+        names = getattr(part.features[label], "names", None) or names
+        listed = Listed(labels=list(part[label]), file=folder)
+        # Not decoded by `datasets`, which would open whatever path a row names.
+        for number, cell in enumerate(part.cast_column(image, datasets.Image(decode=False))[image], start=1):
+            raw, path = cell["bytes"], cell["path"] or ""
+            listed.sources.append(raw if raw is not None else inside(folder, path, folder, number))
+            listed.ids.append(f"{key}/{number}")
+        found[split] = listed
+    return found, names
+
+
+def list_array(images: Any, labels: Any, name: str) -> Listed:
+    """Images in memory: uint8 [n, H, W, 3] or [n, H, W], labels [n].
+
+    Raises:
+        InputError: another shape or type, or as many labels as there are not images.
+    """
+    values, given = np.asarray(images), list(labels.tolist() if hasattr(labels, "tolist") else labels)
+    if values.dtype != np.uint8 or values.ndim not in (3, 4) or (values.ndim == 4 and values.shape[-1] != 3):
+        raise InputError(
+            f"images are {values.dtype} {list(values.shape)}", field=name, remedy="Give uint8 [n, H, W, 3] or [n, H, W]"
+        )
+    if len(given) != len(values):
+        raise InputError(f"{len(given)} labels for {len(values)} images", field=name)
+    return Listed(list(values), given, [f"{name}/{i}" for i in range(len(values))])
+
+
+def read_class_names(names: Any, labels: Sequence[str], file: Path | None) -> dict[str, str]:
+    """Label (a folder's name) -> class name, in the order of the logits.
+
+    Args:
+        names: None: the labels themselves; a mapping, or a sequence (then names are labels); or a file: JSON with either of
+            the two, or text of lines `label name` (as CoOp's list for ImageNet) or `name`.
+        labels: those that there are.
+    """
+    if names is None:
+        return {label: label for label in labels}
+    if isinstance(names, str | Path):
+        path = Path(names)
+        if not path.is_file():
+            raise InputError("no such file", file=path)
+        try:
+            text = path.read_text("utf-8-sig")
+            names = json.loads(text) if path.suffix == ".json" else _lines(text, set(labels))
+        except ValueError as error:  # bad UTF-8 and bad JSON
+            raise InputError(f"cannot be read ({error})", file=path) from error
+        file = path
+    found = names if isinstance(names, Mapping) else {name: name for name in names}
+    if not isinstance(names, Mapping) and len(found) < len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        raise InputError(f"class name {twice[0]!r} is there twice", file=file, field="class_names")
+    if bad := [value for pair in found.items() for value in pair if not isinstance(value, str) or not value.strip()]:
+        raise InputError(f"{bad[0]!r} is no class name", file=file, field="class_names")
+    return dict(found)
+
+
+def _lines(text: str, labels: set[str]) -> dict[str, str]:
+    found = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        label, _, name = line.partition("\t") if "\t" in line else line.partition(" ")
+        known = line not in labels and label in labels and name.strip()
+        found[label if known else line] = name.strip() if known else line
+    return found
+
+
+# --- tasks -------------------------------------------------------------------------------------------------------------
+@dataclass
+class ImageTask:
+    """A task on images: its specification and its splits.
+
+    Args:
+        spec: see `ImageSpec`.
+        train, validation, test: splits; each may be absent.
+    """
+
+    spec: ImageSpec
+    train: Split | None = None
+    validation: Split | None = None
+    test: Split | None = None
+
+    @classmethod
+    def from_folder(
+        cls,
+        train: str | Path,
+        backbone: DualEncoder,
+        *,
+        validation: str | Path | None = None,
+        test: str | Path | None = None,
+        class_names: Any = None,
+        **options: Any,
+    ) -> Self:
+        """A task of folders, one for each split, each with one folder for each class.
+
+        Args:
+            class_names: see `read_class_names`; default: the names of the training folders, sorted.
+            options: see `build`.
+        """
+        folders = {"train": train, "validation": validation, "test": test}
+        found = {split: list_folder(folder) for split, folder in folders.items() if folder is not None}
+        return cls.build(found, backbone, class_names=class_names, **options)
+
+    @classmethod
+    def from_files(
+        cls,
+        train: str | Path,
+        backbone: DualEncoder,
+        *,
+        validation: str | Path | None = None,
+        test: str | Path | None = None,
+        images: str | Path | None = None,
+        path: str = "path",
+        label: str = "label",
+        class_names: Any = None,
+        **options: Any,
+    ) -> Self:
+        """A task of tables (CSV, TSV, JSONL, JSON, Parquet) that name images and labels; see `list_table` and `build`."""
+        files = {"train": train, "validation": validation, "test": test}
+        found = {split: list_table(file, images, path, label) for split, file in files.items() if file is not None}
+        return cls.build(found, backbone, class_names=class_names, **options)
+
+    @classmethod
+    def from_split_file(cls, file: str | Path, images: str | Path, backbone: DualEncoder, **options: Any) -> Self:
+        """A task of the CoOp family, by its split file and the folder of its images; see `list_split_file` and `build`."""
+        found, names = list_split_file(file, images)
+        return cls.build(found, backbone, class_names=names, by_index=True, **options)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        folder: str | Path,
+        backbone: DualEncoder,
+        *,
+        image: str = "image",
+        label: str = "label",
+        class_names: Any = None,
+        **options: Any,
+    ) -> Self:
+        """A task that `datasets` has saved to a folder; see `list_dataset` and `build`."""
+        found, names = list_dataset(folder, image, label)
+        if names is not None and class_names is None:
+            return cls.build(found, backbone, class_names=names, by_index=True, **options)
+        return cls.build(found, backbone, class_names=class_names, **options)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, tuple[Any, Any]],
+        backbone: DualEncoder,
+        *,
+        class_names: Sequence[str],
+        **options: Any,
+    ) -> Self:
+        """A task of images in memory.
+
+        Args:
+            arrays: split -> (uint8 [n, H, W, 3] or [n, H, W], class indices [n]).
+            class_names: in the order of the indices.
+            options: see `build`.
+        """
+        found = {split: list_array(images, labels, split) for split, (images, labels) in arrays.items()}
+        return cls.build(found, backbone, class_names=class_names, by_index=True, **options)
+
+    @classmethod
+    def build(
+        cls,
+        found: Mapping[str, Listed],
+        backbone: DualEncoder,
+        *,
+        class_names: Any = None,
+        by_index: bool = False,
+        templates: Sequence[str] | str = ("a photo of a {}.",),
+        shots: int | None = None,
+        seed: int = 0,
+        augment: bool = False,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        unreadable: Unreadable = "refuse",
+        metrics: tuple[str, ...] = ("accuracy",),
+    ) -> Self:
+        """A task from listed images.
+
+        Args:
+            found: split (`train`, `validation`, `test`) -> images.
+            backbone: whose preprocessing and context are used.
+            class_names, by_index: see `read_class_names`; or names in the order of labels that are indices.
+            templates: with {} for the class name; `TEMPLATES` has the field's.
+            shots: images of each class to train on (all there are, where a class has fewer), drawn by `seed`; nested. As many
+                are drawn for validation, but at most 4: of the validation split, else of training images that are left over.
+            augment: train on random crops with flips (CoOp: area 0.08 to 1, bicubic) instead of one fixed view.
+            crop_scale: area of such a crop.
+            unreadable: what to do about images that cannot be read: refuse the task, or skip them with a warning.
+            metrics: of all splits.
+
+        Raises:
+            InputError: a label is not among the classes; a class has no image; two class names are one, or one does not fit
+                into the text tower; an image cannot be read.
+        """
+        if unknown := found.keys() - set(SPLITS):
+            raise InputError(f"unknown splits {sorted(unknown)}", remedy=f"Splits are {', '.join(SPLITS)}")
+        listed = {split: part for split, part in found.items() if len(part)}
+        if unreadable == "skip":  # before anything is drawn, so that draws are full
+            listed = {split: readable(part, unreadable) for split, part in listed.items()}
+        first = next((listed[split] for split in SPLITS if split in listed), None)
+        if first is None:
+            raise InputError("there are no images")
+        if by_index:
+            names = list(class_names)
+            keys = [str(name) for name in names]
+        else:
+            mapping = read_class_names(class_names, class_names_of(first), first.file)
+            keys, names = list(mapping), list(mapping.values())
+        _distinct(names, first.file)
+        templates = (templates,) if isinstance(templates, str) else tuple(templates)
+        for template in templates:
+            if template.count("{}") != 1:
+                raise InputError(f"template {template!r} needs one {{}} for the class name", field="templates")
+            backbone.tokenise([template.replace("{}", written(name)) for name in names])
+        spec = ImageSpec(
+            class_names=tuple(names),
+            templates=templates,
+            preprocessing=backbone.preprocessing,
+            context=backbone.context,
+        )
+        labels = {split: _indices(part, keys, by_index) for split, part in listed.items()}
+        _complete(labels, names, first.file)
+        chosen: dict[str, Sequence[int]] = {split: range(len(part)) for split, part in listed.items()}
+        if shots is not None and "train" in listed:
+            chosen |= draw(labels["train"], labels.get("validation"), names, shots, seed)
+        task = cls(spec)
+        for split, rows in chosen.items():
+            # What the training images leave over is validated on, where there is no validation split.
+            origin = split if split in listed else "train"
+            part, own = listed[origin].take(rows), [labels[origin][i] for i in rows]
+            if unreadable == "refuse":
+                readable(part, unreadable)
+            crop = crop_scale if augment and split == "train" else None
+            images = ImageRows(part.sources, own, spec.preprocessing, crop)
+            made = Split(images, Stacked(crop is None), metrics, num_classes=len(names), ids=part.ids)
+            setattr(task, split, made)
+        return task
+
+    def base_to_new(self) -> tuple[Self, Self]:
+        """(base, new): the first ceil(C / 2) classes in the order of labels, and the others, labelled from 0 (CoCoOp, 4.1).
+
+        Each has its own label space, and all splits.
+        """
+        halves = base_to_new(range(len(self.spec.class_names)))
+        return cast("tuple[Self, Self]", tuple(self.of_classes(half) for half in halves))
+
+    def of_classes(self, classes: Sequence[int]) -> Self:
+        """The task with some of its classes only, labelled from 0 in the order given.
+
+        Raises:
+            InputError: none of a split's images are of these classes.
+        """
+        new = {old: index for index, old in enumerate(classes)}
+        names = tuple(self.spec.class_names[old] for old in classes)
+        task = type(self)(self.spec.model_copy(update={"class_names": names}))
+        for name in SPLITS:
+            split: Split | None = getattr(self, name)
+            if split is None:
+                continue
+            images = cast(ImageRows, split.rows)
+            rows = [i for i, label in enumerate(images.labels) if label in new]
+            ids = split.ids or range(len(images))
+            kept = ImageRows(
+                [images.sources[i] for i in rows],
+                [new[images.labels[i]] for i in rows],
+                images.preprocessing,
+                images.crop_scale,
+            )
+            made = Split(kept, split.collate, split.metrics, num_classes=len(names), ids=[ids[i] for i in rows])
+            setattr(task, name, made)
+        return task
+
+    def pixels(self, image: Source) -> Tensor:
+        """What the backbone takes of one image, [3, H, W]."""
+        return self.spec.preprocessing(read_image(image))
+
+
+def class_names_of(listed: Listed) -> list[str]:
+    """The distinct labels of a split as text, sorted."""
+    return class_names(listed.labels, listed.file)
+
+
+def draw(
+    train: Sequence[int], validation: Sequence[int] | None, names: Sequence[str], shots: int, seed: int
+) -> dict[str, list[int]]:
+    """Rows for training and validation: min(shots, available) and min(shots, 4, available) of each class.
+
+    Without a validation split its rows come from those that training leaves over, and there may be none. The draw of a class
+    depends on its name, its rows and the seed alone, so 4 shots contain 2 shots, and other classes change nothing.
+    """
+    if shots < 1:
+        raise InputError(f"{shots} shots", field="shots", remedy="Use 1 or more")
+    found: dict[str, list[int]] = {"train": [], "validation": []}
+    own, held = _by_class(train), _by_class(validation or [])
+    for label, name in enumerate(names):
+        rows, few = own[label], min(shots, 4)
+        k = min(shots, len(rows))
+        spare = 0 if validation is not None else min(few, len(rows) - k)
+        drawn, left = few_shot_split([name] * len(rows), k, spare, seed)
+        found["train"] += [rows[i] for i in drawn]
+        found["validation"] += [rows[i] for i in left]
+        if others := held[label]:
+            drawn, _ = few_shot_split([name] * len(others), min(few, len(others)), 0, seed)
+            found["validation"] += [others[i] for i in drawn]
+    return {split: rows for split, rows in found.items() if rows}
+
+
+def _by_class(labels: Sequence[int]) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = defaultdict(list)
+    for row, label in enumerate(labels):
+        rows[label].append(row)
+    return rows
+
+
+def _indices(listed: Listed, keys: Sequence[str], by_index: bool) -> list[int]:
+    """Class indices of a split's labels."""
+    if not by_index:
+        return encode_labels([str(label) for label in listed.labels], keys, listed.file)
+    for row, label in enumerate(listed.labels, start=1):
+        if type(label) is not int or not 0 <= label < len(keys):
+            raise InputError(
+                f"label {label!r} is no class",
+                remedy=f"Labels go from 0 to {len(keys) - 1}",
+                file=listed.file,
+                row=row,
+                field="label",
+            )
+    return cast("list[int]", list(listed.labels))
+
+
+def _distinct(names: Sequence[str], file: Path | None) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        if written(name) in seen:
+            other = seen[written(name)]
+            raise InputError(f"class names {other!r} and {name!r} are one", file=file, field="class_names")
+        seen[written(name)] = name
+
+
+def _complete(labels: Mapping[str, Sequence[int]], names: Sequence[str], file: Path | None) -> None:
+    """Refuse classes that no image to train on (or, without training, to test on) is of."""
+    split = next(name for name in SPLITS if name in labels)
+    if absent := sorted(set(range(len(names))) - set(labels[split])):
+        shown = ", ".join(repr(names[i]) for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
+        raise InputError(
+            f"{len(absent)} class(es) without images in {split}: {shown}",
+            file=file,
+            field="class_names",
+            remedy="Add images, or leave the classes out",
+        )

@@ -1,0 +1,383 @@
+"""Image tasks: every kind of source, draws as the field makes them, and what is wrong named before training starts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pt_core.artifacts import load_artifact
+from pt_core.data import Split
+from pt_core.errors import InputError
+from pt_core.training import FitConfig
+from pt_vl.backbones import Preprocessing
+from pt_vl.data import TEMPLATES, ImageSpec, ImageTask, draw, read_image
+from pt_vl.method import cache_features
+from pt_vl.methods.coop import CoOp, CoOpConfig
+from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
+
+Make = Callable[..., Any]
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (16, 12)) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def save(path: Path, image: Image.Image | None = None, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or picture(seed)).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """train: 6 cats, 5 big_house, 7 dogs; test: 2 of each."""
+    for split, counts in (("train", (6, 5, 7)), ("test", (2, 2, 2))):
+        for name, count in zip(("cat", "big_house", "dog"), counts, strict=True):
+            for i in range(count):
+                save(tmp_path / split / name / f"{i}.png", seed=len(split) * 1000 + len(name) * 100 + i)
+    return tmp_path
+
+
+def labels(split: Split | None) -> list[int]:
+    assert split is not None
+    return list(split.rows.labels)  # type: ignore[attr-defined]
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+def test_folders_name_the_classes_sorted_and_the_rows(folder: Path, make_encoder: Make) -> None:
+    backbone = make_encoder()
+    task = ImageTask.from_folder(
+        folder / "train", backbone, test=folder / "test", templates="a photo of a {}, a type of pet."
+    )
+    assert task.spec == ImageSpec(
+        class_names=("big_house", "cat", "dog"),
+        templates=("a photo of a {}, a type of pet.",),
+        preprocessing=Preprocessing(size=12),
+        context=18,
+    )
+    assert Counter(labels(task.train)) == {0: 5, 1: 6, 2: 7}
+    assert task.validation is None
+    assert task.test is not None
+    batch = task.test.batch([0, 5])
+    assert batch["sample_ids"] == ["big_house/0.png", "dog/1.png"]
+    assert batch["labels"].tolist() == [0, 2]
+    assert batch["pixels"].shape == (2, 3, 12, 12)
+    expected = backbone.preprocessing(Image.open(folder / "test" / "dog" / "1.png"))
+    assert torch.equal(batch["pixels"][1], expected)
+    assert torch.equal(task.pixels(folder / "test" / "dog" / "1.png"), expected)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_tables_name_paths_relative_to_their_folder(suffix: str, folder: Path, make_encoder: Make) -> None:
+    rows = [("train/cat/0.png", "cat"), ("train/dog/0.png", "dog"), ("train/cat/1.png", "cat")]
+    file = folder / f"rows{suffix}"
+    if suffix == ".csv":
+        file.write_text("path,label\n" + "".join(f"{p},{c}\n" for p, c in rows))
+    else:
+        file.write_text("".join(json.dumps({"path": p, "label": c}) + "\n" for p, c in rows))
+    task = ImageTask.from_files(file, make_encoder())
+    assert task.spec.class_names == ("cat", "dog")
+    assert labels(task.train) == [0, 1, 0]
+    moved = folder / "elsewhere" / file.name
+    moved.parent.mkdir()
+    moved.write_text(file.read_text())
+    again = ImageTask.from_files(moved, make_encoder(), images=folder)
+    assert again.train is not None
+    assert again.train.ids == ["train/cat/0.png", "train/dog/0.png", "train/cat/1.png"]
+
+
+@pytest.mark.parametrize("path", ["../outside.png", "/etc/hostname", "train/../../outside.png", "link.png"])
+def test_paths_never_leave_their_folder(path: str, folder: Path, make_encoder: Make) -> None:
+    inner = folder / "train"
+    save(folder / "outside.png")
+    (inner / "link.png").symlink_to(folder / "outside.png")
+    file = inner / "rows.csv"
+    file.write_text(f"path,label\ncat/0.png,cat\n{path},dog\n")
+    with pytest.raises(InputError, match=r"rows\.csv, row 2, field 'path': the path .* leads out of"):
+        ImageTask.from_files(file, make_encoder())
+
+
+def split_file(folder: Path) -> Path:
+    """Labels in another order than names: dog 0, cat 1, big house 2."""
+    label = {"dog": 0, "cat": 1, "big_house": 2}
+    rows = [
+        [f"train/{name}/{i}.png", label[name], name.replace("_", " ")]
+        for name, count in (("cat", 6), ("big_house", 5), ("dog", 7))
+        for i in range(count)
+    ]
+    test = [[f"test/{name}/{i}.png", label[name], name.replace("_", " ")] for name in label for i in range(2)]
+    file = folder / "split_zhou_Toy.json"
+    file.write_text(
+        json.dumps(
+            {"train": rows[:4] + rows[6:10] + rows[11:16], "val": rows[4:6] + rows[10:11] + rows[16:], "test": test}
+        )
+    )
+    return file
+
+
+def test_split_files_of_the_field_are_read_as_they_are(folder: Path, make_encoder: Make) -> None:
+    task = ImageTask.from_split_file(split_file(folder), folder, make_encoder())
+    assert task.spec.class_names == ("dog", "cat", "big house"), "in the order of label ids"
+    assert Counter(labels(task.train)) == {0: 5, 1: 4, 2: 4}
+    assert Counter(labels(task.validation)) == {0: 2, 1: 2, 2: 1}
+    assert Counter(labels(task.test)) == {0: 2, 1: 2, 2: 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda c: c.pop("val"), "is no split file"),
+        (
+            lambda c: c["test"].append(["train/cat/0.png", 1]),
+            r"row 7, field 'test': .* is not \[path, label, class name\]",
+        ),
+        (lambda c: c["test"].append(["train/cat/0.png", 1, "dog"]), "label 1 is 'dog' here and 'cat' before"),
+        (lambda c: c["test"].append(["train/cat/0.png", 7, "owl"]), r"labels are not 0 \.\. 3"),
+        (lambda c: c["test"].append(["train/cat/99.png", 1, "cat"]), "no such image: 'train/cat/99.png'"),
+        (lambda c: c["test"].append(["../x.png", 1, "cat"]), "leads out of"),
+    ],
+)
+def test_a_wrong_split_file_is_refused(change: Any, problem: str, folder: Path, make_encoder: Make) -> None:
+    file = split_file(folder)
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=problem):
+        ImageTask.from_split_file(file, folder, make_encoder())
+
+
+def test_folders_of_datasets(folder: Path, tmp_path: Path, make_encoder: Make) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
+    rows = {"image": [picture(i) for i in range(4)], "label": [1, 0, 0, 1]}
+    made = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)})
+    made.save_to_disk(str(tmp_path / "saved"))
+    task = ImageTask.from_dataset(tmp_path / "saved", make_encoder())
+    assert task.spec.class_names == ("dog", "cat")
+    assert labels(task.train) == [1, 0, 0, 1]
+    assert task.train is not None
+    assert torch.equal(task.train.rows[2]["pixels"], task.spec.preprocessing(picture(2)))
+
+
+def test_arrays_in_memory(make_encoder: Make) -> None:
+    images = torch.randint(0, 256, (6, 8, 8, 3), dtype=torch.uint8)
+    task = ImageTask.from_arrays(
+        {"test": (images, torch.tensor([0, 1, 0, 1, 1, 0]))}, make_encoder(), class_names=["cat", "dog"]
+    )
+    assert task.test is not None
+    row = task.test.rows[3]
+    assert row["label"] == 1
+    assert torch.equal(row["pixels"], task.spec.preprocessing(Image.fromarray(images[3].numpy())))
+    grey = np.zeros((2, 8, 8), dtype=np.uint8)
+    assert ImageTask.from_arrays({"test": (grey, [0, 1])}, make_encoder(), class_names=["cat", "dog"]).test is not None
+    for bad, why in (
+        ((images.float(), [0] * 6), r"images are float32 \[6, 8, 8, 3\]"),
+        ((images, [0, 1]), "2 labels for 6 images"),
+        ((images, [0, 1, 2, 0, 1, 0]), "label 2 is no class. Labels go from 0 to 1"),
+    ):
+        with pytest.raises(InputError, match=why):
+            ImageTask.from_arrays({"test": bad}, make_encoder(), class_names=["cat", "dog"])
+
+
+# --- class names -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["mapping", "json", "txt"])
+def test_class_names_may_come_from_a_file_in_the_order_given(kind: str, tmp_path: Path, make_encoder: Make) -> None:
+    for label in ("n01", "n02", "n03"):
+        save(tmp_path / "train" / label / "0.png")
+    names: Any = {"n03": "dog", "n01": "red car", "n02": "cat"}
+    if kind == "json":
+        (tmp_path / "names.json").write_text(json.dumps(names))
+    if kind == "txt":
+        (tmp_path / "names.txt").write_text("n03 dog\nn01 red car\nn02 cat\n")
+    task = ImageTask.from_folder(
+        tmp_path / "train", make_encoder(), class_names=names if kind == "mapping" else tmp_path / f"names.{kind}"
+    )
+    assert task.spec.class_names == ("dog", "red car", "cat")
+    assert labels(task.train) == [1, 2, 0]
+
+
+def test_class_names_that_are_wrong_are_refused(folder: Path, make_encoder: Make) -> None:
+    def task(names: Any, **options: Any) -> ImageTask:
+        return ImageTask.from_folder(folder / "train", make_encoder(), class_names=names, **options)
+
+    with pytest.raises(InputError, match="class names 'a cat' and 'a_cat' are one"):
+        task({"cat": "a cat", "big_house": "a_cat", "dog": "dog"})
+    with pytest.raises(InputError, match="class name 'dog' is there twice"):
+        task(["cat", "big_house", "dog", "dog"])
+    with pytest.raises(InputError, match=r"1 class\(es\) without images in train: 'owl'"):
+        task(["cat", "big_house", "dog", "owl"])
+    with pytest.raises(InputError, match="unknown label 'dog'"):
+        task(["cat", "big_house"])
+    with pytest.raises(InputError, match=r"'a photo of a a a .*' takes 2\d tokens, there are 18"):
+        task({"cat": "a " * 15, "big_house": "house", "dog": "dog"})
+    with pytest.raises(InputError, match="needs one {}"):
+        task(None, templates="a photo")
+    save(folder / "test" / "owl" / "0.png")
+    with pytest.raises(InputError, match="row 7, field 'label': unknown label 'owl'"):
+        ImageTask.from_folder(folder / "train", make_encoder(), test=folder / "test")
+
+
+def test_a_class_folder_without_images_is_refused_by_name(folder: Path, make_encoder: Make) -> None:
+    (folder / "train" / "owl").mkdir()
+    (folder / "train" / "owl" / "notes.txt").write_text("none yet")
+    with pytest.raises(InputError, match="class 'owl' has no images"):
+        ImageTask.from_folder(folder / "train", make_encoder())
+    with pytest.raises(InputError, match="no such folder"):
+        ImageTask.from_folder(folder / "nothing", make_encoder())
+    with pytest.raises(InputError, match="has no class folders"):
+        ImageTask.from_folder(folder / "train" / "cat", make_encoder())
+
+
+def test_templates_of_the_field_have_one_place_for_the_name() -> None:
+    assert len(TEMPLATES["ensemble"]) == 7
+    assert TEMPLATES["dtd"] == ("{} texture.",)
+    assert all(t.count("{}") == 1 for templates in TEMPLATES.values() for t in templates)
+
+
+# --- images that are not plain RGB, or not readable ------------------------------------------------------------------
+def test_modes_become_rgb(tmp_path: Path) -> None:
+    rgb = picture(3)
+    grey = save(tmp_path / "grey.png", rgb.convert("L"))
+    assert np.array_equal(np.asarray(read_image(grey)), np.stack([np.asarray(rgb.convert("L"))] * 3, -1))
+    alpha = rgb.copy()
+    alpha.putalpha(7)
+    assert np.array_equal(np.asarray(read_image(save(tmp_path / "alpha.png", alpha))), np.asarray(rgb))
+    cmyk = save(tmp_path / "cmyk.tif", rgb.convert("CMYK"))
+    assert read_image(cmyk).mode == "RGB"
+    assert np.abs(np.asarray(read_image(cmyk)).astype(int) - np.asarray(rgb)).max() <= 2
+    palette = save(tmp_path / "palette.gif", rgb.quantize(8))
+    assert read_image(palette).mode == "RGB"
+
+
+def test_images_of_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 16 * 12).reshape(12, 16).astype(np.uint16)
+    path = save(tmp_path / "deep.png", Image.fromarray(values))
+    made = np.asarray(read_image(path))
+    assert np.array_equal(made[..., 0], (values // 257).astype(np.uint8))
+    assert len(np.unique(made)) > 150, "a plain conversion would be white from 255 on"
+
+
+def damage(folder: Path) -> None:
+    (folder / "train" / "cat" / "1.png").write_bytes(b"not an image")
+    whole = (folder / "train" / "dog" / "2.png").read_bytes()
+    (folder / "train" / "dog" / "2.png").write_bytes(whole[: len(whole) // 2])
+
+
+def test_images_that_cannot_be_read_are_named_and_counted(folder: Path, make_encoder: Make) -> None:
+    damage(folder)
+    with pytest.raises(
+        InputError, match=r"2 of 18 images cannot be read: cat/1\.png, dog/2\.png .*unreadable=\"skip\""
+    ):
+        ImageTask.from_folder(folder / "train", make_encoder())
+
+
+def test_images_that_cannot_be_read_are_skipped_where_asked_before_the_draw(folder: Path, make_encoder: Make) -> None:
+    damage(folder)
+    with pytest.warns(UserWarning, match="skipped: 2 of 18 images cannot be read"):
+        task = ImageTask.from_folder(folder / "train", make_encoder(), unreadable="skip", shots=5)
+    assert Counter(labels(task.train)) == {0: 5, 1: 5, 2: 5}
+    assert task.train is not None
+    assert not {"cat/1.png", "dog/2.png"} & set(task.train.ids or ())
+
+
+def test_floats_without_a_scale_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "float.tif", Image.fromarray(np.ones((4, 4), dtype=np.float32)))
+    with pytest.raises(OSError, match="floating point"):
+        read_image(path)
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+def test_few_shot_draws_are_nested_seeded_and_as_large_as_there_are_images() -> None:
+    names = ["cat", "dog", "owl"]
+    train = [0] * 20 + [1] * 3 + [2] * 20
+    sets = {k: draw(train, [0] * 9 + [1] * 2 + [2] * 9, names, k, seed=1) for k in (1, 2, 4, 8, 16)}
+    for k, found in sets.items():
+        assert Counter(train[i] for i in found["train"]) == {0: k, 1: min(k, 3), 2: k}
+        few = min(k, 4)
+        assert len(found["validation"]) == few + min(few, 2) + few
+    for small, large in ((1, 2), (2, 4), (4, 8), (8, 16)):
+        assert set(sets[small]["train"]) < set(sets[large]["train"])
+    assert draw(train, None, names, 4, seed=1)["train"] == draw(train, None, names, 4, seed=1)["train"]
+    assert draw(train, None, names, 4, seed=1)["train"] != draw(train, None, names, 4, seed=2)["train"]
+
+
+def test_without_a_validation_split_its_images_are_left_over_ones() -> None:
+    found = draw([0] * 10 + [1] * 5, None, ["cat", "dog"], 4, seed=0)
+    assert not set(found["train"]) & set(found["validation"])
+    assert [sum(i < 10 for i in rows) for rows in found.values()] == [4, 4]
+    assert [sum(i >= 10 for i in rows) for rows in found.values()] == [4, 1]
+    assert set(draw([0, 1], None, ["cat", "dog"], 4, seed=0)) == {"train"}
+
+
+def test_shots_of_a_task_are_disjoint_and_leave_the_test_split_whole(folder: Path, make_encoder: Make) -> None:
+    task = ImageTask.from_folder(folder / "train", make_encoder(), test=folder / "test", shots=2, seed=3)
+    assert task.train is not None
+    assert task.validation is not None
+    assert Counter(labels(task.train)) == {0: 2, 1: 2, 2: 2}
+    assert Counter(labels(task.validation)) == {0: 2, 1: 2, 2: 2}
+    assert not set(task.train.ids or ()) & set(task.validation.ids or ())
+    assert len(labels(task.test)) == 6
+
+
+def test_base_and_new_are_halves_by_label_id_labelled_from_zero(folder: Path, make_encoder: Make) -> None:
+    task = ImageTask.from_split_file(split_file(folder), folder, make_encoder())
+    base, new = task.base_to_new()
+    assert (base.spec.class_names, new.spec.class_names) == (("dog", "cat"), ("big house",))
+    assert Counter(labels(base.train)) == {0: 5, 1: 4}
+    assert Counter(labels(new.test)) == {0: 2}
+    assert base.test is not None
+    assert base.test.num_classes == 2
+    assert all(i.startswith(("test/dog", "test/cat")) for i in map(str, base.test.ids or ()))
+
+
+def test_of_37_classes_19_are_base_and_18_new(make_encoder: Make) -> None:
+    images = np.zeros((37, 4, 4, 3), dtype=np.uint8)
+    names = [f"X {'a ' * (i // 8)}{'bcdefghi'[i % 8]}" for i in range(37)]
+    task = ImageTask.from_arrays({"test": (images, list(range(37)))}, make_encoder(), class_names=names)
+    base, new = task.base_to_new()
+    assert (len(base.spec.class_names), len(new.spec.class_names)) == (19, 18)
+    assert labels(new.test) == list(range(18))
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+def test_augmentation_draws_anew_from_the_seeded_generator_and_only_for_training(
+    folder: Path, make_encoder: Make
+) -> None:
+    task = ImageTask.from_folder(folder / "train", make_encoder(), test=folder / "test", shots=2, augment=True)
+    assert task.train is not None
+    assert task.validation is not None
+    torch.manual_seed(5)
+    first = task.train.rows[0]["pixels"]
+    other = task.train.rows[0]["pixels"]
+    torch.manual_seed(5)
+    assert torch.equal(task.train.rows[0]["pixels"], first)
+    assert not torch.equal(other, first)
+    assert torch.equal(task.validation.rows[0]["pixels"], task.validation.rows[0]["pixels"])
+    backbone = make_encoder()
+    assert cache_features(task.train, backbone) is task.train, "augmented views are not cached"
+    assert cache_features(task.validation, backbone) is not task.validation
+
+
+def test_a_run_from_a_folder_to_a_saved_prompt_and_back(folder: Path, tmp_path: Path, make_encoder: Make) -> None:
+    backbone = make_encoder()
+    task = ImageTask.from_folder(folder / "train", backbone, test=folder / "test", shots=4, seed=1)
+    method = CoOp(backbone, CoOpConfig(class_names=task.spec.class_names, prompt_length=3))
+    run = FitConfig(epochs=2, batch_size=4, optimiser="sgd", momentum=0.9, device="cpu", progress=False)
+    assert task.train is not None
+    result = method.fit(task.train, task.validation, run)
+    assert result.steps == 6
+    assert set(result.metrics) == {"loss", "accuracy"}
+    path = method.save_pretrained(tmp_path / "prompt", task=task.spec.model_dump(mode="json"))
+    assert ImageSpec.model_validate(load_artifact(path).config.task) == task.spec
+    zero = ZeroShot(backbone, ZeroShotConfig(class_names=task.spec.class_names, templates=task.spec.templates))
+    assert task.test is not None
+    assert zero(task.test.batch([0, 1])).logits.shape == (2, 3)
