@@ -540,6 +540,21 @@ def test_a_saved_method_gives_the_same_output(tmp_path: Path, registry: dict[str
     assert artifact.config.method_class.endswith(":Toy")
 
 
+def test_a_method_may_keep_less_than_it_trains(tmp_path: Path, registry: dict[str, Any]) -> None:
+    class Halved(Toy):
+        def kept_state(self) -> dict[str, torch.Tensor]:
+            return {"half": self.prompt.detach().half()}
+
+        def load_kept_state(self, tensors: Any) -> None:
+            self.prompt.data.copy_(tensors["half"].float())
+
+    registry["toy"] = Halved
+    method = Halved(backbone(), ToyConfig(length=3))
+    nn.init.normal_(method.prompt)
+    assert load_artifact(method.save_pretrained(tmp_path / "a")).tensors.keys() == {"half"}
+    assert torch.equal(load(tmp_path / "a", backbone()).prompt, method.prompt.half().float())
+
+
 def test_another_backbone_warns_once_and_strict_refuses(tmp_path: Path, registry: dict[str, Any]) -> None:
     trained().save_pretrained(tmp_path / "a")
     with pytest.warns(UserWarning, match="weights differ") as caught:

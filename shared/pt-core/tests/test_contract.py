@@ -165,7 +165,8 @@ class Context(Method):
     def image_features(self, batch):
         missing = [i for i, name in enumerate(batch["sample_ids"]) if name not in self.kept]
         if missing:
-            rows = self.backbone.encode_image(batch["images"][missing]).float()
+            # One by one: what a matrix product rounds to may depend on the number of rows, and a killed run has others left.
+            rows = [self.backbone.encode_image(batch["images"][i : i + 1]).float()[0] for i in missing]
             self.kept |= zip((batch["sample_ids"][i] for i in missing), rows, strict=True)
         return torch.stack([self.kept[name] for name in batch["sample_ids"]])
 

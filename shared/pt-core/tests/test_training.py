@@ -820,3 +820,20 @@ def test_a_run_on_the_cpu_does_not_bind_later_runs_to_it(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert training._accelerator(config(device="cpu"), None)[1].type == "cpu"
     assert asked[-1] is True
+
+
+def test_a_method_may_make_its_steps_itself_and_still_be_resumed(tmp_path):
+    def twice(loop, step, rows):  # two plain updates where there would be one
+        for _ in range(2):
+            training.backward(loop, split, rows)
+            loop.update()
+
+    split = pairs([0.1, 0.2, 0.3, 0.4], [0.2, 0.4, 0.6, 0.8])
+    run = config(max_steps=4, batch_size=4)
+    plain, own = line(), line()
+    fit(plain, split, config=run.model_copy(update={"max_steps": 8}))
+    fit(own, split, config=run, make_step=twice)
+    torch.testing.assert_close(torch.cat([own.w, own.b]), torch.cat([plain.w, plain.b]))
+    fit(line(), split, config=run, output_dir=tmp_path, make_step=twice)
+    again = fit(line(), split, config=run, output_dir=tmp_path, make_step=twice)
+    assert again.steps == 4

@@ -119,7 +119,7 @@ def save_method(
     known = identity(backbone, backbone_name, revision, full=method.frozen_backbone and in_memory)
     if not method.frozen_backbone:  # its weights are no longer those that a user will load
         known = known.model_copy(update={"sample": {}})
-    tensors = method.trained_state()
+    tensors = method.kept_state()
     config = {
         "method": method.name,
         "package": type(method).__module__.partition(".")[0],

@@ -133,6 +133,14 @@ class Method(nn.Module):
                 raise InputError(f"{name} has shape {tuple(tensor.shape)}, {tuple(own[name].shape)} was expected")
         self.load_state_dict(dict(tensors))
 
+    def kept_state(self) -> dict[str, Tensor]:
+        """What an artifact keeps: `trained_state`, unless prediction needs less of it (a mask's bits, no critic)."""
+        return self.trained_state()
+
+    def load_kept_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `kept_state`, as far as prediction goes. Raises InputError where names or shapes differ."""
+        self.load_trained_state(tensors)
+
     def count(self) -> int:
         """Number of trainable values."""
         return sum(p.numel() for _, p in self.trainable())
@@ -215,5 +223,5 @@ class Method(nn.Module):
                 field=".".join(map(str, first["loc"])) or None,
             ) from error
         method = cls(backbone, config)
-        method.load_trained_state(artifact.tensors)
+        method.load_kept_state(artifact.tensors)
         return method.eval()

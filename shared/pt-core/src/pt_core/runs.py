@@ -83,7 +83,7 @@ def train(
     seconds = time.perf_counter() - started
     metrics = evaluate(method, job.test, config.eval_batch_size) if job.test is not None else fitted.metrics
     artifact, size = None, None
-    if method.trained_state():
+    if method.kept_state():
         artifact = method.save_pretrained(
             folder / "prompt", backbone_name=job.backbone_name, revision=job.revision, task=job.task, metrics=metrics
         )

@@ -188,9 +188,9 @@ def groups_are_disjoint_and_complete(case: Case, folder: Path) -> None:
 
 
 def saving_and_loading_is_bit_exact(case: Case, folder: Path) -> None:
-    """A saved method has the same tensors and outputs, bit for bit, on a new backbone, which it recognises."""
+    """A saved method keeps the same tensors and outputs, bit for bit, on a new backbone, which it recognises."""
     run = case.fit()
-    if not run.method.trained_state():
+    if not run.method.kept_state():
         case.skip("it has nothing to save")
     path = run.method.save_pretrained(folder / "saved")
     backbone, other = case.make(1)
@@ -199,7 +199,7 @@ def saving_and_loading_is_bit_exact(case: Case, folder: Path) -> None:
         if run.method.frozen_backbone:
             warnings.filterwarnings("error", message="the prompt may not fit this backbone")
         loaded = type(run.method).from_pretrained(path, backbone)
-    _assert_same(loaded.trained_state(), run.method.trained_state())
+    _assert_same(loaded.kept_state(), run.method.kept_state())
     _assert_same(_outputs(case, loaded), _outputs(case, run.method))
 
 

@@ -825,9 +825,10 @@ def fit(
     config: FitConfig | None = None,
     output_dir: str | Path | None = None,
     *,
+    make_step: Callable[[Loop, int, list[int]], None] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> FitResult:
-    """Plain supervised training. A method that trains nothing is only evaluated.
+    """Supervised training over batches of rows. A method that trains nothing is only evaluated.
 
     Args:
         method: what is trained.
@@ -835,14 +836,16 @@ def fit(
         validation: rows that pick the best step and stop early; None trains to the end.
         config: the run; by default 10 epochs at the method's own rates.
         output_dir: folder for metrics and checkpoints; a killed run of the same configuration goes on from there.
-        after_step: called with the step's number after each step.
+        make_step: makes the updates of a step in place of the plain one, from the loop, the step's number (from 1) and its
+            rows: for methods that alternate, or need more than one gradient.
+        after_step: called with the step's number after each step, and before its evaluation.
 
     Raises:
         InputError: the configuration or data cannot be trained on.
         NonFiniteLoss: the loss became NaN or infinite.
     """
     config = config or FitConfig(epochs=10)
-    _check(method, train, validation, config)
+    check_fit(method, train, validation, config)
     if not method.trains:
         method.place(_accelerator(config, Path(output_dir) if output_dir is not None else None)[1])
         metrics = evaluate(method, validation, config.eval_batch_size) if validation is not None else {}
@@ -855,21 +858,30 @@ def fit(
     loop = Loop(method, config, output_dir, total_steps=total, identity=identity)
     method.train()
     for step in loop.steps():
-        for rows in loop.share(plan.batch(step - 1)):
-            batch = loop.to_device(train.batch(rows))
-            with loop.autocast():
-                loss = method.loss(batch)
-            loop.backward(loss, batch)
-        loop.update()
+        rows = plan.batch(step - 1)
+        if make_step is None:
+            backward(loop, train, rows)
+            loop.update()
+        else:
+            make_step(loop, step, rows)
         loop.training_done()
-        if validation is not None and (step % every == 0 or step == total):
-            loop.record(loop.evaluate(validation))
         if after_step is not None:
             after_step(step)
+        if validation is not None and (step % every == 0 or step == total):
+            loop.record(loop.evaluate(validation))
     return loop.finish()
 
 
-def _check(method: Method, train: Split, validation: Split | None, config: FitConfig) -> None:
+def backward(loop: Loop, train: Split, rows: list[int]) -> None:
+    """Add the gradient of the method's loss on `rows` of the global batch: this process's share, in micro-batches."""
+    for part in loop.share(rows):
+        batch = loop.to_device(train.batch(part))
+        with loop.autocast():
+            loss = loop.method.loss(batch)
+        loop.backward(loss, batch)
+
+
+def check_fit(method: Method, train: Split, validation: Split | None, config: FitConfig) -> None:
     """Refuse, before the first step, settings that could not be followed."""
     if config.bucket_by_length and train.lengths is None:
         raise InputError("the training rows have no lengths", remedy="Leave bucket_by_length off", field="lengths")
