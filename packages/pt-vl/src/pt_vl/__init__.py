@@ -1,1 +1,55 @@
 """Prompt tuning for vision-language models. Names are loaded when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pt_vl.backbones import DualEncoder, Preprocessing, Words, load_backbone
+    from pt_vl.data import TEMPLATES, ImageSpec, ImageTask, harmonic_mean
+    from pt_vl.method import Sentences, VLConfig, VLMethod, cache_features
+    from pt_vl.methods.cocoop import CoCoOp, CoCoOpConfig
+    from pt_vl.methods.coop import CoOp, CoOpConfig
+    from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
+    from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
+
+__all__ = [
+    "TEMPLATES",
+    "CoCoOp",
+    "CoCoOpConfig",
+    "CoOp",
+    "CoOpConfig",
+    "DualEncoder",
+    "ImageSpec",
+    "ImageTask",
+    "LinearProbe",
+    "LinearProbeConfig",
+    "Preprocessing",
+    "Sentences",
+    "VLConfig",
+    "VLMethod",
+    "Words",
+    "ZeroShot",
+    "ZeroShotConfig",
+    "cache_features",
+    "harmonic_mean",
+    "load_backbone",
+]
+
+_ROOMS = {
+    "backbones": ("DualEncoder", "Preprocessing", "Words", "load_backbone"),
+    "data": ("TEMPLATES", "ImageSpec", "ImageTask", "harmonic_mean"),
+    "method": ("Sentences", "VLConfig", "VLMethod", "cache_features"),
+    "methods.cocoop": ("CoCoOp", "CoCoOpConfig"),
+    "methods.coop": ("CoOp", "CoOpConfig"),
+    "methods.linear_probe": ("LinearProbe", "LinearProbeConfig"),
+    "methods.zero_shot": ("ZeroShot", "ZeroShotConfig"),
+}
+_WHERE = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"pt_vl.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'pt_vl' has no attribute {name!r}")
