@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pt_vl.backbones import DualEncoder, Preprocessing, Words, load_backbone
+    from pt_vl.backbones import DualEncoder, Preprocessing, TowerPrompt, Words, load_backbone
     from pt_vl.data import TEMPLATES, ImageSpec, ImageTask, harmonic_mean
     from pt_vl.method import Sentences, VLConfig, VLMethod, cache_features
     from pt_vl.methods.cocoop import CoCoOp, CoCoOpConfig
@@ -27,6 +27,7 @@ __all__ = [
     "LinearProbeConfig",
     "Preprocessing",
     "Sentences",
+    "TowerPrompt",
     "VLConfig",
     "VLMethod",
     "Words",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "backbones": ("DualEncoder", "Preprocessing", "Words", "load_backbone"),
+    "backbones": ("DualEncoder", "Preprocessing", "TowerPrompt", "Words", "load_backbone"),
     "data": ("TEMPLATES", "ImageSpec", "ImageTask", "harmonic_mean"),
     "method": ("Sentences", "VLConfig", "VLMethod", "cache_features"),
     "methods.cocoop": ("CoCoOp", "CoCoOpConfig"),

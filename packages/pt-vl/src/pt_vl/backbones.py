@@ -6,6 +6,10 @@
     f = backbone.image(pixels)                                        # [B, d]
     logits = backbone.similarity(f, w)                                # [B, C]
 
+A trained prompt can also be put into the user's own `CLIPModel` or `SiglipModel`, which then carries it in every call:
+
+    attach(model, TowerPrompt(image={0: rows}))                       # pt_core.attachment
+
 Both towers take prompts at any depth. In text, layer 0 is the word embeddings, which the caller composes; the image tower
 inserts layer 0 at one of two places that the literature uses, which are different functions. At block l >= 1 rows overwrite
 the prompt slots that came up from the block before (deep visual prompt tuning, Jia et al. 2022, eq. 5).
@@ -35,7 +39,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, v2
 
+from pt_core.attachment import Forward, Rows, register_family
 from pt_core.errors import InputError
+from pt_core.prompts import Prompt
 from pt_core.tokens import BlockPrompt, Tokens, insert, real, run
 
 Place = Literal["before-ln-pre", "after-cls"]
@@ -786,3 +792,144 @@ def _load_open_clip(name: str) -> tuple[Any, Any]:
         return made, open_clip.get_tokenizer(model)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"open_clip cannot load {name} ({str(error).splitlines()[0]})") from error
+
+
+# --- prompts in a user's own model -------------------------------------------------------------------------------------
+class TowerPrompt(Prompt):
+    """Trained rows for the towers of a CLIP or SigLIP model, to be attached to it.
+
+    Args:
+        context: [m, d_t], in front of the words of every text (behind [SOS]).
+        text: block l >= 1 -> rows [m', d_t] that overwrite the slots behind [SOS] at the input of block l.
+        image: block l -> rows [n, d_v], as `DualEncoder.image` takes them.
+        place: where image rows of block 0 enter.
+
+    Parameters: the values given.
+    """
+
+    def __init__(
+        self,
+        context: Tensor | None = None,
+        text: Mapping[int, Tensor] | None = None,
+        image: Mapping[int, Tensor] | None = None,
+        place: Place = "before-ln-pre",
+    ) -> None:
+        super().__init__()
+        self.context = None if context is None else nn.Parameter(context.detach().float().clone())
+        self.text, self.image = _parameters(text or {}), _parameters(image or {})
+        self.place = place
+
+    def rows(self, tower: Literal["text", "image"]) -> dict[int, Tensor]:
+        """Rows of a tower by block."""
+        return {int(block): rows for block, rows in getattr(self, tower).items()}
+
+
+def _parameters(rows: Mapping[int, Tensor]) -> nn.ParameterDict:
+    return nn.ParameterDict({str(block): nn.Parameter(row.detach().float().clone()) for block, row in rows.items()})
+
+
+class DualEncoderFamily:
+    """How a `TowerPrompt` enters a CLIP or SigLIP model of transformers: outputs speak of real tokens only."""
+
+    name = "dual-encoder"
+
+    def matches(self, backbone: nn.Module) -> bool:
+        return bool({cls.__name__ for cls in type(backbone).__mro__} & {"CLIPModel", "SiglipModel"})
+
+    def check(self, backbone: nn.Module, prompt: Prompt) -> None:
+        if not isinstance(prompt, TowerPrompt):
+            raise InputError(
+                f"a {type(prompt).__name__} does not say which tower it is for", remedy="Attach a pt_vl TowerPrompt"
+            )
+        encoder = DualEncoder(backbone, None)
+        text, image = prompt.rows("text"), prompt.rows("image")
+        context = [] if prompt.context is None else [prompt.context]
+        for tower, wide, layers, rows, blocks in (
+            ("text", encoder.text_width, encoder.text_layers, [*context, *text.values()], [b - 1 for b in text]),
+            ("image", encoder.image_width, encoder.image_layers, list(image.values()), list(image)),
+        ):
+            if bad := [list(row.shape) for row in rows if row.ndim != 2 or row.shape[1] != wide]:
+                raise InputError(f"{tower} prompts of shape {bad[0]}", remedy=f"The tower takes [m, {wide}]")
+            if any(not 0 <= block < layers - (tower == "text") for block in blocks):
+                raise InputError(f"{tower} prompts for blocks that are not there", remedy=f"The tower has {layers}")
+
+    def patches(
+        self, backbone: nn.Module, selected: Callable[[], Rows | None]
+    ) -> list[tuple[nn.Module, Callable[[Forward], Forward]]]:
+        encoder = DualEncoder(backbone, None)
+
+        def prompt(options: Mapping[str, Any]) -> TowerPrompt | None:
+            handles = selected()
+            if handles is None:
+                return None
+            if len(handles) > 1:
+                raise InputError("texts and images of one call carry one prompt", remedy="Route them one by one")
+            asked = [key for key, value in options.items() if value and key not in ("return_dict", "attention_mask")]
+            if asked:
+                raise InputError(
+                    f"{', '.join(asked)} does not go with a prompt", remedy="Leave it out, or use off(model)"
+                )
+            return cast(TowerPrompt, handles[0].prompt if handles[0] is not None else None)
+
+        def around_image(original: Forward) -> Forward:
+            def forward(pixel_values: Tensor, interpolate_pos_encoding: bool = False, **options: Any) -> Any:
+                own = prompt({**options, "interpolate_pos_encoding": interpolate_pos_encoding})
+                if own is None or not len(own.image):
+                    return original(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **options)
+                tower, last = cast(_HFImage, encoder.image_tower), _Last()
+                encoder.image(pixel_values, own.rows("image"), place=own.place, after=last)
+                hidden = real(last.tokens)
+                if tower.clip:
+                    return _pooled(hidden, tower.tower.post_layernorm(hidden[:, 0]))
+                hidden = tower.tower.post_layernorm(hidden)
+                return _pooled(hidden, tower.project(hidden))
+
+            return forward
+
+        def around_text(original: Forward) -> Forward:
+            def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+                own = prompt(options)
+                if own is None or (own.context is None and not len(own.text)):
+                    return original(input_ids=input_ids, attention_mask=attention_mask, **options)
+                tower, last = cast(_HFText, encoder.text_tower), _Last()
+                ids, n = input_ids.view(-1, input_ids.shape[-1]), input_ids.shape[-1]
+                m = 0 if own.context is None else len(own.context)
+                eot = encoder._eot(ids).cpu()
+                # Text is padded to the whole context at times: prompts take the place of padding.
+                room = min(n, encoder.context - m)
+                if tower.causal and int(eot.max()) >= room:
+                    raise InputError(f"a text of {int(eot.max()) + 1} tokens and {m} prompts exceed the context")
+                words = encoder.embed_words(ids[:, :room])
+                if own.context is not None:
+                    rows = own.context.to(words).expand(len(words), -1, -1)
+                    words = torch.cat([words[:, : tower.first], rows, words[:, tower.first :]], dim=1)
+                at = eot + m if tower.causal else torch.full_like(eot, room + m - 1)
+                encoder.text(words, at, own.rows("text"), after=last)
+                hidden = tower.tower.final_layer_norm(last.tokens.hidden)
+                pooled = hidden[torch.arange(len(hidden), device=hidden.device), at.to(hidden.device)]
+                left = torch.cat([hidden[:, : tower.first], hidden[:, tower.first + m :]], dim=1)
+                left = F.pad(left, (0, 0, 0, n - left.shape[1]))  # behind the longest text nothing was computed
+                return _pooled(left, pooled if tower.causal else tower.project(pooled))
+
+            return forward
+
+        model = cast(Any, backbone)
+        return [(model.vision_model, around_image), (model.text_model, around_text)]
+
+
+class _Last:
+    """The tokens behind the last block of a pass."""
+
+    tokens: Tokens
+
+    def __call__(self, index: int, tokens: Tokens) -> Tokens:
+        self.tokens = tokens
+        return tokens
+
+
+def _pooled(hidden: Tensor, pooled: Tensor) -> Any:
+    outputs = importlib.import_module("transformers.modeling_outputs")
+    return outputs.BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+
+
+register_family(DualEncoderFamily())

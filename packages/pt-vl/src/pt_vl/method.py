@@ -28,7 +28,7 @@ from pt_core.errors import InputError
 from pt_core.frozen import FeatureCache, fingerprint
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
 from pt_core.training import FitConfig
-from pt_vl.backbones import After, DualEncoder
+from pt_vl.backbones import After, DualEncoder, TowerPrompt
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -224,6 +224,14 @@ class VLMethod(Method):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Image features f, [B, d]."""
         return self.backbone.image(pixels)
+
+    def as_prompt(self) -> TowerPrompt:
+        """What was trained as rows that can be attached to the user's own model (`pt_core.attach(backbone.model, ...)`).
+
+        Raises:
+            InputError: it is more than fixed rows in the towers.
+        """
+        raise InputError(f"what {self.name} trains is more than rows in the towers", remedy="Call the method itself")
 
     # --- contract ---------------------------------------------------------------------------------------------------
     def text_features(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
-from pt_vl.backbones import DualEncoder
+from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.method import Position, Sentences, VLConfig, VLMethod
 
 
@@ -75,3 +75,9 @@ class CoOp(VLMethod):
 
     def encode_text(self) -> Tensor:
         return self.sentences(self.context, chunk=self.config.text_chunk)
+
+    def as_prompt(self) -> TowerPrompt:
+        """The context in front of whatever text the model reads, so that `"cat."` is read as here."""
+        if self.config.class_specific or self.config.position != "end":
+            return super().as_prompt()
+        return TowerPrompt(context=self.context)

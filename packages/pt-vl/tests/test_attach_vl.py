@@ -1,0 +1,109 @@
+"""Prompts in the user's own CLIP or SigLIP model: the same numbers, the same interface, and out again without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from pt_core import attach, off
+from pt_core.errors import InputError
+from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.prompts import SoftPrompt
+from pt_vl.backbones import DualEncoder, TowerPrompt
+from pt_vl.methods.cocoop import CoCoOp, CoCoOpConfig
+from pt_vl.methods.coop import CoOp, CoOpConfig
+
+Make = Callable[..., Any]
+CLASSES = ("cat", "big_house", "red car")
+NAMES = ["cat.", "big house.", "red car."]
+
+
+def random(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a: Tensor, b: Tensor) -> None:
+    assert_close(a, b, rtol=3e-5, atol=3e-5 * max(1.0, float(b.detach().abs().max())))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["clip", "clip-legacy", "siglip"])
+def test_the_users_model_carries_a_trained_context_and_gives_the_methods_logits(
+    family: str, padded: bool, make_encoder: Make, pixels: Tensor
+) -> None:
+    backbone = make_encoder(family)
+    method = CoOp(backbone, CoOpConfig(class_names=CLASSES, prompt_length=4))
+    with torch.no_grad():
+        method.context.copy_(random(4, 16))
+    words, model = backbone.tokenise(NAMES), backbone.model
+    ids = words.ids
+    if padded:
+        ids = torch.nn.functional.pad(ids, (0, 18 - ids.shape[1]), value=backbone._pad)
+    plain = model(input_ids=ids, pixel_values=pixels)
+    handle = attach(model, method.as_prompt())
+    made = model(input_ids=ids, pixel_values=pixels)
+    same(made.logits_per_image, method({"pixels": pixels}).logits)
+    assert made.text_model_output.last_hidden_state.shape == plain.text_model_output.last_hidden_state.shape
+    with off(model):
+        assert torch.equal(model(input_ids=ids, pixel_values=pixels).logits_per_image, plain.logits_per_image)
+    handle.remove()
+    assert torch.equal(model(input_ids=ids, pixel_values=pixels).logits_per_image, plain.logits_per_image)
+
+
+@pytest.mark.parametrize("place", ["before-ln-pre", "after-cls"])
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_the_users_model_carries_deep_prompts_in_both_towers(
+    family: str, place: Any, make_encoder: Make, pixels: Tensor
+) -> None:
+    backbone = make_encoder(family)
+    model, words = backbone.model, backbone.tokenise(NAMES)
+    before, attributes = snapshot(model), set(vars(model))
+    image, text = {0: random(2, 24), 2: random(2, 24, seed=4)}, {1: random(2, 16)}
+    handle = attach(model, TowerPrompt(text=text, image=image, place=place))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 48 + 32, "trainers find it"
+    f = model.get_image_features(pixel_values=pixels)
+    w = model.get_text_features(input_ids=words.ids)
+    same(f.pooler_output, backbone.image(pixels, image, place=place))
+    same(w.pooler_output, backbone.text(backbone.embed_words(words.ids), words.eot, text))
+    assert f.last_hidden_state.shape[1] == (9 if family == "siglip" else 10), "no prompt among the hidden states"
+    (f.pooler_output.sum() + w.pooler_output.sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in handle.prompt.parameters())
+    handle.remove()
+    assert_unchanged(model, before)
+    assert set(vars(model)) == attributes
+    assert "forward" not in vars(model.vision_model)
+
+
+def test_what_does_not_fit_is_refused(make_model: Make, make_encoder: Make) -> None:
+    model = make_model("clip")
+    for prompt, problem in (
+        (SoftPrompt(2, 16), "a SoftPrompt does not say which tower"),
+        (TowerPrompt(context=random(2, 24)), r"text prompts of shape \[2, 24\].*\[m, 16\]"),
+        (TowerPrompt(image={0: random(2, 16)}), r"image prompts of shape \[2, 16\].*\[m, 24\]"),
+        (TowerPrompt(text={0: random(2, 16)}), "text prompts for blocks that are not there"),
+        (TowerPrompt(text={3: random(2, 16)}), "text prompts for blocks that are not there"),
+        (TowerPrompt(image={3: random(2, 24)}), "image prompts for blocks that are not there"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            attach(model, prompt)
+    attach(model, TowerPrompt(context=random(15, 16)))
+    ids = DualEncoder(model, make_encoder().tokeniser).tokenise(["a red car."]).ids
+    with pytest.raises(InputError, match="a text of 6 tokens and 15 prompts exceed the context"):
+        model.get_text_features(input_ids=ids)
+    with pytest.raises(InputError, match="output_hidden_states does not go with a prompt"):
+        model.text_model(input_ids=ids, output_hidden_states=True)
+
+
+def test_prompts_that_are_more_than_rows_say_so(make_encoder: Make) -> None:
+    backbone = make_encoder()
+    for method in (
+        CoCoOp(backbone, CoCoOpConfig(class_names=CLASSES, reduction=4)),
+        CoOp(backbone, CoOpConfig(class_names=CLASSES, prompt_length=4, position="middle")),
+    ):
+        with pytest.raises(InputError, match="more than rows in the towers"):
+            method.as_prompt()
