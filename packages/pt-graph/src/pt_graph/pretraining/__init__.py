@@ -24,7 +24,7 @@ from pt_graph.pretraining.descriptors import Descriptors, DescriptorsConfig, des
 from pt_graph.pretraining.edge_prediction import EdgePrediction, EdgePredictionConfig, GPPTEdges, GPPTEdgesConfig
 from pt_graph.pretraining.graph_prompt import EdgeContrast, EdgeContrastConfig
 from pt_graph.pretraining.graphcl import GraphCL, GraphCLConfig
-from pt_graph.pretraining.infomax import Infomax
+from pt_graph.pretraining.infomax import Infomax, InfomaxConfig
 
 __all__ = [
     "OBJECTIVES",
@@ -35,6 +35,7 @@ __all__ = [
     "EdgePredictionConfig",
     "GPPTEdgesConfig",
     "GraphCLConfig",
+    "InfomaxConfig",
     "Pretraining",
     "PretrainingConfig",
     "descriptor_targets",

@@ -109,7 +109,7 @@ def draw_nodes(graphs: Any, of: Tensor) -> Tensor:
     return cast(Tensor, start + drawn)
 
 
-def draw_unlinked(graphs: Any, of: Tensor, first: Tensor | None = None, tries: int = 10) -> tuple[Tensor, Tensor]:
+def draw_unlinked(graphs: Any, of: Tensor, first: Tensor | None = None, tries: int = 50) -> tuple[Tensor, Tensor]:
     """Pairs of different nodes without a link, uniformly from the graphs `of` [m]; `first` [m] fixes their first nodes.
 
     Returns:

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import global_mean_pool
 
-from pt_graph.pretraining.base import Pretraining, next_one, tell_apart
+from pt_graph.pretraining.base import Pretraining, PretrainingConfig, next_one, tell_apart
+
+
+class InfomaxConfig(PretrainingConfig):
+    """Settings of Infomax."""
 
 
 class Infomax(Pretraining):
@@ -22,6 +26,7 @@ class Infomax(Pretraining):
     """
 
     name = "infomax"
+    config_class = InfomaxConfig
     contrasts = True
 
     def build(self) -> None:
