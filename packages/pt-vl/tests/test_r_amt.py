@@ -1,0 +1,158 @@
+"""R-AMT: binary masks with a straight-through gradient, and gradient dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pt_core import FitConfig, InputError
+from pt_core.data import Split
+from pt_core.method import Loss
+from pt_vl.method import Stacked
+from pt_vl.methods.r_amt import RAMT, RAMTConfig, binarise, dropped, keep_probability, pack, unpack
+from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
+
+NAMES = ("cat", "red dog", "house")
+
+
+def ramt(encoder: Any, **settings: Any) -> RAMT:
+    return RAMT(encoder, RAMTConfig(class_names=NAMES, **settings))
+
+
+def images(rows: int = 6) -> Split:
+    pixels = torch.randn(rows, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    listed = [{"pixels": p, "label": i % 3} for i, p in enumerate(pixels)]
+    return Split(listed, Stacked(), metrics=("accuracy",), num_classes=3)
+
+
+def run(**changes: Any) -> FitConfig:
+    plain = {"max_steps": 4, "batch_size": 3, "device": "cpu", "progress": False, "optimiser": "adam"}
+    return FitConfig(**(plain | {"max_grad_norm": None, "keep_best": False} | changes))
+
+
+@pytest.mark.parametrize("family", ["clip", "open-clip"])
+def test_at_the_start_it_is_the_zero_shot_model(family: str, make_encoder: Callable[..., Any]) -> None:
+    method = ramt(make_encoder(family))
+    plain = ZeroShot(make_encoder(family), ZeroShotConfig(class_names=NAMES))
+    batch = images().batch(range(4))
+    torch.testing.assert_close(method(batch).logits, plain(batch).logits)
+    assert method.sparsity() == 0.0
+    teacher = method.backbone.image(batch["pixels"])
+    b = torch.autograd.grad(method.agreement(method(batch).logits, teacher), list(method.masks))
+    assert max(float(g.abs().max()) for g in b) < 1e-5  # the gradient of staying where it is
+
+
+def test_the_masked_weights_and_their_count(make_encoder: Callable[..., Any]) -> None:
+    d, layers, patches = 24, 3, 24 * 3 * 4 * 4
+    attention, mlp = layers * 4 * d * d, layers * 2 * 48 * d
+    assert ramt(make_encoder()).count() == attention + patches
+    assert ramt(make_encoder("open-clip")).count() == attention + patches
+    assert ramt(make_encoder(), mask_patches=False).count() == attention
+    assert ramt(make_encoder(), masked="all").count() == attention + mlp + patches
+    assert 12 * 4 * 768**2 + 768 * 3 * 16 * 16 == 28_901_376
+    assert all("vision_model" in name and not name.endswith("bias") for name in ramt(make_encoder()).weights)
+
+
+def test_the_table_of_keep_probabilities() -> None:
+    pairs = {(1.0, 3.0): 1.0, (1.0, -1.0): 0.5, (-2.0, 1.0): 2 / 3, (1.0, -3.0): 0.25, (0.0, 5.0): 0.5}
+    for (a, b), expected in pairs.items():
+        assert float(keep_probability(torch.tensor(a), torch.tensor(b))) == pytest.approx(expected, abs=1e-6)
+    a, b = torch.randn(2, 1000)
+    assert bool(((keep_probability(a, b) >= 0) & (keep_probability(a, b) <= 1)).all())
+
+
+def test_without_disagreement_nothing_is_dropped() -> None:
+    a = torch.tensor([1.0, -2.0, 1e-3])
+    assert float((keep_probability(a, torch.zeros(3)) - 1).abs().max()) < 1e-5
+
+
+def test_the_hand_example_of_gradient_dropout() -> None:
+    a, b = torch.tensor(1.0), torch.tensor(-3.0)
+    assert float(dropped(a, b, 0.3, torch.tensor(0.4))) == pytest.approx(0.7)
+    assert float(dropped(a, b, 0.3, torch.tensor(0.2))) == pytest.approx(1.0)
+    assert float(dropped(a, b, 0.0, torch.tensor(0.99))) == 1.0
+
+
+def test_the_expected_gradient() -> None:
+    draws = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    a, b = torch.full_like(draws, 1.5), torch.full_like(draws, -2.0)
+    p = 1.5 / 3.5
+    assert float(dropped(a, b, 0.6, draws).mean()) == pytest.approx(1.5 * (1 - 0.6 * (1 - p)), rel=5e-3)
+
+
+def test_the_gradient_passes_straight_through_the_threshold() -> None:
+    weight, x = torch.randn(3, 4), torch.randn(2, 4)
+    mask = torch.tensor([[0.01, 0.001, 0.01, 0.0], [0.01] * 4, [0.0] * 4], requires_grad=True)
+    effective = (binarise(mask, 0.005) * weight).detach().requires_grad_()
+    F.linear(x, effective).square().sum().backward()
+    F.linear(x, binarise(mask, 0.005) * weight).square().sum().backward()
+    assert mask.grad is not None and effective.grad is not None
+    torch.testing.assert_close(mask.grad, weight * effective.grad)
+
+
+def test_the_threshold_itself_switches_off() -> None:
+    values = torch.tensor([0.005, 0.0050001])
+    assert binarise(values, 0.005).tolist() == [0.0, 1.0]
+
+
+def test_strength_zero_is_plain_mask_tuning(make_encoder: Callable[..., Any]) -> None:
+    off, plain = ramt(make_encoder(), gradient_dropout=0.0, lr=1e-3), ramt(make_encoder(), lr=1e-3)
+    off.fit(images(), None, run())
+    plain.loss = lambda batch: Loss.mean(RAMT.loss(plain, batch).value)  # type: ignore[method-assign]
+    super(RAMT, plain).fit(images(), None, run())
+    assert all(torch.equal(a, b) for a, b in zip(off.masks, plain.masks, strict=True))
+    dropping = ramt(make_encoder(), lr=1e-3)
+    dropping.fit(images(), None, run())
+    assert any(not torch.equal(a, b) for a, b in zip(off.masks, dropping.masks, strict=True))
+
+
+def test_the_first_step_moves_every_value_by_at_most_the_rate(make_encoder: Callable[..., Any]) -> None:
+    method = ramt(make_encoder())
+    method.fit(images(), None, run(max_steps=1))
+    moved = max(float((mask - 0.01).abs().max()) for mask in method.masks)
+    assert 0 < moved <= 8e-5 * (1 + 1e-4)
+    assert method.sparsity() == 0.0
+
+
+def test_bits_survive_packing_at_any_size() -> None:
+    for size in (1, 7, 8, 9, 30):
+        bits = (torch.rand(size, generator=torch.Generator().manual_seed(size)) > 0.5).float()
+        packed = pack(bits)
+        assert packed.dtype == torch.uint8 and len(packed) == (size + 7) // 8
+        assert torch.equal(unpack(packed, bits.shape).float(), bits)
+
+
+def test_an_artifact_is_one_bit_a_weight_and_folds_into_the_tower(
+    make_encoder: Callable[..., Any], tmp_path: Path
+) -> None:
+    method = ramt(make_encoder(), lr=2e-3)
+    method.fit(images(), None, run(max_steps=8))
+    assert 0 < method.sparsity() < 1
+    path = method.save_pretrained(tmp_path / "mask")
+    loaded = RAMT.from_pretrained(path, make_encoder())
+    size = (path / "prompt.safetensors").stat().st_size
+    assert size < method.count() / 8 + 4096
+    batch = images().batch(range(4))
+    assert torch.equal(loaded(batch).logits, method(batch).logits)
+    assert loaded.sparsity() == method.sparsity()
+    folded = loaded.folded()
+    torch.testing.assert_close(folded.image(batch["pixels"]), method.encode_image(batch["pixels"]), rtol=0, atol=0)
+
+
+def test_the_tower_stays_as_it_was_and_gets_no_gradient(make_encoder: Callable[..., Any]) -> None:
+    encoder = make_encoder()
+    before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+    ramt(encoder, lr=2e-3).fit(images(), None, run())
+    for name, parameter in encoder.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None, name
+
+
+def test_a_packed_mask_of_another_tower_is_refused(make_encoder: Callable[..., Any]) -> None:
+    kept = ramt(make_encoder(), masked="all").kept_state()
+    with pytest.raises(InputError, match="masks are of another image tower"):
+        ramt(make_encoder()).load_kept_state(kept)

@@ -1,0 +1,171 @@
+"""RESTORE: MaPLe with equal feature shift and surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pt_core import FitConfig
+from pt_core.data import Split
+from pt_core.tokens import Tokens
+from pt_vl.method import Stacked
+from pt_vl.methods.maple import MaPLe, MaPLeConfig
+from pt_vl.methods.restore import RESTORE, RESTOREConfig, Surgery, gram_norm
+
+NAMES = ("cat", "red dog", "house")
+
+
+def restore(encoder: Any, **settings: Any) -> RESTORE:
+    return RESTORE(encoder, RESTOREConfig(class_names=NAMES, **({"depth": 3} | settings)))
+
+
+def images(rows: int = 6) -> Split:
+    pixels = torch.randn(rows, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    listed = [{"pixels": p, "label": i % 3} for i, p in enumerate(pixels)]
+    return Split(listed, Stacked(), metrics=("accuracy",), num_classes=3)
+
+
+def run(**changes: Any) -> FitConfig:
+    return FitConfig(**({"epochs": 3, "batch_size": 2, "device": "cpu", "progress": False, "log_every": 1} | changes))
+
+
+def test_parameter_counts(make_encoder: Callable[..., Any]) -> None:
+    surgery = lambda d: sum(p.numel() for p in Surgery(d).parameters())  # noqa: E731
+    assert surgery(8) == 8 * 8**2 + 7 * 8
+    assert surgery(512) == 2_100_736
+    assert 3_555_072 + 2 * 2_100_736 == 7_756_544
+    maple = MaPLe(make_encoder(), MaPLeConfig(class_names=NAMES, depth=3))
+    assert restore(make_encoder()).count() == maple.count() + 2 * surgery(8)
+
+
+def test_without_blend_and_penalty_it_is_maple(make_encoder: Callable[..., Any]) -> None:
+    maple = MaPLe(make_encoder(), MaPLeConfig(class_names=NAMES, depth=3))
+    method = restore(make_encoder(), alpha_text=0.0, alpha_image=0.0, gamma=0.0)
+    batch = images().batch(range(4))
+    assert torch.equal(method(batch).logits, maple(batch).logits)
+    gradients = []
+    for each in (method, maple):
+        each.loss(batch).total.backward()
+        gradients.append(
+            {name: p.grad for name, p in each.named_parameters() if not name.startswith(("text_", "image_"))}
+        )
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_the_penalty_and_its_gradient_are_zero_at_the_start(make_encoder: Callable[..., Any]) -> None:
+    method = restore(make_encoder())
+    text, image = method.shifts({})
+    torch.testing.assert_close(torch.cat([text, image]), torch.ones(4))
+    (text - image).square().sum().backward()
+    assert method.deep.grad is not None and float(method.deep.grad.abs().max()) < 1e-6
+
+
+def test_a_zero_last_layer_makes_surgery_the_identity_for_any_blend() -> None:
+    block, x = Surgery(8), torch.randn(3, 8)
+    mixed = 0.3 * (x + block(x, torch.tensor(1.0)) - x) + 0.7 * x
+    torch.testing.assert_close(block(x, torch.tensor(0.3)), mixed)
+    nn.init.zeros_(block.down.weight)
+    nn.init.zeros_(block.down.bias)
+    assert torch.equal(block(x, torch.tensor(0.7)), x)
+
+
+def test_gram_norms_by_hand() -> None:
+    assert float(gram_norm(torch.tensor([[1.0, 0], [0, 2]]))) == pytest.approx(4.1231, abs=1e-4)
+    assert float(gram_norm(torch.tensor([[1.0, 1], [0, 0]]))) == pytest.approx(2.0)
+    rows = torch.randn(3, 7)
+    torch.testing.assert_close(gram_norm(3 * rows), 9 * gram_norm(rows))
+    torch.testing.assert_close(gram_norm(rows), torch.linalg.matrix_norm(rows.T @ rows))
+    turn = torch.linalg.qr(torch.randn(7, 7)).Q
+    torch.testing.assert_close(gram_norm(rows[[2, 0, 1]] @ turn), gram_norm(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_the_penalty_sees_a_difference_and_not_a_common_factor(make_encoder: Callable[..., Any]) -> None:
+    method = restore(make_encoder(), depth=2)
+    projection = method.deep_projections[0]
+    nn.init.zeros_(projection.bias)
+    method.anchors.copy_(method.norms().detach())
+    with torch.no_grad():
+        method.deep.mul_(2**0.5)
+        projection.weight.mul_(2**-0.5)
+    text, image = method.shifts({})
+    assert float((text - image).square().sum()) == pytest.approx(1.0, abs=1e-4)
+    with torch.no_grad():
+        projection.weight.mul_(2**0.5)
+    text, image = method.shifts({})
+    assert float((text - image).square().sum()) == pytest.approx(0.0, abs=1e-8)
+
+
+def test_the_penalty_reaches_deep_prompts_and_projections_only(make_encoder: Callable[..., Any]) -> None:
+    method = restore(make_encoder())
+    with torch.no_grad():
+        method.deep.add_(1.0)
+    text, image = method.shifts({})
+    (text - image).square().sum().backward()
+    reached = {name for name, p in method.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert reached == {"deep", *(f"deep_projections.{i}.{part}" for i in range(2) for part in ("weight", "bias"))}
+
+
+def test_alpha_grows_once_at_the_end_of_a_third_of_the_epochs(make_encoder: Callable[..., Any], tmp_path: Path) -> None:
+    method = restore(make_encoder(), growth_text=0.5, growth_image=0.25)
+    norms: list[torch.Tensor] = []
+    grow = method.grow_alphas
+
+    def spy() -> None:
+        norms.append(method.norms().detach().mean(1))
+        before = method.alphas.clone()
+        grow()
+        torch.testing.assert_close(method.alphas - before, torch.tensor([0.5, 0.25]) * norms[-1])
+
+    method.grow_alphas = spy  # type: ignore[method-assign]
+    steps: list[int] = []
+    original = method.loss
+    method.loss = lambda batch: (steps.append(len(norms)), original(batch))[1]  # type: ignore[method-assign,func-returns-value]
+    method.fit(images(), None, run(epochs=10))
+    assert len(norms) == 1
+    assert steps.count(0) == 4 * 3  # E = 10: after the fourth epoch of three steps
+    assert not any(name == "alphas" for name, _ in method.trainable())
+
+
+def test_start_norms_and_alphas_are_saved(make_encoder: Callable[..., Any], tmp_path: Path) -> None:
+    method = restore(make_encoder(), growth_text=0.5)
+    method.fit(images(), None, run())
+    loaded = RESTORE.from_pretrained(method.save_pretrained(tmp_path / "a"), make_encoder())
+    assert torch.equal(loaded.anchors, method.anchors) and torch.equal(loaded.alphas, method.alphas)
+    assert float(loaded.alphas[0]) > 0.1
+    assert not torch.equal(loaded.norms(), loaded.anchors)
+    batch = images().batch(range(4))
+    assert torch.equal(loaded(batch).logits, method.eval()(batch).logits)
+    # text features are computed once for the values at hand, surgery included
+    torch.testing.assert_close(loaded.text_features(), loaded.encode_text())
+
+
+def test_the_shift_of_features_is_that_of_the_blocks_outputs(make_encoder: Callable[..., Any]) -> None:
+    method = restore(make_encoder(), shift="feature")
+    pixels = images().batch(range(3))["pixels"]
+    _, image = method.shifts({"pixels": pixels})
+    rows: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for prompted, found in rows.items():
+
+        def keep(index: int, tokens: Tokens, found: list[torch.Tensor] = found) -> Tokens:
+            found.append(tokens.hidden[:, :10])  # CLS and nine patches; prompts stand behind them
+            return tokens
+
+        method.backbone.image(pixels, dict(enumerate(method.visual_prompts())) if prompted else None, after=keep)
+    for block in (1, 2):
+        moved = (rows[True][block] - rows[False][block]).square().mean() / rows[False][block].square().mean()
+        torch.testing.assert_close(image[block - 1], moved)
+
+
+def test_the_shift_of_features_is_zero_where_prompts_change_nothing(make_encoder: Callable[..., Any]) -> None:
+    method = restore(make_encoder(), shift="feature")
+    method._shift = lambda run, read: RESTORE._shift(method, lambda after, prompted: run(after, False), read)  # type: ignore[method-assign]
+    assert float(method.shifts(images().batch(range(3))).abs().max()) == 0.0
+    shallow = restore(make_encoder(), shift="feature", depth=1)
+    assert float(shallow.loss(images().batch(range(3))).parts["feature_shift"]) == 0.0
