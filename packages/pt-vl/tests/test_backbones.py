@@ -398,6 +398,34 @@ def test_chunks_give_the_values_and_gradients_of_one_pass(family: str, make_enco
         same(gradient, results[0][1])
 
 
+@pytest.mark.parametrize("place", ["before-ln-pre", "after-cls"])
+@pytest.mark.parametrize("where", [[0, 1, 2], [2]])
+@pytest.mark.parametrize("family", ["clip", "open-clip"])
+def test_the_last_block_at_cls_alone_gives_the_values_and_gradients_of_the_whole_block(
+    family: str, where: list[int], place: Any, make_encoder: Make, pixels: Tensor
+) -> None:
+    backbone, found = make_encoder(family), []
+    for after in (None, lambda index, tokens: tokens):
+        rows = {index: random(2, 24, seed=index).requires_grad_() for index in where}
+        made = backbone.image(pixels, rows, place=place, after=after)
+        (made * random(*made.shape)).sum().backward()
+        found.append((made.detach(), [row.grad for row in rows.values()]))
+    same(found[0][0], found[1][0])
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert b.abs().max() > 1e-3
+        same(a, b)
+
+
+def test_siglip_reads_all_patches_so_its_last_block_runs_whole(
+    make_encoder: Make, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = make_encoder("siglip")
+    monkeypatch.setattr("pt_vl.backbones._last_block", None)
+    backbone.image(pixels, {0: random(2, 24)})
+    with pytest.raises(TypeError):
+        make_encoder("clip").image(pixels)
+
+
 def saved_bytes(run: Callable[[], Tensor]) -> int:
     """Bytes that autograd holds for the backward pass when `run` returns."""
     held: dict[int, int] = {}

@@ -18,6 +18,7 @@ What makes it fast is exact, and taken only where a tower declares that it holds
 
 - text is cut behind the last slot that is pooled (77 -> about 20 tokens);
 - a prefix that all classes share ([SOS] and context) runs once; its keys and values are expanded over the classes;
+- of the last block, only what is pooled is computed;
 - many classes run in chunks that are computed again in the backward pass, so that one chunk's activations are held at a time;
 - below the first trained prompt autograd records nothing, since nothing there requires a gradient.
 
@@ -109,6 +110,7 @@ class _Tower:
     causal: bool = False
     first: int = 0  # slot of the first word or patch: 1 behind [SOS] or CLS
     parts: bool = False  # whether `open_block` and `close_block` know the blocks
+    at_cls: bool = False  # whether an image is read at CLS alone
 
     def prepare(self, tokens: Tokens) -> Any:
         return None
@@ -183,7 +185,7 @@ class _HFImage(_HFBlocks):
 
     def __init__(self, model: Any, clip: bool) -> None:
         super().__init__(model.vision_model)
-        self.clip, self.first = clip, int(clip)
+        self.clip, self.first, self.at_cls = clip, int(clip), clip
         if not clip and not model.vision_model.use_head:
             raise InputError("the image tower has no pooling head", remedy="Use a model with vision_use_head")
         self.project = model.visual_projection if clip else model.vision_model.head
@@ -269,7 +271,7 @@ class _OpenClipImage(_OpenClipBlocks):
 
     def __init__(self, visual: Any) -> None:
         super().__init__(visual.transformer)
-        self.visual = visual
+        self.visual, self.at_cls = visual, visual.attn_pool is None and visual.pool_type == "tok"
         self.size = int(visual.image_size[0])
 
     def embed(self, pixels: Tensor) -> Tokens:
@@ -435,6 +437,11 @@ class DualEncoder(nn.Module):
             )
         return self.image_tower
 
+    @property
+    def _spread(self) -> bool:
+        """Whether the model lies on several devices: hooks that move hidden states sit on whole blocks."""
+        return len(set((self.hf_device_map or {}).values())) > 1
+
     # --- text -------------------------------------------------------------------------------------------------------
     def tokenise(self, texts: Sequence[str], context: int | None = None) -> Words:
         """Token ids of texts, and the slot at which each is pooled, as the model's own text tower chooses it.
@@ -512,8 +519,7 @@ class DualEncoder(nn.Module):
         inside = all(
             r.ndim == 2 and at + len(r) <= (0 if prefix is None else prefix.shape[-2]) for r in (deep or {}).values()
         )
-        spread = len(set((self.hf_device_map or {}).values())) > 1
-        return prefix is not None and self.causal and self.text_tower.parts and inside and not spread
+        return prefix is not None and self.causal and self.text_tower.parts and inside and not self._spread
 
     def text(
         self,
@@ -566,15 +572,14 @@ class DualEncoder(nn.Module):
             rows = rows.expand(groups, -1, -1, -1).flatten(0, 1)
             slots = (eot[start:stop] - (p if keys is not None else 0)).repeat(groups).to(rows.device)
             if keys is not None:
-                hidden = self._behind(rows + tower.positions[p : p + n].to(rows), keys, count)
+                pooled = self._behind(rows + tower.positions[p : p + n].to(rows), keys, count, slots)
             else:
                 if front is not None:
                     rows = torch.cat([front[:, None].expand(-1, count, -1, -1).flatten(0, 1), rows], dim=1)
                 mine = {l: r[start:stop].repeat(groups, 1, 1) if r.ndim == 3 else r for l, r in deep.items()}
                 hidden = self._whole(rows + tower.positions[: n + p].to(rows), mine, at, after)
-            return tower.read(hidden[torch.arange(len(hidden), device=hidden.device), slots]).unflatten(
-                0, (groups, count)
-            )
+                pooled = hidden[torch.arange(len(hidden), device=hidden.device), slots]
+            return tower.read(pooled).unflatten(0, (groups, count))
 
         step = classes if chunk is None or after is not None else max(1, chunk // groups)
         bounds = [(i, min(i + step, classes)) for i in range(0, classes, step)]
@@ -630,20 +635,26 @@ class DualEncoder(nn.Module):
                 hidden = tower.close_block(index, hidden, attended.transpose(1, 2).flatten(2))
         return found
 
-    def _behind(self, hidden: Tensor, keys: list[KeyValue], count: int) -> Tensor:
-        """Last hidden states [G * count, n, d_t] of what stands behind a prefix, given the prefix's keys and values."""
+    def _behind(self, hidden: Tensor, keys: list[KeyValue], count: int, slots: Tensor) -> Tensor:
+        """What the last block makes of `slots` [G * count], [G * count, d_t].
+
+        Args:
+            hidden: [G * count, n, d_t], what stands behind a prefix.
+            keys: of the prefix, see `_prefix_keys`.
+        """
         tower, (n, p) = self.text_tower, (hidden.shape[1], keys[0][0].shape[2])
         visible = torch.ones(n, p + n, dtype=torch.bool, device=hidden.device).tril(p)
 
         def spread(shared: Tensor) -> Tensor:
             return shared[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
 
-        for index, (k0, v0) in enumerate(keys):
+        for index, (k0, v0) in enumerate(keys[:-1]):
             q, k, v = tower.open_block(index, hidden)
             k, v = torch.cat([spread(k0), k], dim=2), torch.cat([spread(v0), v], dim=2)
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
             hidden = tower.close_block(index, hidden, attended.transpose(1, 2).flatten(2))
-        return hidden
+        k0, v0 = keys[-1]
+        return _last_block(tower, hidden, slots, (spread(k0), spread(v0)), visible[slots][:, None, None])
 
     def encode_text(self, texts: Sequence[str], chunk: int | None = None) -> Tensor:
         """Features [C, d] of texts, without prompts."""
@@ -691,7 +702,15 @@ class DualEncoder(nn.Module):
             block: BlockPrompt(row, at=at, mode="insert" if block == lowest else "replace")
             for block, row in rows.items()
         }
-        return tower.read(_run(tower, tokens, steps, after))
+        if after is not None or not (tower.at_cls and tower.parts) or self._spread:
+            return tower.read(_run(tower, tokens, steps, after))
+        final = tower.num_blocks - 1
+        tokens = run(tower, tokens, steps, stop=final)
+        tokens = steps[final](tokens) if final in steps else tokens
+        pooled = _last_block(
+            tower, tokens.hidden, torch.zeros(len(pixels), dtype=torch.long, device=tokens.hidden.device)
+        )
+        return tower.read(Tokens.of(pooled[:, None]))
 
     # --- both -------------------------------------------------------------------------------------------------------
     @property
@@ -742,6 +761,27 @@ class _Call(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         return getattr(self.encoder, self.name)(*args, **options)
+
+
+def _last_block(
+    tower: Any, hidden: Tensor, slots: Tensor, front: KeyValue | None = None, visible: Tensor | None = None
+) -> Tensor:
+    """What the last block makes of one slot of each row, [b, d]: nothing reads what it makes of the others.
+
+    Args:
+        hidden: its input [b, n, d].
+        slots: [b].
+        front: keys and values of p slots in front of these, [b, heads, p, d_h].
+        visible: [b, 1, 1, p + n] bool, where a row's slot attends to; None: everywhere.
+    """
+    index, rows = tower.num_blocks - 1, torch.arange(len(hidden), device=hidden.device)
+    q, k, v = tower.open_block(index, hidden)
+    if front is not None:
+        k, v = torch.cat([front[0], k], dim=2), torch.cat([front[1], v], dim=2)
+    attended = F.scaled_dot_product_attention(q[rows, :, slots][:, :, None], k, v, attn_mask=visible)
+    return cast(
+        Tensor, tower.close_block(index, hidden[rows, slots][:, None], attended.transpose(1, 2).flatten(2))[:, 0]
+    )
 
 
 def _run(tower: Any, tokens: Tokens, prompts: Mapping[int, BlockPrompt], after: After | None) -> Tokens:
