@@ -18,6 +18,7 @@ SIZES = [5, 3, 6, 4, 2, 7]
 SETTINGS: dict[str, dict[str, Any]] = {
     "all-in-one": {"tokens": 3, "lr": 0.05, "answer_epochs": 1, "prompt_epochs": 1},
     "gppt": {"structure_tokens": 3},
+    "relief": {"members": 2, "minibatch": 4, "first_best_epoch": 1},
 }
 CASES: dict[str, dict[str, Any]] = {}  # what a method declares to the suite beyond its class
 METHODS = list(methods("graph"))

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from pt_graph.methods.gppt import GPPT, GPPTConfig
     from pt_graph.methods.graph_prompt import GraphPrompt, GraphPromptConfig
     from pt_graph.methods.linear_probe import LinearProbe, LinearProbeConfig
+    from pt_graph.methods.relief import RELIEF, RELIEFConfig
     from pt_graph.methods.supt import SUPTConfig, SUPTHard, SUPTHardConfig, SUPTSoft
 
 __all__ = [
     "GPF",
     "GPPT",
+    "RELIEF",
     "AllInOne",
     "AllInOneConfig",
     "ChemConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "NodeGIN",
     "NodeGINConfig",
     "PyGBackbone",
+    "RELIEFConfig",
     "SUPTConfig",
     "SUPTHard",
     "SUPTHardConfig",
@@ -70,6 +73,7 @@ _ROOMS = {
     "methods.gppt": ("GPPT", "GPPTConfig"),
     "methods.graph_prompt": ("GraphPrompt", "GraphPromptConfig"),
     "methods.linear_probe": ("LinearProbe", "LinearProbeConfig"),
+    "methods.relief": ("RELIEF", "RELIEFConfig"),
     "methods.supt": ("SUPTConfig", "SUPTHard", "SUPTHardConfig", "SUPTSoft"),
 }
 _WHERE = {name: room for room, names in _ROOMS.items() for name in names}

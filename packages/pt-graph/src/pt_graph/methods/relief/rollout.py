@@ -1,0 +1,204 @@
+"""Episodes on a batch of graphs: a prompt is built step by step, one node a step, as many steps as a graph has nodes.
+
+A batch of graphs with n nodes in all has n transitions; the one of graph i at step t is row first_i + t, where first_i is
+also the number of the graph's first node. Everything that is drawn, kept or returned is in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pt_core.errors import InputError
+from pt_graph.methods.relief.policy import Member, Policies, normal_log_prob, padded_policy, sample
+
+Encode = Callable[[Tensor, Any], Tensor]
+Losses = Callable[[Tensor, int], Tensor]
+
+
+class Episodes:
+    """A batch of graphs, ordered so that those that still have a step are always its first ones.
+
+    Graphs whose steps are over are no longer computed; what a frozen GNN in eval mode gives for the others is the same.
+
+    Args:
+        encode: (features [n, D], graphs) -> node embeddings [n, d].
+        features: X [n, D] of the graphs.
+        graphs: a PyG batch.
+
+    Raises:
+        InputError: a graph has no nodes.
+    """
+
+    def __init__(self, encode: Encode, features: Tensor, graphs: Any) -> None:
+        self.encode = encode
+        sizes = torch.bincount(graphs.batch, minlength=graphs.num_graphs)
+        if not bool((sizes > 0).all()):
+            raise InputError(f"graph {int(sizes.argmin())} of a batch has no nodes", field="graphs")
+        order = sizes.argsort(descending=True, stable=True)
+        rank = order.argsort()
+        self.sizes, self.order = sizes, order
+        first = sizes.cumsum(0) - sizes
+        self.nodes = rank[graphs.batch].argsort(stable=True)  # the given number of each node, largest graph first
+        number = self.nodes.argsort()
+        edges = rank[graphs.batch[graphs.edge_index[0]]].argsort(stable=True)
+        self.features = features[self.nodes]
+        self._first, self._sizes = first[order], sizes[order]
+        self.graph = torch.arange(len(order), device=sizes.device).repeat_interleave(self._sizes)
+        self.row = self.nodes - first[order][self.graph]  # position of a node in its graph
+        per_graph = torch.bincount(rank[graphs.batch[graphs.edge_index[0]]], minlength=len(order))
+        self._node_stop, self._edge_stop = self._sizes.cumsum(0).tolist(), per_graph.cumsum(0).tolist()
+        lengths = self._sizes.tolist()
+        self.steps: int = lengths[0]
+        self._active = [sum(length > t for length in lengths) for t in range(self.steps)]
+        self._parts: dict[str, tuple[Tensor, list[int]]] = {}
+        for key, value in graphs.to_dict().items():
+            if key == "edge_index":
+                self._parts[key] = number[value[:, edges]], self._edge_stop
+            elif key != "batch" and graphs.is_node_attr(key):
+                self._parts[key] = value[self.nodes], self._node_stop
+            elif graphs.is_edge_attr(key):
+                self._parts[key] = value[edges], self._edge_stop
+        self._views: dict[int, Any] = {}
+
+    def view(self, graphs: int) -> Any:
+        """The first so many graphs, as a backbone reads them."""
+        if graphs not in self._views:
+            view = SimpleNamespace(num_graphs=graphs, batch=self.graph[: self._node_stop[graphs - 1]])
+            for key, (value, stop) in self._parts.items():
+                setattr(view, key, value[:, : stop[graphs - 1]] if key == "edge_index" else value[: stop[graphs - 1]])
+            self._views = {graphs: view}  # once a graph is over it does not come back
+        return self._views[graphs]
+
+    def steps_of(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """For each step t: t, the graphs k that have it, their nodes, and the rows [k] of their transitions."""
+        for t, k in enumerate(self._active):
+            yield t, k, self._node_stop[k - 1], self._first[:k] + t
+
+    def mask(self, graphs: int) -> Tensor:
+        """Where the nodes of the first so many graphs stand in [k, N]."""
+        return torch.arange(self.steps, device=self._sizes.device) < self._sizes[:graphs, None]
+
+    def numbers(self, choice: Tensor) -> Tensor:
+        """Numbers, largest graph first, of the chosen node [k] of each graph."""
+        return self._sizes.cumsum(0)[: len(choice)] - self._sizes[: len(choice)] + choice
+
+    def as_given(self, values: Tensor) -> Tensor:
+        """Values of nodes in the order of the batch."""
+        return torch.empty_like(values).index_copy_(0, self.nodes, values)
+
+
+@dataclass
+class Rollout:
+    """The n transitions of the episodes of a batch.
+
+    Args:
+        sizes: nodes, and so steps, of each graph, [B].
+        states: node embeddings before each step, [sum n_i^2, d]: those of graph i at step 0, at step 1, ...
+        node: chosen node, as its position in the graph, [n].
+        content: what was added there, [n, D].
+        log_d, log_c: log-probability of the node and log-density of the content, [n].
+        reward: by how much the loss fell, [n].
+    """
+
+    sizes: Tensor
+    states: Tensor
+    node: Tensor
+    content: Tensor
+    log_d: Tensor
+    log_c: Tensor
+    reward: Tensor
+
+    def __len__(self) -> int:
+        return len(self.node)
+
+    @cached_property
+    def size(self) -> Tensor:
+        """Nodes of the graph of each transition, [n]."""
+        return self.sizes.repeat_interleave(self.sizes)
+
+    @cached_property
+    def start(self) -> Tensor:
+        """First row of each transition's state, [n]."""
+        return self.size.cumsum(0) - self.size
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """Mean and maximum over the nodes of each state, [n, 2d]."""
+        return torch.cat([torch.cat([b.mean(1), b.amax(1)], 1) for b in self.blocks()])
+
+    def blocks(self) -> list[Tensor]:
+        """States by graph, [n_i, n_i, d] each."""
+        sizes = self.sizes.tolist()
+        return [b.view(n, n, -1) for n, b in zip(sizes, self.states.split([n * n for n in sizes]), strict=True)]
+
+    def rows(self, transitions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the states of some transitions [r], packed, and the mask [r, k] of where they stand."""
+        size = self.size[transitions]
+        at = torch.arange(int(size.max()), device=size.device)
+        mask = at < size[:, None]
+        return (self.start[transitions][:, None] + at)[mask], mask
+
+
+@torch.no_grad()
+def roll_out(
+    episodes: Episodes, member: Member, std: float, losses: Losses, uniform: Tensor, noise: Tensor, clamp: bool
+) -> Rollout:
+    """A member acts on all graphs of a batch.
+
+    The embedding that gives the reward of a step is the state of the next one, and only the chosen nodes' contents are
+    computed.
+
+    Args:
+        std: deviation of the contents.
+        losses: (node embeddings, k) -> loss of each of the first k graphs of the episodes.
+        uniform: [n], which node is taken.
+        noise: [n, D], standard normal, of the contents.
+        clamp: contents are cut to z_max; their density is that of the cut content, without correction, as released.
+    """
+    e, x = episodes, episodes.features.clone()
+    sizes = e.sizes
+    n, squares = len(x), (sizes * sizes).cumsum(0) - sizes * sizes
+    base, stride = squares[e.order][e.graph] + e.row, sizes[e.order][e.graph]
+    h = e.encode(x, e.view(len(sizes)))
+    states = h.new_empty(int((sizes * sizes).sum()), h.shape[1])
+    node, content = torch.empty_like(e.nodes), torch.empty_like(noise)
+    log_d, log_c, reward = (h.new_empty(n) for _ in range(3))
+    before = losses(h, len(sizes))
+    for t, k, stop, rows in e.steps_of():
+        h = h[:stop]
+        states[base[:stop] + t * stride[:stop]] = h
+        log_pi = padded_policy(member.logits(h), e.mask(k), log=True)
+        choice = sample(log_pi.exp(), uniform[rows])
+        at = e.numbers(choice)
+        mean = member.mean(h[at])
+        z = mean + std * noise[rows]
+        z = z.clamp(-member.z_max, member.z_max) if clamp else z
+        x[at] += z
+        node[rows], content[rows] = choice, z
+        log_d[rows], log_c[rows] = log_pi.gather(1, choice[:, None])[:, 0], normal_log_prob(z, mean, std)
+        h = e.encode(x[:stop], e.view(k))
+        after = losses(h, k)
+        reward[rows] = before[:k] - after
+        before = after
+    return Rollout(sizes, states, node, content, log_d, log_c, reward)
+
+
+@torch.no_grad()
+def build_prompts(episodes: Episodes, policies: Policies, uniform: Tensor) -> Tensor:
+    """Prompts P [n, D] of the joint policy: its node is drawn (by `uniform` [n]), its content is the mean one."""
+    e, x = episodes, episodes.features.clone()
+    prompts = torch.zeros_like(x)
+    for _, k, stop, rows in e.steps_of():
+        h = e.encode(x[:stop], e.view(k))
+        at = e.numbers(sample(policies.joint(h, e.mask(k)), uniform[rows]))
+        content = policies.mean(h[at]).to(x.dtype)
+        prompts[at] += content
+        x[at] = e.features[at] + prompts[at]
+    return e.as_given(prompts)
