@@ -16,10 +16,19 @@ CLASSES = ("cat", "big_house", "red car")
 SETTINGS: dict[str, dict[str, Any]] = {  # of methods that need other settings than their defaults here
     "coop": {"prompt_length": 3, "lr": 0.05},
     "cocoop": {"init": "a photo", "reduction": 4, "lr": 0.05},
+    "vpt": {"prompt_length": 2, "lr": 0.05},
+    "ivlp": {"lr": 0.05},
+    "maple": {"depth": 3, "lr": 0.05},
+    "upt": {"prompt_length": 2, "hidden": 8, "lr": 0.05},
+    "tip-adapter": {"cache_size": 7, "search_steps": (5, 3)},
+    "tip-adapter-f": {"cache_size": 7, "search_steps": (5, 3), "lr": 0.02},
+    "restore": {"depth": 3, "lr": 0.05},
+    "r-amt": {"lr": 2e-3},
 }
 CASES: dict[str, dict[str, Any]] = {  # what a method declares to the suite beyond its class
     "zero-shot": {"draws": False},
     "linear-probe": {"draws": False},
+    "tip-adapter": {"draws": False},
 }
 METHODS = list(methods("vl"))
 
