@@ -1,8 +1,8 @@
 """`pt demo nlp`: a real model, real text, sixteen examples a class, minutes on a laptop.
 
-SmolLM2-135M-Instruct (in a published package, Apache-2.0) on BBC news, or on the user's own file: zero-shot raw and
-calibrated, in-context learning, a linear probe, prompt tuning, DePT and LoRA, side by side; then the trained prompt is
-opened in a fresh process and used.
+SmolLM2-135M-Instruct (in a published package, Apache-2.0) on BBC news, or on the user's own file: zero-shot (raw,
+calibrated, calibrated on the shots), in-context learning, a linear probe, prompt tuning, DePT and LoRA, side by side; then
+the trained prompt is opened in a fresh process and used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ RECIPE = "nlp/bbc-topics"
 NOTES = (
     "SmolLM2-135M-Instruct, frozen; a few training texts of each class; a fixed number of held-out test texts, the same for "
     "every method of a seed. Steps are picked on validation texts outside the shots. Zero-shot, in-context and linear probe "
-    "train nothing by gradient. Seconds per step are wall time in this one run."
+    "train nothing by gradient. zero-shot-calibrated subtracts what the model says of inputs without content (Zhao et al. "
+    "2021); shots-calibrated its mean over the training texts, so it sees them, though not their labels. Seconds per step "
+    "are wall time in this one run."
 )
 HEADLINE = "Champions fight back to win the cup final in extra time"
 
