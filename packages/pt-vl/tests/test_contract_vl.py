@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pt_core.method import Method
 from pt_core.registry import find_method, methods
 from pt_core.testing import Case, contract_checks
+from pt_vl.methods.mvlpt import union
 
 CLASSES = ("cat", "big_house", "red car")
 SETTINGS: dict[str, dict[str, Any]] = {  # of methods that need other settings than their defaults here
@@ -24,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of methods that need other settings t
     "tip-adapter-f": {"cache_size": 7, "search_steps": (5, 3), "lr": 0.02},
     "restore": {"depth": 3, "lr": 0.05},
     "r-amt": {"lr": 2e-3},
+    "mvlpt": {"tasks": {"one": CLASSES}, "prompt_length": 2, "hidden": 8, "lr": 0.05},
 }
 CASES: dict[str, dict[str, Any]] = {  # what a method declares to the suite beyond its class
     "zero-shot": {"draws": False},
@@ -51,4 +53,6 @@ def test_contract(
         return backbone, chosen(backbone, chosen.config_class.model_validate(settings))
 
     train, validation = make_images(7), make_images(5, seed=1)
+    if name == "mvlpt":
+        train, validation = union({"one": train}), union({"one": validation})
     check(Case(name, make, train, validation, probe=lambda b: b.image(pixels), **CASES.get(name, {})), tmp_path)

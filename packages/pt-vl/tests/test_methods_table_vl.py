@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "linear-probe": {"class_names": tuple(f"class {i}" for i in range(100))},
     "coop": {"prompt_length": 16},
     "cocoop": {"init": "a photo of a"},
+    "mvlpt": {"tasks": {"pets": ("cat", "dog")}},
     "tip-adapter": {"cache_size": 16},
     "tip-adapter-f": {"cache_size": 1600},
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pt_vl.methods.ivlp import IVLP, IVLPConfig
     from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
     from pt_vl.methods.maple import MaPLe, MaPLeConfig
+    from pt_vl.methods.mvlpt import MVLPT, MVLPTConfig, average, union
     from pt_vl.methods.r_amt import RAMT, RAMTConfig
     from pt_vl.methods.restore import RESTORE, RESTOREConfig
     from pt_vl.methods.tip_adapter import TipAdapter, TipAdapterConfig, TipAdapterF, TipAdapterFConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IVLP",
+    "MVLPT",
     "RAMT",
     "RESTORE",
     "TEMPLATES",
@@ -38,6 +40,7 @@ __all__ = [
     "ImageTask",
     "LinearProbe",
     "LinearProbeConfig",
+    "MVLPTConfig",
     "MaPLe",
     "MaPLeConfig",
     "Preprocessing",
@@ -56,9 +59,11 @@ __all__ = [
     "Words",
     "ZeroShot",
     "ZeroShotConfig",
+    "average",
     "cache_features",
     "harmonic_mean",
     "load_backbone",
+    "union",
 ]
 
 _ROOMS = {
@@ -70,6 +75,7 @@ _ROOMS = {
     "methods.linear_probe": ("LinearProbe", "LinearProbeConfig"),
     "methods.ivlp": ("IVLP", "IVLPConfig"),
     "methods.maple": ("MaPLe", "MaPLeConfig"),
+    "methods.mvlpt": ("MVLPT", "MVLPTConfig", "average", "union"),
     "methods.r_amt": ("RAMT", "RAMTConfig"),
     "methods.restore": ("RESTORE", "RESTOREConfig"),
     "methods.tip_adapter": ("TipAdapter", "TipAdapterConfig", "TipAdapterF", "TipAdapterFConfig"),

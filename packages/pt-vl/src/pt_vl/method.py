@@ -362,7 +362,9 @@ def cache_features(
         features = (
             compute(list(range(count))).cpu() if store is None else store.get_or_compute(batch["sample_ids"], compute)
         )
+        more = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("pixels", "labels")}
         labels = batch["labels"].tolist() if "labels" in batch else [None] * count
-        for feature, label in zip(features, labels, strict=True):
-            rows.append({"image_features": feature} | ({} if label is None else {"label": label}))
+        for i, (feature, label) in enumerate(zip(features, labels, strict=True)):
+            row = {"image_features": feature} | {key: values[i] for key, values in more.items()}
+            rows.append(row if label is None else row | {"label": label})
     return replace(split, rows=rows)

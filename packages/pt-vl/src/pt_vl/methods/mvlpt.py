@@ -1,0 +1,216 @@
+"""MVLPT: one prompt for many tasks, and a start for each of them (Shen et al., WACV 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from accelerate.utils import send_to_device
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, Dataset
+
+from pt_core.data import Split
+from pt_core.errors import InputError
+from pt_core.method import Batch, Loss, MethodConfig, Output
+from pt_vl.backbones import DualEncoder
+from pt_vl.method import Position, Stacked, VLConfig, VLMethod, written
+from pt_vl.methods.coop import CoOp, CoOpConfig
+from pt_vl.methods.upt import UPT, UPTConfig
+from pt_vl.methods.vpt import VPT, VPTConfig
+
+
+class MVLPTConfig(VLConfig):
+    """Settings of MVLPT."""
+
+    class_names: tuple[str, ...] = Field((), description="filled in: the distinct class names of all tasks")
+    tasks: dict[str, tuple[str, ...]] = Field(description="task -> its class names, in the order of its labels")
+    prompt: Literal["text", "visual", "unified"] = Field(
+        "unified", description="what is shared: CoOp's context (MCoOp), deep VPT (MVPT), UPT (MUPT)"
+    )
+    prompt_length: int | None = Field(None, ge=1, description="n; default: 16, unified 4 (MVLPT.md)")
+    position: Position = Field("middle", description="of the class name; MVLPT, scripts/mvlpt")
+    hidden: int = Field(128, ge=1, description="h, width of the unified prompt's mixer; train.py PROJECT_DIM")
+    mixer: Literal["transformer", "identity"] = Field("transformer", description="train.py PROJECT_METHOD")
+    restrict: bool = Field(
+        False,
+        description="train on the classes of a row's own task only; off in every published script (union softmax)",
+    )
+    lr: float = Field(0.002, gt=0, description="vit_b16.yaml; SGD, epoch-cosine, 200 epochs, batch 32")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _union(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("tasks"):
+            names = {written(name): name for task in values["tasks"].values() for name in task}
+            values = values | {"class_names": tuple(names.values())}
+        return values
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.tasks or any(len({written(n) for n in names}) < len(names) for names in self.tasks.values()):
+            raise ValueError("name at least one task; the class names of a task must differ")
+        return self
+
+
+class MVLPT(VLMethod):
+    """MVLPT: one text, visual or unified prompt is trained on K tasks at once, over the union of their classes.
+
+    Batches also have `task` [B], the row's task, and labels in the union (`union`). Logits [B, sum_k C_k]: the columns of the
+    tasks one behind the other; a class name of two tasks has a column in each.
+
+        source = MVLPT(backbone, MVLPTConfig(tasks={"pets": ..., "food": ...}, prompt="text"))
+        source.fit(*union({"pets": pets.train, "food": food.train}, ...))
+        target = source.for_target(("red car", "blue car"))          # a CoOp that starts from the shared prompt
+        target.fit(cars.train)
+
+    Parameters: those of CoOp, deep VPT or UPT. ViT-B/16: text, n = 16: 8,192; visual, n = 16: 147,456; unified, n = 4: 566,400.
+
+    Fidelity: the released code; visual prompts stand between CLS and the patches, behind the first norm, and start uniformly.
+    Rows are shuffled in every epoch (there the multi-task loader is not). `restrict` masks with -inf, where the code
+    multiplies by 0, which leaves a logit of 0. Soft targets of multi-label sets (VOC) are not built.
+
+    Reference: Shen et al. Multitask Vision-Language Prompt Tuning. WACV 2024.
+    """
+
+    name = "mvlpt"
+    config_class: ClassVar[type[MethodConfig]] = MVLPTConfig
+    columns: Tensor
+    owners: Tensor
+
+    def __init__(self, backbone: DualEncoder, config: MethodConfig | None = None) -> None:
+        super().__init__(backbone, config)
+        self.prompted = self._build(self.config.class_names)
+        self.trains_text, self.trains_image = self.prompted.trains_text, self.prompted.trains_image  # type: ignore[misc]
+        index = {written(name): i for i, name in enumerate(self.config.class_names)}
+        tasks = list(self.config.tasks.values())
+        places = torch.tensor([index[written(name)] for names in tasks for name in names])
+        owners = torch.tensor([k for k, names in enumerate(tasks) for _ in names])
+        self.register_buffer("columns", places, persistent=False)
+        self.register_buffer("owners", owners, persistent=False)
+
+    def _build(self, names: Sequence[str]) -> VLMethod:
+        """The method that has the prompt, on some classes."""
+        c = self.config
+        common = c.model_dump(include={"templates", "text_chunk", "seed", "lr"}) | {"class_names": tuple(names)}
+        if c.prompt == "text":
+            return CoOp(self.backbone, CoOpConfig(prompt_length=c.prompt_length or 16, position=c.position, **common))
+        if c.prompt == "visual":
+            settings = {"prompt_length": c.prompt_length or 16, "init": "uniform", "place": "after-cls"}
+            return VPT(self.backbone, VPTConfig(**settings, **common))
+        own = c.model_dump(include={"position", "hidden", "mixer"})
+        return UPT(self.backbone, UPTConfig(prompt_length=c.prompt_length or 4, **own, **common))
+
+    def encode_text(self) -> Tensor:
+        return self.prompted.encode_text()
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.prompted.encode_image(pixels)
+
+    def own_columns(self, tasks: Tensor) -> Tensor:
+        """Which columns are of each row's task, bool [B, sum C]."""
+        return self.owners == tasks[:, None]
+
+    def forward(self, batch: Batch) -> Output:
+        features = self.image_features(batch)
+        return Output(self.backbone.similarity(features, self.text_features())[:, self.columns], features)
+
+    def loss(self, batch: Batch) -> Loss:
+        logits = self(batch).logits
+        if self.config.restrict:
+            logits = logits.masked_fill(~self.own_columns(batch["task"]), -torch.inf)
+        return Loss(F.cross_entropy(logits, batch["labels"], reduction="sum"), len(logits))
+
+    # --- phases -----------------------------------------------------------------------------------------------------
+    def for_target(self, class_names: Sequence[str]) -> VLMethod:
+        """CoOp, VPT or UPT on a target's classes, starting from this prompt."""
+        target = self._build(class_names)
+        target.load_trained_state(self.prompted.trained_state())
+        return target.to(self.backbone.device)
+
+    def for_group(self, tasks: Mapping[str, Sequence[str]]) -> MVLPT:
+        """The same prompt on a group of target tasks, to be trained jointly."""
+        settings = self.config.model_dump(exclude={"class_names"}) | {"tasks": tasks}
+        group = MVLPT(self.backbone, MVLPTConfig.model_validate(settings))
+        group.load_trained_state(self.trained_state())
+        return group.to(self.backbone.device)
+
+    def with_classes(self, names: Sequence[str]) -> Self:
+        raise InputError("many tasks have many class lists", remedy="Use for_target or for_group", field="class_names")
+
+
+def average(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Elementwise mean of prompts of several seeds (MVLPT, scripts/avg_ckpt.py), for `load_trained_state`.
+
+    Raises:
+        InputError: they are not of one form.
+    """
+    first = states[0]
+    if any({n: t.shape for n, t in state.items()} != {n: t.shape for n, t in first.items()} for state in states):
+        raise InputError("prompts of different forms cannot be averaged")
+    return {name: torch.stack([state[name] for state in states]).mean(0) for name in first}
+
+
+class _Tagged(Dataset[dict[str, Any]]):
+    """Rows of one task in the union: labels behind those of the tasks before it, and the task's number."""
+
+    def __init__(self, split: Split, task: int, offset: int) -> None:
+        self.split, self.task, self.offset = split, torch.tensor(task), offset
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.split.rows[index]
+        return {**row, "label": row["label"] + self.offset, "task": self.task}
+
+
+def union(splits: Mapping[str, Split]) -> Split:
+    """The splits of several tasks as one, for `MVLPT`: labels in the union, ids `task/id`, the mean of per-task accuracies.
+
+    Args:
+        splits: task -> its split, in the order of the method's `tasks`. All need `num_classes`.
+
+    Raises:
+        InputError: a split does not say how many classes it has.
+    """
+    if missing := [name for name, split in splits.items() if split.num_classes is None]:
+        raise InputError(f"task {missing[0]!r} does not say how many classes it has", field="num_classes")
+    offsets = [0]
+    for split in splits.values():
+        offsets.append(offsets[-1] + (split.num_classes or 0))
+    parts = list(splits.values())
+    rows = cast(Any, ConcatDataset([_Tagged(split, k, offsets[k]) for k, split in enumerate(parts)]))
+    ids = [f"{name}/{i}" for name, split in splits.items() for i in (split.ids or range(len(split)))]
+    fixed = all(getattr(split.collate, "fixed", False) for split in parts)
+    names = list(splits)
+
+    def score(method: MVLPT, split: Split) -> dict[str, float]:
+        return per_task_accuracy(method, split, names)
+
+    return replace(
+        parts[0],
+        rows=rows,
+        collate=Stacked(fixed),
+        num_classes=offsets[-1],
+        ids=ids,
+        metrics=(),
+        lengths=None,
+        scorer=score,
+    )
+
+
+@torch.no_grad()
+def per_task_accuracy(method: MVLPT, split: Split, names: Sequence[str], batch_size: int = 64) -> dict[str, float]:
+    """Accuracy of each task among its own classes only, `accuracy/<task>`, and their mean, `accuracy`."""
+    right: dict[int, list[bool]] = {}
+    for batch in split.batches(batch_size):
+        batch = send_to_device(batch, method.backbone.device)
+        logits = method(batch).logits.masked_fill(~method.own_columns(batch["task"]), -torch.inf)
+        for task, hit in zip(batch["task"].tolist(), (logits.argmax(1) == batch["labels"]).tolist(), strict=True):
+            right.setdefault(task, []).append(hit)
+    scores = {f"accuracy/{names[k]}": sum(hits) / len(hits) for k, hits in sorted(right.items())}
+    return {"accuracy": sum(scores.values()) / len(scores)} | scores

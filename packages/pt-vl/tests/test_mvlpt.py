@@ -1,0 +1,155 @@
+"""MVLPT: many tasks, one prompt; the union of their classes, transfer to a target, and averages over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pt_core import FitConfig, InputError
+from pt_core.data import Split
+from pt_vl.method import Stacked, VLMethod
+from pt_vl.methods.coop import CoOp, CoOpConfig
+from pt_vl.methods.mvlpt import MVLPT, MVLPTConfig, average, union
+from pt_vl.methods.upt import UPT, UPTConfig
+from pt_vl.methods.vpt import VPT, VPTConfig
+
+TASKS = {"animals": ("cat", "dog", "bird"), "things": ("house", "red car")}
+
+
+def mvlpt(encoder: Any, **settings: Any) -> MVLPT:
+    return MVLPT(encoder, MVLPTConfig(**({"tasks": TASKS, "prompt_length": 2, "hidden": 8, "seed": 3} | settings)))
+
+
+def images(classes: int, rows: int = 6, seed: int = 0) -> Split:
+    pixels = torch.randn(rows, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+    listed = [{"pixels": p, "label": i % classes} for i, p in enumerate(pixels)]
+    return Split(listed, Stacked(), metrics=("accuracy",), num_classes=classes)
+
+
+def both(seed: int = 0) -> Split:
+    return union({"animals": images(3, 6, seed), "things": images(2, 4, seed + 10)})
+
+
+def run(**changes: Any) -> FitConfig:
+    plain = {"max_steps": 4, "batch_size": 5, "device": "cpu", "progress": False, "optimiser": "sgd", "log_every": 1}
+    return FitConfig(**(plain | changes))
+
+
+def single(encoder: Any, prompt: str) -> VLMethod:
+    """The single-task method with the settings that MVLPT gives it."""
+    common: dict[str, Any] = {"class_names": TASKS["animals"], "seed": 3, "lr": 0.002, "prompt_length": 2}
+    if prompt == "text":
+        return CoOp(encoder, CoOpConfig(position="middle", **common))
+    if prompt == "visual":
+        return VPT(encoder, VPTConfig(init="uniform", place="after-cls", **common))
+    return UPT(encoder, UPTConfig(hidden=8, **common))
+
+
+@pytest.mark.parametrize("prompt", ["text", "visual", "unified"])
+def test_one_source_task_is_the_single_task_method(prompt: str, make_encoder: Callable[..., Any]) -> None:
+    method = mvlpt(make_encoder(), prompt=prompt, tasks={"animals": TASKS["animals"]})
+    plain = single(make_encoder(), prompt)
+    assert method.count() == plain.count()
+    mine = method.fit(union({"animals": images(3)}), None, run())
+    theirs = plain.fit(images(3), None, run())
+    losses = [[row["loss"] for row in result.history] for result in (mine, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_union_offsets_labels_and_tags_tasks() -> None:
+    batch = both().batch(range(10))
+    assert batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
+    assert batch["task"].tolist() == [0] * 6 + [1] * 4
+    assert both().ids[6] == "things/0" and both().num_classes == 5
+
+
+def test_a_class_name_of_two_tasks_has_a_column_in_each(make_encoder: Callable[..., Any]) -> None:
+    method = mvlpt(make_encoder(), tasks={"a": ("cat", "dog"), "b": ("tree", "cat")})
+    assert method.config.class_names == ("cat", "dog", "tree")
+    logits = method(both().batch([0, 1])).logits
+    assert logits.shape == (2, 4)
+    assert torch.equal(logits[:, 0], logits[:, 3])
+
+
+def test_the_order_of_tasks_permutes_columns_only(make_encoder: Callable[..., Any]) -> None:
+    method = mvlpt(make_encoder())
+    turned = mvlpt(make_encoder(), tasks=dict(reversed(TASKS.items())))
+    pixels = images(2).batch(range(6))
+    expected = method(pixels).logits[:, [3, 4, 0, 1, 2]]
+    torch.testing.assert_close(turned(pixels).logits, expected, rtol=1e-5, atol=1e-5)
+    swapped = union({"things": images(2, 4, 10), "animals": images(3, 6, 0)})
+    scores, again = both().scorer(method, both()), swapped.scorer(turned, swapped)  # type: ignore[misc]
+    assert scores == pytest.approx(again)
+
+
+def test_restricting_masks_with_minus_infinity(make_encoder: Callable[..., Any]) -> None:
+    own = torch.tensor([[2.0, 1.0, 5.0]]).masked_fill(torch.tensor([[False, False, True]]), -torch.inf)
+    assert float(F.cross_entropy(own, torch.tensor([0]))) == pytest.approx(0.3133, abs=1e-4)
+    method = mvlpt(make_encoder(), restrict=True)
+    batch = both().batch(range(10))
+    logits = method(batch).logits
+    expected = F.cross_entropy(logits[:6, :3], batch["labels"][:6], reduction="sum")
+    expected = expected + F.cross_entropy(logits[6:, 3:], batch["labels"][6:] - 3, reduction="sum")
+    torch.testing.assert_close(method.loss(batch).total, expected)
+    open_method = mvlpt(make_encoder())
+    torch.testing.assert_close(
+        open_method.loss(batch).total, F.cross_entropy(open_method(batch).logits, batch["labels"], reduction="sum")
+    )
+
+
+def test_validation_is_the_mean_of_accuracies_among_each_tasks_own_classes(make_encoder: Callable[..., Any]) -> None:
+    method, split = mvlpt(make_encoder()), both()
+    scores = split.scorer(method, split)  # type: ignore[misc]
+    logits, labels = method(split.batch(range(10))).logits, split.batch(range(10))["labels"]
+    animals = float((logits[:6, :3].argmax(1) == labels[:6]).float().mean())
+    things = float((logits[6:, 3:].argmax(1) + 3 == labels[6:]).float().mean())
+    assert scores == pytest.approx(
+        {"accuracy": (animals + things) / 2, "accuracy/animals": animals, "accuracy/things": things}
+    )
+    result = method.fit(both(), both(5), run(monitor="accuracy", evaluate_every=2))
+    assert set(result.metrics) == {"loss", "accuracy", "accuracy/animals", "accuracy/things"}
+
+
+def test_averages_of_prompts() -> None:
+    state = {"prompted.context": torch.randn(2, 3)}
+    torch.testing.assert_close(average([state, state, state])["prompted.context"], state["prompted.context"])
+    negative = {name: -value for name, value in state.items()}
+    assert not average([state, negative])["prompted.context"].any()
+    with pytest.raises(InputError, match="different forms"):
+        average([state, {"prompted.context": torch.randn(3, 3)}])
+
+
+@pytest.mark.parametrize("prompt", ["text", "visual", "unified"])
+def test_a_target_with_other_classes_starts_from_the_shared_prompt(
+    prompt: str, make_encoder: Callable[..., Any]
+) -> None:
+    source = mvlpt(make_encoder(), prompt=prompt)
+    source.fit(both(), None, run())
+    target = source.for_target(("tree", "pet", "house", "bird"))
+    assert target.trained_state().keys() == source.prompted.trained_state().keys()
+    for name, tensor in target.trained_state().items():
+        assert torch.equal(tensor, source.prompted.trained_state()[name])
+    pixels = images(2).batch(range(3))
+    torch.testing.assert_close(target(pixels).logits[:, 2], source(pixels).logits[:, 3], rtol=1e-4, atol=1e-4)
+    group = source.for_group({"first": ("tree", "pet"), "second": ("house", "bird")})
+    torch.testing.assert_close(group(pixels).logits, target(pixels).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_one_loss_reaches_both_prompts_through_the_mixer_only(make_encoder: Callable[..., Any]) -> None:
+    for mixer, coupled in (("transformer", True), ("identity", False)):
+        method = mvlpt(make_encoder(), mixer=mixer)
+        method.encode_text().square().sum().backward()
+        assert (method.prompted.visual.grad is not None) is coupled
+
+
+def test_tasks_that_cannot_be_told_apart_are_refused(make_encoder: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="the class names of a task must differ"):
+        MVLPTConfig(tasks={"a": ("cat", "cat")})
+    with pytest.raises(InputError, match="does not say how many classes"):
+        union({"a": images(2), "b": Split([{"label": 0}], Stacked())})
+    with pytest.raises(InputError, match="for_target or for_group"):
+        mvlpt(make_encoder()).with_classes(("cat", "dog"))
