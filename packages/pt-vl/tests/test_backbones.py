@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch.testing import assert_close
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.tokens import Tokens, real
-from pt_vl.backbones import DualEncoder, Preprocessing
+from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
 
 FAMILIES = ["clip", "clip-legacy", "siglip", "open-clip"]
 TEXTS = ["a photo of a cat.", "dog.", "a big red car of the house."]
@@ -559,3 +561,55 @@ def test_preprocessing_is_that_of_the_models_own_processor() -> None:
         assert made(image).shape == (3, 32, 32)
         assert (made(image) - expected).abs().max() < 0.06  # two grey levels: resampled in bytes here, there in floats
     assert _hf_preprocessing(clip, 32) == Preprocessing(size=32)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_folder_gives_the_model_its_tokeniser_and_its_preprocessing(
+    family: str, make_encoder: Make, pixels: Tensor, tmp_path: Path
+) -> None:
+    from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+    made = make_encoder(family)
+    made.model.save_pretrained(tmp_path)
+    made.tokeniser.save_pretrained(tmp_path)
+    assert load_backbone(str(tmp_path)).preprocessing == Preprocessing(size=12)
+    if family == "clip":
+        images = CLIPImageProcessor(
+            size={"shortest_edge": 14}, crop_size={"height": 12, "width": 12}, image_mean=[0.1] * 3
+        )
+        expected = Preprocessing(size=12, resize=14, mean=(0.1, 0.1, 0.1))
+    else:
+        images = SiglipImageProcessor(size={"height": 12, "width": 12}, resample=2)
+        expected = Preprocessing(size=12, squash=True, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
+    images.save_pretrained(tmp_path)
+    loaded = load_backbone(str(tmp_path))
+    assert loaded.preprocessing == expected
+    assert not loaded.training
+    same(loaded.encode_text(TEXTS), made.encode_text(TEXTS))
+    same(loaded.image(pixels), made.image(pixels))
+
+
+def test_open_clip_models_load_by_name_and_by_weight_file(tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 4}
+    text = {"context_length": 20, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 2}
+    (tmp_path / "tiny-for-tests.json").write_text(json.dumps({"embed_dim": 4, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path)
+    made = load_backbone("open-clip:tiny-for-tests")
+    assert (made.context, made.preprocessing.size, made.width) == (20, 16, 4)
+    assert made.preprocessing.mean == Preprocessing().mean
+    with torch.no_grad():
+        made.model.visual.proj.mul_(3)
+    torch.save(made.model.state_dict(), tmp_path / "weights.pt")
+    loaded = load_backbone(f"open-clip:tiny-for-tests/{tmp_path / 'weights.pt'}")
+    pixels = random(2, 3, 16, 16)
+    same(loaded.image(pixels), made.image(pixels))
+    assert loaded.encode_text(["a cat."]).shape == (1, 4)
+    with pytest.raises(InputError, match="open_clip cannot load nonsense"):
+        load_backbone("open-clip:nonsense")
+
+
+def test_a_name_that_leads_nowhere_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_backbone(str(tmp_path))

@@ -328,6 +328,14 @@ def test_shots_of_a_task_are_disjoint_and_leave_the_test_split_whole(folder: Pat
     assert len(labels(task.test)) == 6
 
 
+def test_shots_without_training_images_or_below_one_are_refused(folder: Path, make_encoder: Make) -> None:
+    arrays = {"test": (np.zeros((2, 4, 4, 3), dtype=np.uint8), [0, 1])}
+    with pytest.raises(InputError, match="no training images to draw from"):
+        ImageTask.from_arrays(arrays, make_encoder(), class_names=["cat", "dog"], shots=1)
+    with pytest.raises(InputError, match="0 shots"):
+        ImageTask.from_folder(folder / "train", make_encoder(), shots=0)
+
+
 def test_base_and_new_are_halves_by_label_id_labelled_from_zero(folder: Path, make_encoder: Make) -> None:
     task = ImageTask.from_split_file(split_file(folder), folder, make_encoder())
     base, new = task.base_to_new()

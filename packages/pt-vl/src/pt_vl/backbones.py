@@ -30,6 +30,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -815,9 +816,14 @@ def load_backbone(
     transformers = importlib.import_module("transformers")
     try:
         model = transformers.AutoModel.from_pretrained(name, revision=revision, dtype=dtype)
-        processor = transformers.AutoProcessor.from_pretrained(name, revision=revision)
+        tokeniser = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(f"{name} cannot be loaded ({str(error).splitlines()[0]})", remedy="Check the name") from error
+    try:
+        images = transformers.AutoImageProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):
+        images = None  # a model that comes without one gets CLIP's preprocessing at its image size
+    processor = SimpleNamespace(tokenizer=tokeniser, image_processor=images)
     return DualEncoder(model, processor).to(device or "cpu").eval()
 
 

@@ -504,6 +504,8 @@ class ImageTask:
         first = next((listed[split] for split in SPLITS if split in listed), None)
         if first is None:
             raise InputError("there are no images")
+        if shots is not None and "train" not in listed:
+            raise InputError("there are no training images to draw from", field="shots", remedy="Leave it out")
         if by_index:
             names = list(class_names)
             keys = [str(name) for name in names]
@@ -525,7 +527,7 @@ class ImageTask:
         labels = {split: _indices(part, keys, by_index) for split, part in listed.items()}
         _complete(labels, names, first.file)
         chosen: dict[str, Sequence[int]] = {split: range(len(part)) for split, part in listed.items()}
-        if shots is not None and "train" in listed:
+        if shots is not None:
             chosen |= draw(labels["train"], labels.get("validation"), names, shots, seed)
         task = cls(spec)
         for split, rows in chosen.items():
