@@ -151,5 +151,5 @@ def test_tasks_that_cannot_be_told_apart_are_refused(make_encoder: Callable[...,
         MVLPTConfig(tasks={"a": ("cat", "cat")})
     with pytest.raises(InputError, match="does not say how many classes"):
         union({"a": images(2), "b": Split([{"label": 0}], Stacked())})
-    with pytest.raises(InputError, match="for_target or for_group"):
+    with pytest.raises(InputError, match="belongs to its own classes"):
         mvlpt(make_encoder()).with_classes(("cat", "dog"))

@@ -233,6 +233,11 @@ class VLMethod(Method):
         """
         raise InputError(f"what {self.name} trains is more than rows in the towers", remedy="Call the method itself")
 
+    @property
+    def class_bound(self) -> bool:
+        """Whether what is trained means nothing for other classes."""
+        return False
+
     # --- contract ---------------------------------------------------------------------------------------------------
     def text_features(self) -> Tensor:
         """Class features [C, d]. Those that no gradient is wanted for are computed once for the values at hand."""
@@ -278,14 +283,11 @@ class VLMethod(Method):
         Raises:
             InputError: what was trained belongs to the classes, or a name does not fit.
         """
+        if self.class_bound:
+            raise InputError(f"what {self.name} has trained belongs to its own classes", field="class_names")
         settings = self.config.model_dump() | {"class_names": tuple(names)}
         other = type(self)(self.backbone, self.config_class.model_validate(settings))
-        try:
-            other.load_trained_state(self.trained_state())
-        except InputError as error:
-            raise InputError(
-                f"what {self.name} has trained belongs to its own classes ({error})", field="class_names"
-            ) from error
+        other.load_trained_state(self.trained_state())
         return other.to(self.backbone.device).train(self.training)
 
     def save_pretrained(self, path: str | Path, *, task: Mapping[str, Any] | None = None, **options: Any) -> Path:

@@ -73,6 +73,10 @@ class CoOp(VLMethod):
         self.context = nn.Parameter(start(backbone, self.config, self.generator))
         self.sentences = Sentences(backbone, self.config.class_names, self.context.shape[-2], self.config.position)
 
+    @property
+    def class_bound(self) -> bool:
+        return bool(self.config.class_specific)
+
     def encode_text(self) -> Tensor:
         return self.sentences(self.context, chunk=self.config.text_chunk)
 

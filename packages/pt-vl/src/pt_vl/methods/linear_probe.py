@@ -57,6 +57,10 @@ class LinearProbe(VLMethod):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def class_bound(self) -> bool:
+        return True
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         return []
 

@@ -138,8 +138,9 @@ class MVLPT(VLMethod):
         group.load_trained_state(self.trained_state())
         return group.to(self.backbone.device)
 
-    def with_classes(self, names: Sequence[str]) -> Self:
-        raise InputError("many tasks have many class lists", remedy="Use for_target or for_group", field="class_names")
+    @property
+    def class_bound(self) -> bool:
+        return True  # many tasks have many class lists: `for_target` and `for_group` take the prompt over
 
 
 def average(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -68,6 +68,10 @@ class TipAdapter(VLMethod):
         self.register_buffer("labels", torch.zeros(c.cache_size, dtype=torch.long))
         self.register_buffer("strength", torch.tensor([c.alpha, c.beta]))
 
+    @property
+    def class_bound(self) -> bool:
+        return True
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         return []
 

@@ -1,0 +1,319 @@
+"""What the command line does for images and text: recipes to jobs, artifacts to predictions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pt_core import artifacts, doctor, recipe, registry
+from pt_core.data import Split
+from pt_core.errors import InputError
+from pt_core.method import MethodConfig
+from pt_core.runs import Job
+from pt_core.training import FitConfig, evaluate
+from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
+from pt_vl.data import TEMPLATES, ImageRows, ImageSpec, ImageTask, Unreadable, harmonic_mean, list_table, read_image
+from pt_vl.method import Stacked, VLMethod
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class VLBackbone(BaseModel):
+    """Which frozen model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="hub id or folder of a CLIP or SigLIP model, or open-clip:MODEL[/PRETRAINED]")
+    revision: str | None = Field(None, description="commit or tag on the hub; pin it")
+    dtype: Literal["fast", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="fast: what `pt doctor` advises here"
+    )
+
+    def load(self) -> DualEncoder:
+        dtype = doctor.fast_dtype(_device()) if self.dtype == "fast" else DTYPES[self.dtype]
+        return load_backbone(self.name, self.revision, dtype)
+
+
+class Images(BaseModel):
+    """Where images lie: a folder with a folder for each class, a table of paths and labels, a split file of the CoOp family,
+    or a folder of `datasets`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: str | None = Field(None, description="folder, table (CSV, TSV, JSON, JSONL, Parquet), or folder of datasets")
+    validation: str | None = None
+    test: str | None = None
+    split_file: str | None = Field(
+        None, description="split_zhou_*.json of the CoOp family, in place of the three above"
+    )
+    images: str | None = Field(None, description="folder that the paths of a table or split file are relative to")
+    path: str = Field("path", description="column of a table")
+    label: str = Field("label", description="column of a table, or of datasets")
+    class_names: str | tuple[str, ...] | None = Field(
+        None, description="file or list; default: folder names, or the labels of the table"
+    )
+
+    @field_validator("train", "validation", "test", "split_file", "images")
+    @classmethod
+    def _exists(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).exists():
+            raise ValueError("no such file or folder")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.split_file is not None and (self.train or self.validation or self.test):
+            raise ValueError("give a split file or train, validation and test, not both")
+        if self.split_file is not None and self.images is None:
+            raise ValueError("a split file needs `images`, the folder of its paths")
+        if not (self.split_file or self.train or self.test):
+            raise ValueError("give train, test or split_file")
+        return self
+
+    def task(self, backbone: DualEncoder, **options: Any) -> ImageTask:
+        """The task of these images; see `ImageTask.build` for the options."""
+        if self.split_file is not None:
+            return ImageTask.from_split_file(self.split_file, str(self.images), backbone, **options)
+        first = self.train or self.test
+        rest: dict[str, Any] = {"validation": self.validation, "test": self.test}
+        options |= {"class_names": self.class_names}
+        path = Path(str(first))
+        if path.is_file():
+            options |= {"images": self.images, "path": self.path, "label": self.label}
+            return ImageTask.from_files(path, backbone, **rest, **options)
+        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+            return ImageTask.from_dataset(path, backbone, label=self.label, **options)
+        return ImageTask.from_folder(path, backbone, **rest, **options)
+
+
+class VLData(Images):
+    """Which images, how they become a task, and what is asked of a trained prompt."""
+
+    templates: str | tuple[str, ...] = Field(
+        ("a photo of a {}.",), description=f"with {{}} for the class name; or a name: {', '.join(TEMPLATES)}"
+    )
+    shots: int | None = Field(16, ge=1, description="images of each class; None takes all")
+    augment: bool = Field(False, description="random crops and flips (published); False: fixed views, computed once")
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    unreadable: Unreadable = "refuse"
+    protocol: Literal["few-shot", "base-to-new"] = Field(
+        "few-shot", description="base-to-new: trained on the first half of the classes, tested on both by themselves"
+    )
+    targets: dict[str, Images] = Field(
+        {}, description="other data that the trained prompt is tested on: data sets (own classes) or domains (the same)"
+    )
+
+    @field_validator("templates")
+    @classmethod
+    def _known(cls, value: str | tuple[str, ...]) -> tuple[str, ...]:
+        found = TEMPLATES.get(value, (value,)) if isinstance(value, str) else value
+        if any(template.count("{}") != 1 for template in found):
+            raise ValueError(f"needs one {{}} for the class name, or is one of {', '.join(TEMPLATES)}")
+        return found
+
+
+class Recipe(recipe.Recipe):
+    """A recipe for images and text."""
+
+    package = "vl"
+
+    backbone: VLBackbone
+    data: VLData
+
+    def config(self, section: str = "method", **known: Any) -> MethodConfig:
+        # What the data tell is not known yet when a recipe is checked: stand-ins take its place.
+        names = ("first class", "second class")
+        stand_ins: dict[str, Any] = {"class_names": names, "cache_size": 2, "tasks": {"all": names}}
+        return super().config(section, **(stand_ins | known))
+
+
+class Bench:
+    """Backbone and images of a recipe, loaded once and used by all its runs."""
+
+    def __init__(self, checked: Recipe) -> None:
+        self.recipe, self.backbone = checked, checked.backbone.load()
+        self._tasks: dict[int, ImageTask] = {}
+        self._targets: dict[str, ImageTask] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What backbone and data are, as JSON; the images by the hash of their names."""
+        ids = {name: list(split.ids or ()) for name, split in _splits(self.task(self.recipe.seed))}
+        names = hashlib.sha256(json.dumps(ids, sort_keys=True, default=str).encode()).hexdigest()
+        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | {"images": names}
+
+    def task(self, seed: int) -> ImageTask:
+        """The task of one seed, which draws the shots."""
+        if seed not in self._tasks:
+            data = self.recipe.data
+            options = data.model_dump(include={"templates", "shots", "augment", "crop_scale", "unreadable"}) | {
+                "seed": seed
+            }
+            self._tasks[seed] = data.task(self.backbone, **options)
+        return self._tasks[seed]
+
+    def targets(self) -> dict[str, ImageTask]:
+        if self._targets is None:
+            data = self.recipe.data
+            options = data.model_dump(include={"templates", "unreadable"})
+            self._targets = {name: source.task(self.backbone, **options) for name, source in data.targets.items()}
+        return self._targets
+
+    def job(self, label: str, seed: int) -> tuple[Job, FitConfig]:
+        """The run of one method with one seed."""
+        chosen = self.recipe.with_method(label)
+        task, others = self.task(seed), dict[str, tuple[Sequence[str], Split]]()
+        if self.recipe.data.protocol == "base-to-new":
+            task, new = task.base_to_new()
+            others["new"] = (new.spec.class_names, _test(new))
+        for name, target in self.targets().items():
+            others[name] = (target.spec.class_names, _test(target))
+        if task.train is None:
+            raise InputError("there are no images to train on", field="data.train")
+        names = task.spec.class_names
+        known: dict[str, Any] = {"class_names": names, "templates": task.spec.templates, "seed": seed}
+        known |= {"cache_size": len(task.train), "tasks": {"all": names}}
+        method = registry.find_method("vl", chosen.method.name)(self.backbone, chosen.config(**known))
+        source = self.recipe.backbone
+        job = Job(
+            method,
+            task.train,
+            task.validation,
+            tested(_test(task), others, self.recipe.data.protocol) if task.test is not None or others else None,
+            task=task.spec.model_dump(mode="json"),
+            backbone_name=None if Path(source.name).is_dir() else source.name,  # a path stays on this machine
+            revision=source.revision,
+        )
+        return job, chosen.training.model_copy(update={"seed": seed})
+
+
+def tested(own: Split, others: Mapping[str, tuple[Sequence[str], Split]], protocol: str = "few-shot") -> Split:
+    """A test split that also tests the prompt on other classes or domains.
+
+    Metrics: `accuracy` on the own test images, `accuracy/<name>` on each of the others, with the classes that they have, and
+    the others' mean, `accuracy/others`. With base-to-new: `base`, `new`, `harmonic-mean`. What a method has no answer for,
+    because what it trained belongs to its own classes, is left out.
+    """
+    if not others:
+        return own
+
+    def score(method: VLMethod, split: Split) -> dict[str, float]:
+        plain = {"accuracy": evaluate(method, own)["accuracy"]}
+        for name, (classes, images) in others.items():
+            try:
+                same = tuple(classes) == tuple(method.config.class_names)
+                other = method if same else method.with_classes(classes)
+            except InputError:
+                continue
+            plain[f"accuracy/{name}"] = evaluate(other, images)["accuracy"]
+        if protocol == "base-to-new":
+            base, new = plain.pop("accuracy"), plain.pop("accuracy/new", None)
+            halves = (
+                {"base": base} if new is None else {"base": base, "new": new, "harmonic-mean": harmonic_mean(base, new)}
+            )
+            return halves | plain
+        rest = [value for name, value in plain.items() if name != "accuracy"]
+        return plain | ({"accuracy/others": sum(rest) / len(rest)} if len(rest) > 1 else {})
+
+    return Split(own.rows, own.collate, num_classes=own.num_classes, ids=own.ids, scorer=score)
+
+
+class Session:
+    """A trained prompt on its backbone."""
+
+    def __init__(self, method: VLMethod, spec: ImageSpec) -> None:
+        self.method, self.spec = method, spec
+
+    def inputs(self, file: Path, text: str = "text") -> list[str]:
+        """Paths of the images that a table names in the column `text`; relative ones lie beside it."""
+        return [str(source) for source in list_table(file, path=text, label=text).sources]
+
+    @torch.no_grad()
+    def predict(self, inputs: Sequence[str]) -> list[dict[str, Any]]:
+        """The class of each image file, and the probability of every class."""
+        answers = []
+        for name in inputs:
+            try:
+                image = read_image(Path(name))
+            except OSError as error:
+                raise InputError(f"cannot be read ({error})", file=name, remedy="Give an image") from error
+            pixels = self.spec.preprocessing(image)[None].to(self.method.backbone.device)
+            scores = self.method({"pixels": pixels}).logits.float().softmax(-1)[0]
+            names = self.spec.class_names
+            best = names[int(scores.argmax())]
+            shown = {n: round(float(s), 4) for n, s in zip(names, scores, strict=True)}
+            answers.append({"image": name, "label": best, "scores": shown})
+        return answers
+
+    def evaluate(self, file: Path, text: str = "text", label: str = "label") -> dict[str, float]:
+        """Metrics on a table of images and labels."""
+        listed = list_table(file, path=text, label=label)
+        index = {name: i for i, name in enumerate(self.spec.class_names)}
+        if unknown := [str(y) for y in listed.labels if str(y) not in index]:
+            raise InputError(
+                f"{unknown[0]!r} is no class of the prompt",
+                file=file,
+                field=label,
+                remedy=f"Classes: {', '.join(index)}",
+            )
+        rows = ImageRows(listed.sources, [index[str(y)] for y in listed.labels], self.spec.preprocessing)
+        split = Split(rows, Stacked(), ("accuracy", "macro-f1"), num_classes=len(index), ids=listed.ids)
+        return evaluate(self.method, split)
+
+    def export(self, format: str, folder: Path) -> Path:
+        raise InputError(
+            f"unknown format {format!r}", remedy="Prompts of dual encoders have no other format; use the artifact"
+        )
+
+
+def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> Session:
+    """Load the backbone of an artifact (its own, unless another is named) and put the prompt on it.
+
+    Raises:
+        InputError: the artifact was saved without its task, or its backbone cannot be loaded.
+    """
+    folder, known = artifact.folder, artifact.config.backbone
+    name = backbone or known.name
+    if name is None:
+        raise InputError("does not say where its backbone comes from", file=folder, remedy="Name it: --backbone")
+    task = dict(artifact.config.task or {})
+    names = artifact.config.method_config.get("class_names")
+    try:
+        spec = ImageSpec.model_validate({"class_names": names, **task})
+    except ValidationError as error:
+        raise recipe.explain(error, ImageSpec, "task", folder) from error
+    encoder = load_backbone(name, None if backbone else known.revision)
+    if encoder.preprocessing != spec.preprocessing:
+        encoder.preprocessing = Preprocessing.model_validate(spec.preprocessing)
+    method = artifacts.load(folder, encoder).place(_device())
+    assert isinstance(method, VLMethod)
+    return Session(method, spec)
+
+
+def demo(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
+    """`pt demo vl`."""
+    from pt_vl.demo import run
+
+    run(folder, seeds=seeds, shots=shots, data=data)
+
+
+def _test(task: ImageTask) -> Split:
+    """Where a task is tested: its test split, or its only one."""
+    split = task.test or task.train
+    assert split is not None
+    return split
+
+
+def _splits(task: ImageTask) -> list[tuple[str, Split]]:
+    named = {"train": task.train, "validation": task.validation, "test": task.test}
+    return [(name, split) for name, split in named.items() if split is not None]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
