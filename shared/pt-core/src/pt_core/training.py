@@ -422,8 +422,9 @@ class Loop:
                 p.grad = self.accelerator.reduce(p.grad if p.grad is not None else torch.zeros_like(p), reduction="sum")
         total, count = sums
         gradients = [p.grad for p in parameters if p.grad is not None]
-        for gradient in gradients:
-            gradient.div_(count.to(gradient.device))
+        if self._reads_late or float(count) != 1:  # a pass over a large critic that need not be made
+            for gradient in gradients:
+                gradient.div_(count.to(gradient.device))
         norm = torch.nn.utils.get_total_norm(gradients).to(self.device)
         finite = torch.isfinite(total) & torch.isfinite(norm)
         self._check_finite()

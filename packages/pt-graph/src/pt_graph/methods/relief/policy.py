@@ -140,11 +140,12 @@ class _Columns(torch.autograd.Function):
     """x W with W [d N, a], for rows of x [r, k, d] that are zero beyond their size; sizes fall along the rows.
 
     Only products of real nodes are formed: between two sizes, the rows that are at least as large share one product, so
-    every weight is read once.
+    every weight is read once. The gradient of W is written to `kept`, the same memory in every backward pass, and set as
+    `W.grad` here: fresh memory of this size costs more than the product.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int], kept: Tensor) -> Tensor:
         x = x.flatten(1)
         width = x.shape[1] // sizes[0]
         steps: list[tuple[int, int, int]] = []  # rows, and the columns from where to where
@@ -156,17 +157,18 @@ class _Columns(torch.autograd.Function):
         for rows, start, stop in steps:
             out[:rows].addmm_(x[:rows, start:stop], weight[start:stop])
         ctx.save_for_backward(x)
-        ctx.steps, ctx.shape = steps, weight.shape
+        ctx.weight, ctx.steps, ctx.kept = weight, steps, kept
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
-        found = gradient.new_empty(ctx.shape)
-        found[x.shape[1] :] = 0
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
+        (x,), (gradient,), weight = ctx.saved_tensors, gradients, ctx.weight
+        found = ctx.kept if weight.grad is None else torch.empty_like(weight)
         for rows, start, stop in ctx.steps:
             torch.mm(x[:rows, start:stop].T, gradient[:rows], out=found[start:stop])
-        return None, found, None
+        found[x.shape[1] :] = 0
+        weight.grad = found if weight.grad is None else weight.grad + found
+        return None, None, None, None
 
 
 class ExactCritic(nn.Module):
@@ -193,6 +195,7 @@ class ExactCritic(nn.Module):
         self.columns = nn.Parameter(torch.cat([start(inputs, a, width, 2 + node) for node in range(columns)]))
         self.bias = nn.Parameter(torch.zeros(a))
         self.hidden, self.out = nn.Linear(a, b), nn.Linear(b, 1)
+        self._gradient: Tensor | None = None
         for number, linear in enumerate((self.hidden, self.out)):
             linear.weight = nn.Parameter(
                 start(linear.in_features, linear.out_features, linear.in_features, number).T.contiguous()
@@ -207,7 +210,10 @@ class ExactCritic(nn.Module):
 
     def of(self, padded: Tensor, sizes: list[int]) -> Tensor:
         """Values [r] of zero-padded states [r, k, d] whose sizes fall."""
-        first = _Columns.apply(padded, self.columns, sizes)
+        kept = self._gradient
+        if kept is None or (kept.device, kept.dtype) != (self.columns.device, self.columns.dtype):
+            self._gradient = kept = torch.empty_like(self.columns, requires_grad=False)
+        first = _Columns.apply(padded, self.columns, sizes, kept)
         found: Tensor = self.out(self.hidden((first + self.bias).relu()).relu()).squeeze(-1)
         return found
 
