@@ -14,6 +14,7 @@ on one thread by default: on a shared machine, waiting for a second one distorts
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -168,10 +169,8 @@ def measure(task: str, variant: str, updates: int, threads: int) -> dict[str, An
         clock.around(plain, "loss", "loss", updates)
         clock.around(plain.adams[0], "step", "adam")
         start = time.perf_counter()
-        try:
+        with contextlib.suppress(Enough):
             plain.epoch(1, rollouts=1)
-        except Enough:
-            pass
         learning = time.perf_counter() - start - clock.seconds["rollout"]
         start = time.perf_counter()
         plain.train_head(split.batch(plain.order))
@@ -205,10 +204,8 @@ def measure(task: str, variant: str, updates: int, threads: int) -> dict[str, An
 
     method.optimisers = timed  # type: ignore[method-assign]
     clock.around(method, "_roll_out", "rollout")
-    try:
+    with contextlib.suppress(Enough):
         method.fit(split, None, config)
-    except Enough:
-        pass
     found |= {"epoch": starts[1] - starts[0], "rollouts": clock.calls["rollout"], "updates": clock.calls["adam"]}
     found |= {
         "adam": clock.seconds["adam"] / clock.calls["adam"],

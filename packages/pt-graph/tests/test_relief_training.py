@@ -186,14 +186,36 @@ def test_rates_fall_linearly_where_the_setting_says_so(make_backbone: Any, make_
 
 
 def test_the_head_warms_up_without_prompts_before_the_first_epoch(make_backbone: Any, make_split: Any) -> None:
-    warm = RELIEF(make_backbone(), config(members=2, warmup_epochs=3, minibatch=1000))
-    with pytest.warns(NotLearning):
-        history = warm.fit(make_split(SIZES), None, run(epochs=1)).history
-    cold = RELIEF(make_backbone(), config(members=2, minibatch=1000))
-    with pytest.warns(NotLearning):
-        other = cold.fit(make_split(SIZES), None, run(epochs=1)).history
-    assert history[0]["loss"] < other[0]["loss"] + 1
-    assert not torch.equal(warm.head[0].weight, cold.head[0].weight)
+    method = RELIEF(make_backbone(), config(members=2, warmup_epochs=3, head_epochs=2))
+    made: list[str] = []
+    update, roll_out = method._update_head, method._roll_out
+
+    def watch(loop: Loop, batch: Any, prompts: Any = None, dropout: Any = None) -> None:
+        made.append(f"head of {len(batch['labels'])}, {'plain' if prompts is None else 'prompted'}")
+        update(loop, batch, prompts, dropout)
+
+    method._update_head = watch  # type: ignore[method-assign]
+    method._roll_out = lambda *given: made.append("rollout") or roll_out(*given)  # type: ignore[method-assign, func-returns-value]
+    method.fit(make_split(SIZES), None, run(batch_size=8))
+    epoch = ["rollout"] * 2 + ["head of 12, prompted"] * 2
+    assert made == ["head of 12, plain"] * 3 + epoch * 2
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_head_phase_has_the_backbones_dropout_if_asked_for(on: bool, make_backbone: Any, make_split: Any) -> None:
+    backbone = make_backbone("chem")
+    method = RELIEF(backbone, config(members=2, backbone_dropout=on))
+    active: list[tuple[bool, bool]] = []
+    encode = backbone.encode
+
+    def watch(x: Tensor, graphs: Any) -> Tensor:
+        active.append((backbone.dropout.training, any(norm.training for norm in backbone.batch_norms)))
+        return encode(x, graphs)
+
+    backbone.encode = watch
+    method.fit(make_split(SIZES, molecule=True), None, run(epochs=1, batch_size=8))
+    assert active.count((True, False)) == on  # the one pass that the head is trained on
+    assert active.count((False, False)) == len(active) - on
 
 
 def test_a_rollout_shorter_than_a_minibatch_trains_no_policy_and_warns(make_backbone: Any, make_split: Any) -> None:
@@ -340,6 +362,7 @@ def test_bad_inputs_are_refused_before_training(make_backbone: Any, make_graph: 
     refused("label 2 of 2 classes", rows([make_graph(3, i) for i in range(3)], torch.tensor([0, 2, 1])))
     empty = Data(x=torch.zeros(0, 6), edge_index=torch.zeros(2, 0, dtype=torch.long))
     refused("graph 1 of the training split has no nodes", rows([make_graph(3, 0), empty, make_graph(2, 1)], labels))
+    refused(r"labels of shape \[12\] are not those of 2 outputs", good, task="multilabel")
     refused("a training graph has 9 nodes, more than max_nodes", good, max_nodes=5)
     refused("not split or bucketed", good, None, run(micro_batch_size=2))
     refused("monitors 'roc-auc'", good, good, run(monitor="roc-auc"))

@@ -38,8 +38,8 @@ class RELIEF(GraphMethod):
     Graphs -> logits [B, C]. The joint policy draws the node (a node may be drawn again; its prompts add up) and adds the
     members' mean content. What it draws follows from the configuration's seed and the graph's sample id.
 
-    Parameters, with h = d // 2: M (actor_d: d h + h + h (d // 4) + 2 (d // 4) + 1; actor_c: d h + h + h^2 + h + h D + D)
-    and the head. d = D = 300: 56,551 + 113,100 a member, 508,953 for M = 3. Node GIN, d = 128, D = 100: 10,369 + 18,916
+    Parameters: M (actor_d: d h + h + h (d // 4) + 2 (d // 4) + 1; actor_c: d h + h + h^2 + h + h D + D), h = d // 2, and
+    the head. d = D = 300: 56,551 + 113,100 a member, 508,953 for M = 3. Node GIN, d = 128, D = 100: 10,369 + 18,916
     a member. The critic lives while the method is trained and is not part of it: with I = d N, a = int(0.05 I),
     b = int(0.025 I) it has I a + a + a b + 2b + 1 weights (d = 128, N = 150: 18,894,721), less those of nodes that no
     training graph has.
@@ -230,13 +230,14 @@ class RELIEF(GraphMethod):
             if not bool((found > 0).all()):
                 name = batch["sample_ids"][int(found.argmin())]
                 raise InputError(f"graph {name!r} of the {what} split has no nodes", field="graphs")
-            known = (labels >= 0) if labels.ndim == 1 else (labels >= 0).any(1)
             if labels.ndim == 1 and bool((labels >= self.config.num_outputs).any()):
                 name = batch["sample_ids"][int(labels.argmax())]
                 raise InputError(
                     f"graph {name!r} of the {what} split has label {int(labels.max())} of {self.config.num_outputs} classes",
                     field="labels",
                 )
+            label_loss(torch.zeros(len(labels), self.config.num_outputs), labels.clamp(min=0), self.config.task)
+            known = (labels >= 0).view(len(labels), -1).any(1)
             at = len(sizes)
             sizes += found.tolist()
             labelled += [at + i for i, is_known in enumerate(known.tolist()) if is_known]
