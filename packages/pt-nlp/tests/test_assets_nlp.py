@@ -157,6 +157,29 @@ def test_taxonomy_examples() -> None:
     assert naics["111331"]["title"] == "Apple Orchards"
 
 
+def test_tagging_rows_have_each_title_once_and_no_label_of_too_few() -> None:
+    def node(code: str, title: str) -> assets.Industry:
+        return assets.Industry(code=code, title=title, level="class", parents=(code[0],))
+
+    sections = [
+        assets.Industry(code=c, title=t, level="section", parents=()) for c, t in (("A", "Farms"), ("B", "Ores"))
+    ]
+    rows = [
+        *sections,
+        node("A1", "Rice"),
+        node("A2", "rice"),
+        node("A3", "Farms"),
+        node("A4", "Tea"),
+        node("B1", "Iron"),
+    ]
+    farms = [{"id": "A1", "text": "Rice", "label": ["Farms"]}, {"id": "A4", "text": "Tea", "label": ["Farms"]}]
+    assert assets.industry_titles(rows, "section", at_least=2) == farms
+    assert assets.industry_titles(rows, "section", at_least=1) == [
+        *farms,
+        {"id": "B1", "text": "Iron", "label": ["Ores"]},
+    ]
+
+
 def test_the_packages_stay_uninstalled_and_unread() -> None:
     folder = had(lambda: fetch(assets.NAICS))
     assert sorted(path.name for path in folder.rglob("*")) == ["naics.py"]

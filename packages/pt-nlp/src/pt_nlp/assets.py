@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
@@ -247,10 +248,11 @@ def bbc_records(cache: Path | None = None, offline: bool | None = None) -> list[
     ]
 
 
-def industry_titles(rows: list[Industry], level: str) -> list[dict[str, Any]]:
+def industry_titles(rows: list[Industry], level: str, at_least: int = 10) -> list[dict[str, Any]]:
     """Titles of all industries below `level` of a taxonomy, each with the title of its ancestor at `level` as its one label.
 
-    Every title is there once (an only child has its parent's), and none that is itself a label.
+    Every title is there once (an only child has its parent's), and none that is itself a label. Labels of fewer than
+    `at_least` titles are left out with their titles: a random split could leave them without a row.
     """
     titles = {row["code"]: row["title"] for row in rows}
     levels = {row["code"]: row["level"] for row in rows}
@@ -261,11 +263,12 @@ def industry_titles(rows: list[Industry], level: str) -> list[dict[str, Any]]:
         if ancestor is not None and row["title"].casefold() not in seen:
             seen.add(row["title"].casefold())
             found.append({"id": row["code"], "text": row["title"], "label": [titles[ancestor]]})
-    return found
+    sizes = Counter(row["label"][0] for row in found)
+    return [row for row in found if sizes[row["label"][0]] >= at_least]
 
 
 def naics_sectors(cache: Path | None = None, offline: bool | None = None) -> list[dict[str, Any]]:
-    """NAICS 2022 industries of every depth with their sector (20), as a tagging task."""
+    """NAICS 2022 industries of every depth with their sector, as a tagging task; 19 sectors: 55 has three titles."""
     return industry_titles(naics(cache, offline), "sector")
 
 
