@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         load_backbone,
         save_backbone,
     )
+    from pt_graph.data import GraphSpec, GraphTask, read_nodes, read_smiles
     from pt_graph.methods.all_in_one import AllInOne, AllInOneConfig
     from pt_graph.methods.fine_tuning import FineTuning, FineTuningConfig
     from pt_graph.methods.gpf import GPF, GPFConfig, GPFPlus, GPFPlusConfig
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pt_graph.methods.linear_probe import LinearProbe, LinearProbeConfig
     from pt_graph.methods.relief import RELIEF, RELIEFConfig
     from pt_graph.methods.supt import SUPTConfig, SUPTHard, SUPTHardConfig, SUPTSoft
+    from pt_graph.minimol import MiniMol, load_minimol, minimol_graph
+    from pt_graph.pretraining import pretrain
 
 __all__ = [
     "GPF",
@@ -42,8 +45,11 @@ __all__ = [
     "GraphBackbone",
     "GraphPrompt",
     "GraphPromptConfig",
+    "GraphSpec",
+    "GraphTask",
     "LinearProbe",
     "LinearProbeConfig",
+    "MiniMol",
     "NodeGIN",
     "NodeGINConfig",
     "PyGBackbone",
@@ -53,6 +59,11 @@ __all__ = [
     "SUPTHardConfig",
     "SUPTSoft",
     "load_backbone",
+    "load_minimol",
+    "minimol_graph",
+    "pretrain",
+    "read_nodes",
+    "read_smiles",
     "save_backbone",
 ]
 
@@ -67,6 +78,7 @@ _ROOMS = {
         "load_backbone",
         "save_backbone",
     ),
+    "data": ("GraphSpec", "GraphTask", "read_nodes", "read_smiles"),
     "methods.all_in_one": ("AllInOne", "AllInOneConfig"),
     "methods.fine_tuning": ("FineTuning", "FineTuningConfig"),
     "methods.gpf": ("GPF", "GPFConfig", "GPFPlus", "GPFPlusConfig"),
@@ -75,6 +87,8 @@ _ROOMS = {
     "methods.linear_probe": ("LinearProbe", "LinearProbeConfig"),
     "methods.relief": ("RELIEF", "RELIEFConfig"),
     "methods.supt": ("SUPTConfig", "SUPTHard", "SUPTHardConfig", "SUPTSoft"),
+    "minimol": ("MiniMol", "load_minimol", "minimol_graph"),
+    "pretraining": ("pretrain",),
 }
 _WHERE = {name: room for room, names in _ROOMS.items() for name in names}
 
