@@ -443,5 +443,5 @@ def test_descriptor_targets_are_standardised_columns_that_vary() -> None:
     full = targets[:, targets.isfinite().all(0)]
     torch.testing.assert_close(full.mean(0), torch.zeros(full.shape[1]), atol=1e-5, rtol=0)
     torch.testing.assert_close(full.std(0, correction=0), torch.ones(full.shape[1]), atol=1e-4, rtol=0)
-    with pytest.raises(InputError, match=r"row 2.*'C1CC' is not a SMILES"):
+    with pytest.raises(InputError, match=r"row 2.*'C1CC' is no valid SMILES"):
         descriptor_targets(["CC", "C1CC"])

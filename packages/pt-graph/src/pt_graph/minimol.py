@@ -28,6 +28,7 @@ from torch_geometric.nn import GINEConv, global_mean_pool
 from pt_core.assets import Asset, derive
 from pt_core.errors import InputError
 from pt_graph.backbones import BackboneConfig, GraphBackbone
+from pt_graph.molecules import parse
 
 MINIMOL = Asset(
     name="minimol",
@@ -213,13 +214,11 @@ def minimol_graph(smiles: str) -> Data:
         `returns` [n, 16]: probability that a random walk of 1 to 16 steps ends where it began (1 for a single atom).
 
     Raises:
-        InputError: the SMILES cannot be read.
+        InputError: as `pt_graph.molecules.parse`.
     """
     from rdkit import Chem
 
-    molecule = Chem.MolFromSmiles(smiles)
-    if molecule is None or molecule.GetNumAtoms() == 0:
-        raise InputError(f"{smiles!r} is not the SMILES of a molecule", field="smiles")
+    molecule = parse(smiles)
     ranks = Chem.CanonicalRankAtoms(molecule, breakTies=True, includeChirality=True, includeIsotopes=True)
     molecule = Chem.RemoveHs(Chem.RenumberAtoms(molecule, np.argsort(ranks).tolist()))
     n, bonds = molecule.GetNumAtoms(), list(molecule.GetBonds())

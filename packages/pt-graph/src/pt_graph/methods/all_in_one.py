@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch_geometric.data import Batch as Graphs
 
@@ -82,6 +82,12 @@ class AllInOneConfig(GraphConfig):
         50, ge=0, description="epochs of the head alone, first in each round; ProG, graph_task.py"
     )
     prompt_epochs: int = Field(50, ge=0, description="epochs of the tokens alone, then; ProG, graph_task.py")
+
+    @model_validator(mode="after")
+    def _some_epochs(self) -> AllInOneConfig:
+        if self.answer_epochs + self.prompt_epochs == 0:
+            raise ValueError("a round has no epochs: answer_epochs and prompt_epochs are both 0")
+        return self
 
 
 class AllInOne(GraphMethod):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 
 from pt_core.errors import InputError
+from pt_graph.molecules import parse
 from pt_graph.pretraining.base import Pretraining, PretrainingConfig
 
 
@@ -85,11 +86,10 @@ def _functions() -> list[Any]:
 
 
 def _described(smiles: str, row: int) -> list[float]:
-    from rdkit import Chem
-
-    molecule = Chem.MolFromSmiles(smiles)
-    if molecule is None:
-        raise InputError(f"{smiles!r} is not a SMILES", row=row, field="smiles")
+    try:
+        molecule = parse(smiles)
+    except InputError as error:
+        raise InputError(str(error), row=row, field="smiles") from error
     values = []
     for function in _functions():
         try:
