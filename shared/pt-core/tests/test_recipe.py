@@ -93,20 +93,6 @@ def test_an_installed_recipe_is_read_and_its_methods_are_configured() -> None:
     assert recipe.installed() == {"toy/first": "Shows that recipes are read"}
 
 
-def test_one_recipe_holds_many_settings(toy: Path) -> None:
-    settings = {"small": {"data.rows": 3, "method.lr": 0.5}, "large": {"data.rows": 9}}
-    (toy / "recipes" / "first.yaml").write_text(yaml.safe_dump(GOOD | {"settings": settings}, sort_keys=False))
-    assert recipe.load("toy/first:small")[1].data.rows == 3
-    assert recipe.load("toy/first:small", {"data.rows": 4})[1].data.rows == 4
-    assert recipe.load("toy/first:large")[1].data.rows == 9
-    assert recipe.load("toy/first")[1].data.rows == GOOD["data"]["rows"]
-    assert recipe.installed() == {"toy/first": "Shows that recipes are read; 2 settings, such as toy/first:small"}
-    assert refusal(name="toy/first:medium") == "toy/first: no setting 'medium'. There are: small, large"
-    settings["wrong"] = {"data.row": 1}
-    (toy / "recipes" / "first.yaml").write_text(yaml.safe_dump(GOOD | {"settings": settings}, sort_keys=False))
-    assert "toy/first:wrong, field 'data.row'" in refusal(name="toy/first:wrong")
-
-
 def test_what_the_data_tell_fills_only_what_the_recipe_leaves_open() -> None:
     _, checked = recipe.load("toy/first", {"method.lr": 0.7})
     filled = checked.config(lr=0.2, seed=3, num_labels=5).model_dump()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -334,6 +334,17 @@ _KINDS: dict[str, tuple[type[BackboneConfig], Callable[[Any], GraphBackbone]]] =
 }
 
 
+def backbone_config(content: Mapping[str, Any]) -> BackboneConfig:
+    """The configuration of a backbone from its values: `{"kind": "chem", "conv": "gcn"}`.
+
+    Raises:
+        ValueError: the kind is not known, or a value does not fit.
+    """
+    if content.get("kind") not in _KINDS:
+        raise ValueError(f"unknown kind {content.get('kind')!r}; known: {', '.join(_KINDS)}")
+    return _KINDS[content["kind"]][0].model_validate(content)
+
+
 def save_backbone(backbone: GraphBackbone, folder: str | Path, card: str = "") -> Path:
     """Write a backbone to a folder (config.json, model.safetensors, README.md), whole or not at all."""
     if backbone.config.kind not in _KINDS:
@@ -366,9 +377,10 @@ def load_backbone(source: str | Path, config: BackboneConfig | None = None) -> G
         if not file.is_file():
             raise InputError("holds no config.json", file=path, remedy="Give a folder of save_backbone")
         content = json.loads(file.read_text("utf-8"))
-        if content.get("kind") not in _KINDS:
-            raise InputError(f"unknown kind {content.get('kind')!r}", file=file, remedy=f"Known: {', '.join(_KINDS)}")
-        config, path = _KINDS[content["kind"]][0].model_validate(content), path / "model.safetensors"
+        try:
+            config, path = backbone_config(content), path / "model.safetensors"
+        except ValueError as error:
+            raise InputError(f"is no configuration of a backbone ({error})", file=file) from error
     elif config is None or not path.is_file():
         shipped = ", ".join(f"zoo:{f.name}" for f in sorted(_ZOO.glob("*/"))) or "none"
         problem = "needs a config" if path.is_file() else "no such backbone"

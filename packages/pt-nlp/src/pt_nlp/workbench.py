@@ -264,11 +264,11 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     return Session(artifacts.load(folder, model).place(_device()), TextTask(spec, tokenizer))
 
 
-def demo(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
+def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) -> None:
     """`pt demo nlp`."""
     from pt_nlp.demo import run
 
-    run(folder, seeds=seeds, shots=shots, data=data)
+    run(folder, seeds=seeds or 1, shots=shots or 16, data=data)
 
 
 def _known(name: str, known: Mapping[str, Any]) -> str:

@@ -296,11 +296,11 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     return Session(method, spec)
 
 
-def demo(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
+def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) -> None:
     """`pt demo vl`."""
     from pt_vl.demo import run
 
-    run(folder, seeds=seeds, shots=shots, data=data)
+    run(folder, seeds=seeds or 3, shots=shots or 16, data=data)
 
 
 def _test(task: ImageTask) -> Split:

@@ -8,7 +8,7 @@ A workbench offers:
     open_artifact(artifact, backbone) -> session    a trained prompt on its backbone: `.inputs(file, text)`,
                                                     `.predict(inputs)`, `.evaluate(file, text, label)`,
                                                     `.export(format, folder)`
-    demo(folder, seeds, shots, data)                the package's demo
+    demo(folder, seeds, shots, data)                the package's demo; None: its own default
 
 Bad input ends in one line on stderr and exit code 2. Results go to stdout.
 """
@@ -76,8 +76,8 @@ def demo(
         str | None, typer.Argument(help="package to show; default: nlp, else the first installed")
     ] = None,
     output: Output = Path("runs/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="runs of each method")] = 1,
-    shots: Annotated[int, typer.Option(min=1, help="training examples of each class")] = 16,
+    seeds: Annotated[int | None, typer.Option(min=1, help="runs of each method; default: the demo's")] = None,
+    shots: Annotated[int | None, typer.Option(min=1, help="training examples; default: the demo's")] = None,
     data: Annotated[Path | None, typer.Option(help="your own file instead of the demo's data")] = None,
 ) -> None:
     """Run the main job of a package on real data and real weights, on a laptop."""

@@ -1,10 +1,4 @@
-"""Recipes: YAML files that say what to train on what, checked before anything is loaded.
-
-A method that was published with many settings has one recipe with a `settings` section, and not a file for each:
-
-    settings:
-      bbbp-infomax: {data.train: bbbp.csv, training.epochs: 50}      # pt train graph/relief:bbbp-infomax
-"""
+"""Recipes: YAML files that say what to train on what, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -115,11 +109,7 @@ class Recipe(BaseModel):
 
 
 def find(name: str) -> tuple[str, Path]:
-    """The package and file of a recipe: `nlp/bbc-topics`, or the path of a YAML file that names its `package`.
-
-    A setting behind a colon (`graph/relief:bbbp-infomax`) is left to `load`.
-    """
-    name = name.partition(":")[0]
+    """The package and file of a recipe: `nlp/bbc-topics`, or the path of a YAML file that names its `package`."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -144,10 +134,7 @@ def installed() -> dict[str, str]:
     found = {}
     for package in registry.packages():
         for file in sorted((registry.package_folder(package) / "recipes").glob("*.yaml")):
-            content = _parse(file)
-            name, settings = f"{package}/{file.stem}", list(content.get("settings", {}))
-            more = f"; {len(settings)} settings, such as {name}:{settings[0]}" if settings else ""
-            found[name] = f"{content.get('about', '')}{more}"
+            found[f"{package}/{file.stem}"] = str(_parse(file).get("about", ""))
     return found
 
 
@@ -167,13 +154,9 @@ def load(name: str, changes: Mapping[str, Any] | None = None) -> tuple[str, Reci
     package, path = find(name)
     content = _parse(path)
     content.pop("package", None)
-    settings, setting = content.pop("settings", {}), name.partition(":")[2]
-    if setting and setting not in settings:
-        known = ", ".join(settings) or "none"
-        raise InputError(f"no setting {setting!r}", file=name.partition(":")[0], remedy=f"There are: {known}")
     schema: type[Recipe] = registry.workbench(package).Recipe
     try:
-        for key, value in {**(settings[setting] if setting else {}), **(changes or {})}.items():
+        for key, value in (changes or {}).items():
             _set(content, key, value)
         recipe = schema.model_validate(content)
         recipe.config()
