@@ -1,0 +1,188 @@
+"""Recipes to jobs on molecules and nodes, published settings by name, and artifacts to predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch_geometric.data import Data
+
+from pt_core import InputError, artifacts, recipe, registry, runs
+from pt_core.testing import one_thread
+from pt_graph.backbones import save_backbone
+from pt_graph.methods.relief import setting, settings
+from pt_graph.workbench import Bench, Recipe, open_artifact
+
+pytest.importorskip("rdkit", reason="rdkit is not installed: the extra `molecules` of pt-graph")
+
+SMILES = ["CCO", "CCN", "CCC", "c1ccccc1O", "c1ccccc1N", "C1CCCCC1", "C1CCCC1O", "CC(C)O", "CCCl", "c1ccncc1"] * 3
+RECIPES = [name for name in recipe.installed() if name.startswith("graph/")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_backbone: Callable[..., Any], make_graph: Callable[..., Data]) -> Path:
+    """A molecule GIN and a table; a node GIN and a graph of 60 nodes in 3 classes."""
+    save_backbone(make_backbone("chem"), tmp_path / "gin")
+    with (tmp_path / "molecules.csv").open("w", newline="") as file:
+        rows = [(s, str(i % 2), "" if i == 4 else str(i % 3 % 2)) for i, s in enumerate(SMILES)]
+        csv.writer(file).writerows([("smiles", "first", "second"), *rows])
+    save_backbone(make_backbone("node-gin"), tmp_path / "node-gin")
+    graph = make_graph(60, 2)
+    parts = {"x": graph.x, "edge_index": graph.edge_index, "y": torch.arange(60) % 3}
+    save_file({name: tensor.contiguous() for name, tensor in parts.items()}, tmp_path / "graph.safetensors")
+    return tmp_path
+
+
+def made(folder: Path, kind: str = "molecules", method: dict[str, Any] | None = None, **more: Any) -> Recipe:
+    if kind == "molecules":
+        data: dict[str, Any] = {
+            "train": str(folder / "molecules.csv"),
+            "labels": ["first", "second"],
+            "split": "random",
+        }
+        data |= {"shots": 12, "few_shot": "relief"}
+    else:
+        data = {"kind": "nodes", "train": str(folder / "graph.safetensors"), "hops": 1, "shots": 4}
+        data |= {"validation_nodes": 10, "test_nodes": 12}
+    content: dict[str, Any] = {
+        "method": method or {"name": "gpf", "lr": 0.05},
+        "backbone": {"name": str(folder / ("gin" if kind == "molecules" else "node-gin"))},
+        "data": data | more.pop("data", {}),
+        "training": {"max_steps": 4, "batch_size": 4, "progress": False, "device": "cpu", "evaluate_every": 2},
+    }
+    return Recipe.model_validate(content | more)
+
+
+def test_a_molecule_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -> None:
+    bench = Bench(made(folder))
+    job, config = bench.job("gpf", 1)
+    assert (job.method.config.num_outputs, job.method.config.task, len(job.train)) == (2, "multilabel", 12)
+    assert job.backbone_name is None
+    with one_thread():
+        outcome = runs.train(job, config, folder / "run")
+    assert outcome.artifact is not None and "roc-auc" in outcome.result.metrics
+    session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "gin"))
+    told = session.predict(["CCO", "c1ccccc1"])
+    assert [answer["smiles"] for answer in told] == ["CCO", "c1ccccc1"]
+    assert set(told[0]["scores"]) == {"first", "second"}
+    assert session.predict(session.inputs(folder / "molecules.csv", text="smiles"))[0] == told[0]
+    scores = session.evaluate(folder / "molecules.csv", text="smiles")
+    assert 0 <= scores["roc-auc"] <= 1
+    with pytest.raises(InputError, match="no other format"):
+        session.export("peft", folder)
+
+
+def test_a_node_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -> None:
+    bench = Bench(made(folder, "nodes"))
+    job, config = bench.job("gpf", 0)
+    assert (job.method.config.num_outputs, job.method.config.task, len(job.train)) == (3, "multiclass", 12)
+    with one_thread():
+        outcome = runs.train(job, config, folder / "run")
+    assert outcome.artifact is not None
+    session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "node-gin"))
+    told = session.predict(session.inputs(folder / "graph.safetensors"))
+    assert len(told) == 60 and set(told[0]) == {"node", "label", "scores"}
+    scores = session.evaluate(folder / "graph.safetensors")
+    right = sum(answer["label"] == str(answer["node"] % 3) for answer in told)
+    assert scores["accuracy"] == pytest.approx(right / 60)
+    with pytest.raises(InputError, match="nodes are predicted with their graph"):
+        session.predict(["7"])
+
+
+def test_relief_reports_coverage_and_magnitude_and_predicts_the_same_in_any_company(folder: Path) -> None:
+    relief = {"name": "relief", "critic": "pooled", "minibatch": 8, "first_best_epoch": 1}
+    bench = Bench(made(folder, method=relief))
+    job, config = bench.job("relief", 0)
+    assert job.method.config.level == "graph"
+    with one_thread():
+        outcome = runs.train(job, config.model_copy(update={"max_steps": 2}), folder / "run")
+    assert {"roc-auc", "pcr", "apm"} <= set(outcome.result.metrics)
+    assert outcome.artifact is not None
+    session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "gin"))
+    assert session.predict(["CCO", "CCN"])[1] == session.predict(["CCN"])[0]
+    assert Bench(made(folder, "nodes", relief)).job("relief", 0)[0].method.config.level == "node"
+
+
+def test_fine_tuning_gets_a_backbone_of_its_own(folder: Path) -> None:
+    bench = Bench(made(folder))
+    job, _ = bench.job("fine-tuning", 0)
+    assert job.method.backbone is not bench.backbone
+    assert bench.job("gpf", 0)[0].method.backbone is bench.backbone
+
+
+@pytest.mark.parametrize("name", settings())
+def test_every_published_run_is_a_setting_of_the_one_recipe(name: str, folder: Path) -> None:
+    published = setting(name)
+    node = published["method"]["level"] == "node"
+    train = folder / ("graph.safetensors" if node else "molecules.csv")
+    changes: dict[str, Any] = {"setting": name, "data.train": str(train), "backbone.name": "weights.safetensors"}
+    if not node:
+        changes["data.labels"] = ["first"]
+    _, checked = recipe.load("graph/relief", changes)
+    assert isinstance(checked, Recipe)
+    config = checked.config(num_outputs=published["method"]["num_outputs"]).model_dump()
+    assert {key: config[key] for key in published["method"] if key != "task"} == {
+        key: value for key, value in published["method"].items() if key != "task"
+    }
+    assert checked.training.epochs == published["training"]["epochs"]
+    assert checked.data.shots == (10 if node else 50) and checked.data.hops == published["data"].get("hops")
+    assert checked.backbone.config == {"kind": "node-gin" if node else "chem"}
+
+
+def test_what_a_recipe_says_wins_over_the_published_run(folder: Path) -> None:
+    changes = {"data.train": str(folder / "graph.safetensors"), "backbone.name": "x", "method.z_max": 0.7}
+    _, checked = recipe.load("graph/relief", changes | {"training.epochs": 3, "data.hops": 2})
+    assert isinstance(checked, Recipe)
+    assert checked.config().model_dump()["z_max"] == 0.7
+    assert (checked.training.epochs, checked.data.hops, checked.data.max_nodes) == (3, 2, 150)
+    with pytest.raises(InputError, match="no published run 'nothing'"):
+        recipe.load("graph/relief", changes | {"setting": "nothing"})
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "graph/relief"])
+def test_a_recipe_is_read_and_all_its_methods_take_their_settings(name: str) -> None:
+    _, checked = recipe.load(name)
+    for label in checked.labels():
+        chosen = checked.with_method(label)
+        config = chosen.config(num_outputs=2)
+        assert type(config) is registry.find_method("graph", chosen.method.name).config_class
+        for key, value in (chosen.method.model_extra or {}).items():
+            assert config.model_dump()[key] == value
+
+
+def test_the_identity_follows_rows_and_settings(folder: Path) -> None:
+    first, other = Bench(made(folder)).identity, Bench(made(folder, data={"shots": 10})).identity
+    assert first == json.loads(json.dumps(first)) == Bench(made(folder)).identity
+    assert {key for key in first if first[key] != other[key]} == {"data", "rows"}
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"train": "gone.csv"}, "no such file"),
+        ({"train": "asset:gone"}, "no such asset"),
+        ({"labels": []}, "name the columns with labels"),
+        ({"kind": "nodes", "labels": [], "few_shot": None}, "node tasks need data.hops"),
+        ({"kind": "graphs"}, "few_shot is a rule for molecules"),
+        ({"shots": None}, "needs shots"),
+    ],
+)
+def test_bad_settings_are_refused(folder: Path, data: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        made(folder, data=data)
+
+
+def test_a_bare_weight_file_needs_its_configuration(folder: Path) -> None:
+    bare = str(folder / "gin" / "model.safetensors")
+    with pytest.raises(InputError, match="needs a config"):
+        made(folder, backbone={"name": bare}).backbone.load()
+    config = {"kind": "chem", "width": 12, "layers": 2}
+    assert made(folder, backbone={"name": bare, "config": config}).backbone.load().width == 12
+    with pytest.raises(ValueError, match="unknown kind 'gcn'"):
+        made(folder, backbone={"name": bare, "config": {"kind": "gcn"}})
