@@ -87,7 +87,8 @@ def test_list_shows_every_field_of_every_method_whole_at_100_columns(pt: Run) ->
     assert max(map(len, lines)) <= 100
     assert "…" not in out
     for method in registry.all_methods():
-        at = next(i for i, line in enumerate(lines) if line.startswith(f"{method.name} "))
+        heads = [i for i, line in enumerate(lines) if line.startswith(f"{method.name} ")]
+        at = next(i for i in heads if lines[i + 1].startswith(f"{method.package}, "))
         values = f"{method.parameters:,}" if method.parameters else "none"
         assert all(part in lines[at] for part in (method.name, method.kind, values))
         second = (f"{method.package}, {method.fidelity}", method.paper, method.reference)

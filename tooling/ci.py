@@ -43,7 +43,7 @@ ISOLATION = {
     "pt-core": Isolation(extras=("report", "tensorboard")),
     "pt-graph": Isolation(uses=frozenset({"torch_geometric"}), extras=("demo",)),
     "pt-nlp": Isolation(uses=frozenset({"transformers"}), extras=("demo", "peft")),
-    "pt-vl": Isolation(uses=frozenset({"transformers", "torchvision", "timm"}), extras=("demo", "open-clip")),
+    "pt-vl": Isolation(uses=frozenset({"transformers", "torchvision"}), extras=("demo",)),
 }
 
 
