@@ -109,6 +109,15 @@ def test_relief_reports_coverage_and_magnitude_and_predicts_the_same_in_any_comp
     assert Bench(made(folder, "nodes", relief)).job("relief", 0)[0].method.config.level == "node"
 
 
+def test_validation_and_test_may_be_cut_by_the_seed(folder: Path) -> None:
+    whole = Bench(made(folder, "nodes")).task(0)
+    cut = Bench(made(folder, "nodes", data={"max_validation": 4, "max_test": 5})).task(0)
+    assert whole.validation is not None and cut.validation is not None and cut.test is not None
+    assert (len(cut.train), len(cut.validation), len(cut.test)) == (12, 4, 5)
+    assert set(cut.validation.ids or ()) < set(whole.validation.ids or ())
+    assert cut.validation.batch([0])["labels"].shape == (1,)
+
+
 def test_fine_tuning_gets_a_backbone_of_its_own(folder: Path) -> None:
     bench = Bench(made(folder))
     job, _ = bench.job("fine-tuning", 0)

@@ -6,7 +6,6 @@ and `sample_ids`. `pt_graph.data` makes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +21,7 @@ from pt_core.attachment import attach
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
-from pt_core.training import BatchPlan, FitConfig, FitResult, Loop
+from pt_core.training import FitConfig, FitResult
 from pt_graph.backbones import FeaturePrompt, GraphBackbone, dropping
 
 
@@ -217,40 +216,3 @@ class ReadOnceMethod(GraphMethod):
         members = (F.one_hot(labels, outputs) if multiclass else labels == of).double()
         means = members.T @ features.double() / members.sum(0)[:, None].clamp(min=1)
         return means.to(features.dtype)
-
-
-def fit_by_steps(
-    method: Method,
-    train: Split,
-    validation: Split | None,
-    config: FitConfig,
-    output_dir: str | Path | None,
-    step: Callable[[Loop, int, list[int]], None],
-) -> FitResult:
-    """Supervised training of which a step is more than one update of everything.
-
-    Args:
-        step: called with the loop, the epoch (from 0) and the step's rows; it makes the updates.
-    """
-    lengths = list(train.lengths) if config.bucket_by_length and train.lengths is not None else None
-    plan = BatchPlan(len(train), config.batch_size, config.seed, lengths)
-    total = config.max_steps or plan.per_epoch * (config.epochs or 1)
-    every = config.evaluate_every or plan.per_epoch
-    identity = {"train_rows": len(train), "validation_rows": len(validation) if validation is not None else None}
-    loop = Loop(method, config, output_dir, total_steps=total, identity=identity)
-    method.train()
-    for number in loop.steps():
-        step(loop, (number - 1) // plan.per_epoch, plan.batch(number - 1))
-        loop.training_done()
-        if validation is not None and (number % every == 0 or number == total):
-            loop.record(loop.evaluate(validation))
-    return loop.finish()
-
-
-def backward(loop: Loop, method: Method, split: Split, rows: list[int]) -> None:
-    """Add the gradient of a step's rows, in micro-batches."""
-    for part in loop.share(rows):
-        batch = loop.to_device(split.batch(part))
-        with loop.autocast():
-            loss = method.loss(batch)
-        loop.backward(loss, batch)

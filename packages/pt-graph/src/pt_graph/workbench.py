@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -89,6 +90,10 @@ class GraphData(BaseModel):
     neighbours: tuple[int, ...] = Field((), description="in-neighbours drawn at each hop; empty: all")
     validation_nodes: int = Field(500, ge=0, description="RELIEF, node_level")
     test_nodes: int = Field(500, ge=1, description="RELIEF, node_level")
+    max_validation: int | None = Field(
+        None, ge=1, description="of the validation part, so many drawn by the split's seed"
+    )
+    max_test: int | None = Field(None, ge=1, description="of the test part, so many drawn by the split's seed")
 
     @field_validator("train")
     @classmethod
@@ -120,6 +125,12 @@ class GraphData(BaseModel):
     def task(self, read: Any, seed: int, featuriser: str) -> GraphTask:
         """The task of one seed."""
         seed = self.split_seed if self.split_seed is not None else seed
+        task = self._task(read, seed, featuriser)
+        task.validation = _at_most(task.validation, self.max_validation, seed)
+        task.test = _at_most(task.test, self.max_test, seed)
+        return task
+
+    def _task(self, read: Any, seed: int, featuriser: str) -> GraphTask:
         if isinstance(read, Molecules):
             options = self.model_dump(include={"split", "few_shot"}) | {"shots": self.shots or 50, "seed": seed}
             return GraphTask.from_smiles(read, self.labels, featuriser=featuriser, **options)  # type: ignore[arg-type]
@@ -306,6 +317,13 @@ def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) 
     from pt_graph.demo import run
 
     run(folder, seeds=seeds or 3, shots=shots or 50, data=data)
+
+
+def _at_most(split: Split | None, count: int | None, seed: int) -> Split | None:
+    """At most `count` rows of a split, drawn by `seed`, in their order."""
+    if split is None or count is None or len(split) <= count:
+        return split
+    return split.subset(sorted(np.random.default_rng((seed, len(split))).permutation(len(split))[:count].tolist()))
 
 
 def _featuriser(backbone: GraphBackbone) -> Literal["chem", "minimol"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch_geometric.data import Batch as Graphs
 
 from pt_core.data import Split
 from pt_core.method import MethodConfig
-from pt_core.training import FitConfig, FitResult, Loop, build_optimiser
+from pt_core.training import FitConfig, FitResult, Loop, backward, build_optimiser, fit
 from pt_graph.backbones import GraphBackbone, dropping
-from pt_graph.method import GraphConfig, GraphMethod, backward, fit_by_steps
+from pt_graph.method import GraphConfig, GraphMethod
 
 
 class TokenGraph(nn.Module):
@@ -145,15 +146,16 @@ class AllInOne(GraphMethod):
         """Alternate between head and tokens; the run's epochs count both. By default one round of both."""
         config = config or FitConfig(epochs=self.config.answer_epochs + self.config.prompt_epochs)
         seen: Split | None = None  # the embedded rows, while the tokens are fixed
+        per_epoch = math.ceil(len(train) / config.batch_size)
 
-        def step(loop: Loop, epoch: int, rows: list[int]) -> None:
+        def step(loop: Loop, number: int, rows: list[int]) -> None:
             nonlocal seen
-            phase = self.phase(epoch)
+            phase = self.phase((number - 1) // per_epoch)
             if phase == "prompt" or self.config.backbone_dropout:
                 seen = None
             elif seen is None:
                 seen = self.read(train, config)
-            backward(loop, self, seen or train, rows)
+            backward(loop, seen or train, rows)
             loop.update(phase)
 
-        return fit_by_steps(self, train, validation, config, output_dir, step)
+        return fit(self, train, validation, config, output_dir, make_step=step)

@@ -16,9 +16,9 @@ from torch_geometric.utils import scatter
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, MethodConfig, Output
-from pt_core.training import FitConfig, FitResult, Loop
+from pt_core.training import FitConfig, FitResult, Loop, backward, fit
 from pt_graph.backbones import GraphBackbone
-from pt_graph.method import GraphConfig, ReadOnceMethod, backward, fit_by_steps
+from pt_graph.method import GraphConfig, ReadOnceMethod
 from pt_graph.methods.gpf import glorot
 
 
@@ -131,14 +131,14 @@ class GPPT(ReadOnceMethod):
         config = config or FitConfig(epochs=30)
         train, validation, seen = self.embedded(train, validation, config)
 
-        def step(loop: Loop, epoch: int, rows: list[int]) -> None:
-            backward(loop, self, train, rows)
+        def step(loop: Loop, number: int, rows: list[int]) -> None:
+            backward(loop, train, rows)
             loop.update()
             centres = cluster(seen.batch(rows)["features"], self.config.structure_tokens, self.structure)
             if centres is not None:
                 self.structure.copy_(centres)
 
-        return fit_by_steps(self, train, validation, config, output_dir, step)
+        return fit(self, train, validation, config, output_dir, make_step=step)
 
 
 def cluster(z: Tensor, count: int, start: Tensor | int) -> Tensor | None:

@@ -324,6 +324,7 @@ class RELIEF(GraphMethod):
         assert critic is not None
         others = best_of_others(self.policies, m, rollout) if c.members > 1 else None
         count = len(rollout) // c.minibatch
+        fall = {"reward": rollout.reward.sum() / len(rollout.sizes)}  # of the loss of a graph over its episode
         for _ in range(c.ppo_passes):
             moved = torch.zeros(2, dtype=torch.float64)
             for rows in torch.randperm(len(rollout))[: count * c.minibatch].split(c.minibatch):
@@ -331,7 +332,7 @@ class RELIEF(GraphMethod):
                 found = minibatch_losses(
                     self.policies, m, critic, rollout, others, rows, gain, returns, std, entropy_weight, c
                 )
-                loop.backward(Loss.mean(found.total, **found.parts))
+                loop.backward(Loss.mean(found.total, **found.parts, **fall))
                 loop.update(f"policy-{m}", max_grad_norm=c.max_grad_norm)
                 moved += torch.stack([found.kl_d, found.kl_c]).to(moved)
             if bool((moved / count > torch.tensor([c.target_kl_d, c.target_kl_c], dtype=moved.dtype)).any()):

@@ -61,7 +61,9 @@ class Episodes:
         for key, value in graphs.to_dict().items():
             if key == "edge_index":
                 self._parts[key] = number[value[:, edges]], self._edge_stop
-            elif key != "batch" and graphs.is_node_attr(key):
+            elif key in ("batch", "ptr"):
+                continue
+            elif graphs.is_node_attr(key):
                 self._parts[key] = value[self.nodes], self._node_stop
             elif graphs.is_edge_attr(key):
                 self._parts[key] = value[edges], self._edge_stop
@@ -70,7 +72,8 @@ class Episodes:
     def view(self, graphs: int) -> Any:
         """The first so many graphs, as a backbone reads them."""
         if graphs not in self._views:
-            view = SimpleNamespace(num_graphs=graphs, batch=self.graph[: self._node_stop[graphs - 1]])
+            stops = torch.tensor([0, *self._node_stop[:graphs]], device=self.nodes.device)
+            view = SimpleNamespace(num_graphs=graphs, batch=self.graph[: self._node_stop[graphs - 1]], ptr=stops)
             for key, (value, stop) in self._parts.items():
                 setattr(view, key, value[:, : stop[graphs - 1]] if key == "edge_index" else value[: stop[graphs - 1]])
             self._views = {graphs: view}  # once a graph is over it does not come back
