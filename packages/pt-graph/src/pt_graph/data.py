@@ -1,560 +1,674 @@
-"""Graph data: files and data sets to batches.
+"""Graphs and their labels: molecules from tables, graph data sets, nodes of one graph -> splits and batches.
 
-    examples = read_smiles("bace.csv", "Class")                        # or read_graphs, read_tu
-    task = GraphTask.from_examples(examples, split="scaffold", few_shot="relief", shots=50, seed=1)
-    task = GraphTask.from_nodes(read_node_graph("cora.safetensors"), NodeRule(hops=4, min_size=5, max_size=150))
+A `GraphTask` holds what a prompt needs besides its tensors to be used (`GraphSpec`, saved with the prompt) and the splits.
+Batches are dicts: `graphs` (a `torch_geometric.data.Batch`), `labels` ([B] classes, or [B, C] of 1, 0 and -1 for missing) and
+`sample_ids`.
 
-A `GraphTask` holds what a prompt needs besides its tensors to be used (`TaskSpec`, saved with the prompt) and the splits.
-Batches are dicts: `graphs` (a `torch_geometric.data.Batch`), `labels` (long; [B] classes, or [B, C] of 1, 0 and -1 for
-missing) and `sample_ids`.
+    task = GraphTask.from_smiles("bbbp.csv", labels=["p_np"], few_shot="relief", shots=50)
+    task = GraphTask.from_nodes("cora.safetensors", hops=4, min_nodes=5, max_nodes=150, shots=10)
+    task = GraphTask.from_graphs(TUDataset(root, "MUTAG"))
+
+Nothing is unpickled: nodes are read from safetensors or from npz without objects.
 """
 
 from __future__ import annotations
 
-import math
 import random
-import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from scipy.sparse import csr_array, eye_array
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from pt_core.data import Split, class_names, encode_labels, read_table, stratified
-from pt_core.data import few_shot as shots_per_class
+from pt_core.data import Split, class_names, read_table
 from pt_core.errors import InputError
-from pt_graph.molecules import molecule_graph, scaffold
+from pt_graph import molecules
 
-Task = Literal["multilabel", "multiclass"]
-Featuriser = Literal["pretrain-gnns", "minimol"]
 METRICS = {"multilabel": ("roc-auc",), "multiclass": ("accuracy", "macro-f1")}
-MISSING = -1
-CODINGS = {
-    "zero-one": {0.0: 0, 1.0: 1},
-    "signed": {-1.0: 0, 0.0: MISSING, 1.0: 1},
-}
+Task = Literal["multilabel", "multiclass"]
+FewShot = Literal["relief", "gpf"]
+Indices = tuple[list[int], list[int], list[int]]
 
 
-class TaskSpec(BaseModel):
-    """What turns an input into a graph and a prediction into an answer. Saved with every prompt."""
+class GraphSpec(BaseModel):
+    """What turns inputs into graphs and logits into answers. Saved with every prompt."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: Task
-    labels: tuple[str, ...] = Field(
-        min_length=1, description="names of the binary tasks, or of the classes, in the order of the logits"
-    )
-    featuriser: Featuriser | None = Field(None, description="of SMILES; None: graphs come with their features")
-    feature_width: int | None = Field(None, description="columns of `x`, where graphs come with their features")
-    smiles_column: str = "smiles"
-    label_column: str | None = Field(None, description="of the class; binary tasks are columns of their own names")
-    coding: Literal["zero-one", "signed"] = "zero-one"
+    kind: Literal["molecules", "graphs", "nodes"] = Field(description="what a row is")
+    task: Task = Field(description="multilabel: binary tasks with missing labels; multiclass: one class")
+    labels: tuple[str, ...] = Field(description="names of the tasks or classes, in the order of the logits")
+    featuriser: Literal["chem", "minimol"] = Field("chem", description="of molecules: whose atom and bond codes")
+    hops: int | None = Field(None, description="of node tasks: subgraph of all nodes at most this far away")
+    min_nodes: int = 1
+    max_nodes: int | None = None
+    neighbours: tuple[int, ...] = ()
 
 
-@dataclass
-class Examples:
-    """Graphs with labels, and where they come from.
+# --- labels -----------------------------------------------------------------------------------------------------------
+def binary_labels(
+    cells: Sequence[Any], names: Sequence[str], coding: str, file: Path | None = None, row: int | None = None
+) -> list[int]:
+    """Labels of one row as 1, 0 and -1 (missing).
 
     Args:
-        spec: what they are.
-        graphs: one `Data` each.
-        labels: long; [n] classes, or [n, C] of 1, 0 and -1 (missing).
-        ids: row number in the file (from 1), position in the data set (from 0), or number of the node.
-        smiles: of molecules.
-        left_out: (row, reason) of rows that were skipped.
-    """
+        cells: "zero-one": 0, 1, or empty (missing), as the files of MoleculeNet; "signed": -1, 1, or 0 (missing), as
+            pretrain-gnns keeps them.
 
-    spec: TaskSpec
+    Raises:
+        InputError: a cell is none of these.
+    """
+    codes: dict[float, int] = {"zero-one": {0.0: 0, 1.0: 1}, "signed": {-1.0: 0, 0.0: -1, 1.0: 1}}[coding]
+    found = []
+    for name, cell in zip(names, cells, strict=True):
+        empty = cell is None or (isinstance(cell, float) and np.isnan(cell)) or str(cell).strip().lower() in ("", "nan")
+        try:
+            value = None if empty else float(cell)
+        except (TypeError, ValueError):
+            value = np.nan
+        if value is None and coding == "zero-one":
+            found.append(-1)
+        elif value is not None and value in codes:
+            found.append(codes[value])
+        else:
+            allowed = "0, 1 or empty" if coding == "zero-one" else "-1, 0 (missing) or 1"
+            raise InputError(
+                f"the label is {cell!r}", file=file, row=row, field=name, remedy=f"Labels are {allowed} ({coding})"
+            )
+    return found
+
+
+# --- molecules --------------------------------------------------------------------------------------------------------
+@dataclass
+class Molecules:
+    """Molecules of a table: SMILES, graphs, labels [n, C] in {1, 0, -1}, and their rows in the file (from 1)."""
+
+    smiles: list[str]
     graphs: list[Data]
     labels: Tensor
-    ids: list[int]
-    smiles: list[str] | None = None
-    left_out: list[tuple[int, str]] = field(default_factory=list)
+    rows: list[int]
+    skipped: dict[int, str]
 
-    def __len__(self) -> int:
-        return len(self.graphs)
 
-    def subset(self, indices: Sequence[int]) -> Examples:
-        """The examples at `indices`, in that order."""
-        return replace(
-            self,
-            graphs=[self.graphs[i] for i in indices],
-            labels=self.labels[list(indices)],
-            ids=[self.ids[i] for i in indices],
-            smiles=None if self.smiles is None else [self.smiles[i] for i in indices],
+def featurisers() -> dict[str, Callable[[str], Data]]:
+    """By name, SMILES -> graph."""
+    from pt_graph.minimol import minimol_graph
+
+    return {"chem": molecules.molecule_graph, "minimol": minimol_graph}
+
+
+def read_smiles(
+    source: str | Path | Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    *,
+    smiles: str = "smiles",
+    coding: Literal["zero-one", "signed"] = "zero-one",
+    invalid: Literal["refuse", "skip"] = "refuse",
+    unlabelled: Literal["refuse", "drop"] = "refuse",
+    featuriser: str = "chem",
+) -> Molecules:
+    """Molecules and their labels.
+
+    Args:
+        source: a CSV, TSV, JSON, JSONL or Parquet file, or rows.
+        labels: columns with labels.
+        smiles: column with SMILES.
+        coding: of the labels, see `binary_labels`.
+        invalid: what to do about SMILES that rdkit or the featuriser refuse; skipped ones are listed in `skipped`.
+        unlabelled: what to do about molecules without any label.
+        featuriser: "chem" (pretrain-gnns) or "minimol".
+
+    Raises:
+        InputError: a column is missing, a label is out of range, or what shall be refused is there, with its rows.
+    """
+    if not labels:
+        raise InputError("no label column is named", field="labels", remedy="Name the columns with labels")
+    file, table = None, source
+    if isinstance(source, str | Path):
+        file = Path(source)
+        table = read_table(file, {name: name for name in (smiles, *labels)}, text=[])
+    assert not isinstance(table, str | Path)
+    make = featurisers()[featuriser]
+    found = Molecules([], [], torch.empty(0), [], {})
+    values: list[list[int]] = []
+    bare: list[int] = []
+    for number, row in enumerate(table, start=1):
+        text = row[smiles]
+        try:
+            if not isinstance(text, str) or not text.strip():
+                raise InputError("the SMILES is empty" if not text else f"the SMILES is {type(text).__name__}")
+            graph = make(text.strip())
+        except InputError as error:
+            found.skipped[number] = str(error)
+            continue
+        label = binary_labels([row[name] for name in labels], labels, coding, file, number)
+        if max(label) < 0:
+            bare.append(number)
+            continue
+        found.smiles.append(text.strip())
+        found.graphs.append(graph)
+        found.rows.append(number)
+        values.append(label)
+    if found.skipped and invalid == "refuse":
+        first = next(iter(found.skipped))
+        raise InputError(
+            f"{len(found.skipped)} of {len(table)} SMILES cannot be used, rows {_shown(found.skipped)}: "
+            f"{found.skipped[first]}",
+            file=file,
+            field=smiles,
+            remedy='Mend the rows, or pass invalid="skip"',
         )
+    if bare and unlabelled == "refuse":
+        raise InputError(
+            f"{len(bare)} molecules have no label at all, rows {_shown(bare)}",
+            file=file,
+            field=labels[0],
+            remedy='Remove them, or pass unlabelled="drop"',
+        )
+    if not values:
+        raise InputError("no molecule is left", file=file, field=smiles)
+    found.skipped |= {number: "no label" for number in bare}
+    found.labels = torch.tensor(values)
+    return found
+
+
+def _shown(rows: Iterable[int]) -> str:
+    listed = list(rows)
+    return ", ".join(map(str, listed[:10])) + (", ..." if len(listed) > 10 else "")
+
+
+# --- splits of molecules ----------------------------------------------------------------------------------------------
+def scaffold_groups(smiles: Sequence[str]) -> list[list[int]]:
+    """Molecules of one scaffold together, largest group first; of groups of one size the one that starts later first."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, text in enumerate(smiles):
+        groups[molecules.scaffold(text)].append(index)
+    return sorted(groups.values(), key=lambda group: (len(group), group[0]), reverse=True)
+
+
+def scaffold_split(smiles: Sequence[str], train: float = 0.8, validation: float = 0.1) -> Indices:
+    """The deterministic scaffold split of pretrain-gnns (chem/splitters.py): scaffolds of many molecules train.
+
+    Returns:
+        Indices of training, validation and test molecules. No seed: always the same.
+    """
+    return split_groups(scaffold_groups(smiles), train, validation)
+
+
+def split_groups(groups: Sequence[Sequence[int]], train: float = 0.8, validation: float = 0.1) -> Indices:
+    """Groups, in their order, to the first of training, validation and test that has room for all of a group."""
+    total = sum(map(len, groups))
+    parts: Indices = ([], [], [])
+    for group in groups:
+        if len(parts[0]) + len(group) <= train * total:
+            parts[0].extend(group)
+        elif len(parts[0]) + len(parts[1]) + len(group) <= (train + validation) * total:
+            parts[1].extend(group)
+        else:
+            parts[2].extend(group)
+    return parts
+
+
+def random_split(rows: int, seed: int, train: float = 0.8, validation: float = 0.1) -> Indices:
+    """A random split, by seed."""
+    order = np.random.default_rng((seed, rows)).permutation(rows).tolist()
+    first, second = int(train * rows), int((train + validation) * rows)
+    return order[:first], order[first:second], order[second:]
+
+
+def few_shot_relief(train: Sequence[int], shots: float, seed: int, rows: int | None = None) -> list[int]:
+    """RELIEF's training graphs: the training part is shuffled by the split seed and its first `shots` are used.
+
+    Args:
+        train: indices of the training part, in the order of the split.
+        shots: a number of graphs, or a share in (0, 1] of the 80 % training part (data-efficiency curves).
+        seed: the split seed, one for each data set.
+        rows: of the whole data set, which a share is of; default: as many as make `train` 80 %.
+
+    Source: RELIEF, graph_level/splitters.py (Python's own generator).
+    """
+    shuffled = list(train)
+    random.Random(seed).shuffle(shuffled)
+    share = 0 < shots <= 1
+    count = int(shots * 0.8 * (rows if rows is not None else len(train) / 0.8)) if share else int(shots)
+    if count < 1 or (count > len(shuffled) and not share):
+        raise InputError(f"{shots} shots of {len(shuffled)} training graphs", field="shots", remedy="Use fewer")
+    return shuffled[:count]
+
+
+def few_shot_gpf(groups: Sequence[Sequence[int]], shots: int, train: float = 0.8) -> list[int]:
+    """GPF's training graphs: whole scaffold groups of the training part, from the largest, while the total stays within
+    `shots`. No seed; may be fewer than `shots`.
+
+    Source: GPF, chem/splitters.py.
+    """
+    total, taken = sum(map(len, groups)), 0
+    chosen: list[int] = []
+    for group in groups:
+        if taken + len(group) > train * total:
+            continue
+        taken += len(group)
+        if len(chosen) + len(group) <= shots:
+            chosen.extend(group)
+    if not chosen:
+        raise InputError(f"no scaffold group has at most {shots} molecules", field="shots", remedy="Use more shots")
+    return chosen
+
+
+# --- nodes of one graph -----------------------------------------------------------------------------------------------
+def read_nodes(source: str | Path) -> Data:
+    """A graph with labelled nodes: x [n, D] float, edge_index [2, e], y [n] (-1: no label).
+
+    Edges are used as they are stored: a graph whose edges go one way stays directed.
+
+    Args:
+        source: a safetensors or npz file with these three.
+
+    Raises:
+        InputError: the file is a pickle (as Planetoid's raw files are), or its arrays do not fit together.
+    """
+    file = Path(source)
+    if not file.is_file():
+        raise InputError("no such file", file=file)
+    names = ("x", "edge_index", "y")
+    if file.suffix == ".safetensors":
+        try:
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"is not a safetensors file ({error})", file=file) from error
+    elif file.suffix == ".npz":
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                tensors = {name: torch.from_numpy(archive[name]) for name in names if name in archive}
+        except (ValueError, OSError) as error:
+            raise InputError(f"cannot be read without unpickling ({error})", file=file) from error
+    else:
+        raise InputError(
+            "is of a form that may hold pickled objects, which are never loaded",
+            file=file,
+            remedy="Save x, edge_index and y as .safetensors or .npz: PyG's data set gives them (dataset[0])",
+        )
+    if missing := [name for name in names if name not in tensors]:
+        raise InputError("is missing", file=file, field=missing[0], remedy=f"The file has {', '.join(sorted(tensors))}")
+    x, edges, y = (tensors[name] for name in names)
+    if x.ndim != 2 or not x.is_floating_point() or not bool(x.isfinite().all()):
+        raise InputError(
+            f"is {x.dtype} {list(x.shape)}, or not finite", file=file, field="x", remedy="Give floats [n, D]"
+        )
+    if edges.ndim != 2 or len(edges) != 2 or (edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x)):
+        raise InputError(f"is not [2, e] of nodes 0..{len(x) - 1}", file=file, field="edge_index")
+    if y.shape != x.shape[:1] or y.is_floating_point() or int(y.min()) < -1:
+        raise InputError(
+            f"is {y.dtype} {list(y.shape)}", file=file, field="y", remedy="Give one class per node, -1: none"
+        )
+    return Data(x=x.float(), edge_index=edges.long(), y=y.long())
+
+
+def neighbourhoods(edge_index: Tensor, nodes: int, hops: int) -> csr_array:
+    """Row i: the nodes from which node i is reached within `hops` edges, itself included, in ascending order; bool [n, n]."""
+    source, target = edge_index.numpy()
+    step = csr_array((np.ones(len(source), dtype=bool), (target, source)), shape=(nodes, nodes))
+    step = (step + eye_array(nodes, dtype=bool, format="csr")).astype(bool)
+    reach = eye_array(nodes, dtype=bool, format="csr")
+    for _ in range(hops):
+        reach = (reach @ step).astype(bool)
+    reach = csr_array(reach)
+    reach.sort_indices()
+    return reach
+
+
+def node_subgraphs(
+    graph: Data,
+    hops: int,
+    min_nodes: int = 1,
+    max_nodes: int | None = None,
+    neighbours: Sequence[int] = (),
+    seed: int = 0,
+) -> dict[int, Data]:
+    """The induced k-hop subgraph around every node whose size is in range, as RELIEF makes them.
+
+    Args:
+        graph: of `read_nodes`.
+        hops: k; messages flow along edges, so these are the nodes that can reach the centre in k steps.
+        min_nodes, max_nodes: range of sizes.
+        neighbours: at most so many in-neighbours of each node at each hop are drawn, and only the edges that were drawn are
+            kept (Photo and Computers in RELIEF); the range then is that of the full subgraph. Empty: all of them.
+        seed: of that draw.
+
+    Returns:
+        Node -> its subgraph: x, edge_index, `centre_index` [1], the centre's place in it; nodes in ascending order.
+    """
+    reach = neighbourhoods(graph.edge_index, len(graph.x), hops)
+    sizes = np.diff(reach.indptr)
+    wanted = np.flatnonzero((sizes >= min_nodes) & (sizes <= (max_nodes or len(graph.x))))
+    source, target = graph.edge_index.numpy()
+    place = np.full(len(graph.x), -1)
+    found: dict[int, Data] = {}
+    for node in wanted.tolist():
+        if neighbours:
+            members, edges = _sampled(source, target, node, neighbours, np.random.default_rng((seed, node)))
+        else:
+            members = reach.indices[reach.indptr[node] : reach.indptr[node + 1]]
+            place[members] = 0
+            edges = np.flatnonzero((place[source] >= 0) & (place[target] >= 0))
+        place[members] = np.arange(len(members))
+        pairs = np.stack([place[source[edges]], place[target[edges]]])
+        centre = torch.tensor([int(place[node])])
+        place[members] = -1
+        x = graph.x[torch.from_numpy(np.asarray(members)).long()]
+        found[node] = Data(x=x, edge_index=torch.from_numpy(pairs).long(), centre_index=centre)
+    return found
+
+
+def _sampled(
+    source: np.ndarray[Any, Any],
+    target: np.ndarray[Any, Any],
+    node: int,
+    neighbours: Sequence[int],
+    draw: np.random.Generator,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Members and edges of a sampled neighbourhood."""
+    members, frontier, kept = {node: None}, [node], list[int]()
+    for most in neighbours:
+        reached: dict[int, None] = {}
+        for at in frontier:
+            into = np.flatnonzero(target == at)
+            chosen = into if len(into) <= most else np.sort(draw.choice(into, most, replace=False))
+            kept += chosen.tolist()
+            reached |= {int(v): None for v in source[chosen] if int(v) not in members}
+        members |= reached
+        frontier = list(reached)
+    return np.array(list(members)), np.array(sorted(set(kept)), dtype=int)
+
+
+def draw_nodes(labels: Tensor, eligible: Sequence[int], shots: int, validation: int, test: int, seed: int) -> Indices:
+    """RELIEF's draw: `shots` eligible nodes of each class train, then `validation` and `test` of the others.
+
+    Raises:
+        InputError: a class, or what is left, has too few.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    known = torch.tensor([node for node in eligible if labels[node] >= 0], dtype=torch.long)
+    train: list[int] = []
+    for name in range(int(labels.max()) + 1):
+        own = known[labels[known] == name]
+        if len(own) < shots:
+            raise InputError(
+                f"class {name} has {len(own)} nodes whose subgraph is in range, {shots} are asked for",
+                field="shots",
+                remedy="Use fewer, or widen min_nodes and max_nodes",
+            )
+        train += own[torch.randperm(len(own), generator=draw)[:shots]].tolist()
+    used = set(train)
+    rest = torch.tensor([node for node in known.tolist() if node not in used], dtype=torch.long)
+    if len(rest) < validation + test:
+        raise InputError(
+            f"{len(rest)} nodes are left for {validation} validation and {test} test nodes",
+            field="test_nodes",
+            remedy="Ask for fewer",
+        )
+    rest = rest[torch.randperm(len(rest), generator=draw)]
+    return train, rest[:validation].tolist(), rest[validation : validation + test].tolist()
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+def collate(rows: list[tuple[Data, Tensor]]) -> dict[str, Any]:
+    """Rows (graph, label) as a batch."""
+    batch = {"graphs": Batch.from_data_list([graph for graph, _ in rows])}
+    return batch | {"labels": torch.stack([label for _, label in rows])}
+
+
+def make_split(graphs: Sequence[Data], labels: Tensor, ids: Sequence[int], spec: GraphSpec) -> Split:
+    """A split of graphs with their labels, [n] or [n, C]."""
+    return Split(
+        list(zip(graphs, labels, strict=True)),
+        collate,
+        METRICS[spec.task],
+        spec.task,
+        num_classes=len(spec.labels),
+        lengths=[int(graph.num_nodes or 0) for graph in graphs],
+        ids=list(ids),
+        missing=-1 if spec.task == "multilabel" else None,
+    )
 
 
 @dataclass
 class GraphTask:
-    """A task on graphs: its specification and its splits; each may be absent (for prediction none is needed)."""
+    """A task on graphs: its specification and its splits.
 
-    spec: TaskSpec
-    train: Split | None = None
-    validation: Split | None = None
-    test: Split | None = None
+    Args:
+        spec: see `GraphSpec`.
+        train, validation, test: splits.
+        smiles: of molecules, SMILES by row id.
+    """
 
-    @classmethod
-    def from_parts(cls, parts: Mapping[str, Examples]) -> GraphTask:
-        """Splits that are given: `train`, `validation`, `test` -> examples of one specification.
-
-        Raises:
-            InputError: parts of different tasks, or graphs with different attributes.
-        """
-        first = next(iter(parts.values()))
-        for name, part in parts.items():
-            if part.spec != first.spec:
-                raise InputError(
-                    "is not of the same task as the other splits",
-                    field=name,
-                    remedy="Read it with the label names of the training part",
-                )
-        return cls(first.spec, **{name: as_split(part) for name, part in parts.items()})
+    spec: GraphSpec
+    train: Split
+    validation: Split | None
+    test: Split | None
+    smiles: Mapping[int, str] | None = None
 
     @classmethod
-    def from_examples(
+    def from_smiles(
         cls,
-        examples: Examples,
+        source: str | Path | Sequence[Mapping[str, Any]] | Molecules,
+        labels: Sequence[str],
         *,
-        split: Literal["scaffold", "random", "stratified"] | Mapping[str, Sequence[int]] = "scaffold",
-        fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        few_shot: Literal["relief", "gpf", "per-class"] | None = None,
+        split: Literal["scaffold", "random"] = "scaffold",
+        few_shot: FewShot | None = None,
         shots: float = 50,
         seed: int = 0,
-    ) -> GraphTask:
-        """Draw the splits.
+        featuriser: Literal["chem", "minimol"] = "chem",
+        **options: Any,
+    ) -> Self:
+        """Molecules of a table.
 
         Args:
-            split: "scaffold" (`scaffold_split`, no seed), "random" (`random_split`), "stratified" (`stratified_split`), or
-                positions of the examples of each split.
-            fractions: of training, validation and test.
-            few_shot: which training examples are kept: "relief" (`relief_shots`), "gpf" (`gpf_shots`; scaffold split only)
-                or "per-class" (`shots` of each class, `pt_core.data.few_shot`).
-            shots: how many; for "relief" a number in (0, 1] is a share.
-            seed: of random and stratified splits and of "relief" and "per-class".
-
-        Raises:
-            InputError: a split does not suit the examples, or leaves no training examples.
+            source, labels, options: see `read_smiles`; or what it gave.
+            split: by scaffold (pretrain-gnns, no seed), or at random, 80/10/10.
+            few_shot: which training molecules are used, by the rule of RELIEF (`shots` shuffled ones) or of GPF (whole scaffold
+                groups); the two differ. None: all.
+            shots: of `few_shot`.
+            seed: of the random split and of RELIEF's draw.
         """
-        if isinstance(split, Mapping):
-            parts = {name: list(indices) for name, indices in split.items()}
-        elif split == "random":
-            parts = random_split(len(examples), seed, fractions)
-        elif split == "stratified":
-            parts = stratified_split(_one_label(examples), seed, fractions)
+        read = source
+        if not isinstance(read, Molecules):
+            read = read_smiles(read, labels, featuriser=featuriser, **options)
+        if split == "scaffold":
+            groups = scaffold_groups(read.smiles)
+            train, validation, test = split_groups(groups)
         else:
-            parts = scaffold_split(_scaffolds(examples), fractions)
+            groups, (train, validation, test) = [], random_split(len(read.smiles), seed)
         if few_shot == "relief":
-            parts["train"] = relief_shots(parts["train"], shots, seed, len(examples), fractions[0])
-        elif few_shot == "per-class":
-            classes = range(2 if examples.spec.task == "multilabel" else len(examples.spec.labels))
-            chosen = shots_per_class(_one_label(examples)[parts["train"]], int(shots), seed, classes)
-            parts["train"] = [parts["train"][i] for i in chosen]
+            train = few_shot_relief(train, shots, seed, len(read.smiles))
         elif few_shot == "gpf":
-            if split != "scaffold":
-                raise InputError(
-                    "the few-shot rule of GPF goes by scaffolds", field="split", remedy="Split by scaffold"
-                )
-            parts["train"] = gpf_shots(_scaffolds(examples), int(shots), fractions)
-        if not parts.get("train"):
-            raise InputError("no examples are left to train on", field="split", remedy="Ask for more shots")
-        return cls.from_parts({name: examples.subset(indices) for name, indices in parts.items() if indices})
+            if not groups:
+                raise InputError("GPF draws scaffold groups", field="few_shot", remedy="Use split: scaffold")
+            train = few_shot_gpf(groups, int(shots))
+        spec = GraphSpec(kind="molecules", task="multilabel", labels=tuple(labels), featuriser=featuriser)
+        parts = [
+            make_split([read.graphs[i] for i in rows], read.labels[rows], [read.rows[i] for i in rows], spec)
+            if rows
+            else None
+            for rows in (train, validation, test)
+        ]
+        if parts[0] is None:
+            raise InputError("no molecule is left to train on", field="shots")
+        return cls(spec, parts[0], parts[1], parts[2], dict(zip(read.rows, read.smiles, strict=True)))
 
-    @torch.no_grad()
-    def predict(self, method: Any, inputs: Sequence[Any], batch_size: int = 64) -> list[dict[str, Any]]:
-        """Answers of a trained method: `label` and `scores` (multiclass), or `labels` and `scores` (multilabel).
+    @classmethod
+    def from_graphs(
+        cls,
+        graphs: Sequence[Data],
+        *,
+        labels: Sequence[str] | None = None,
+        coding: Literal["zero-one", "signed"] = "zero-one",
+        shots: int | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Any data set of PyG, or a list of `Data`: `y` is one class, or one row of binary labels.
+
+        A random split, 80/10/10, by `seed`.
 
         Args:
-            method: with its prompt on the backbone.
-            inputs: SMILES, or graphs with the features that the task has.
+            graphs: each with `x` (or what the backbone embeds), `edge_index`, `y`.
+            labels: names of the tasks or classes; default: numbers.
+            coding: of binary labels, see `binary_labels`; missing ones may be NaN.
+            shots: training graphs of each class (one class), or in all (binary labels); None: all.
+            seed: of split and draw.
 
         Raises:
-            InputError: an input is no valid SMILES, or not a graph of this task; with its row.
+            InputError: a graph has no label, no nodes, edges to nodes that it does not have, or features of another width.
         """
-        graphs = [self._graph(value, row) for row, value in enumerate(inputs, start=1)]
-        device = next(method.backbone.parameters()).device
-        method.eval()
-        answers = list[dict[str, Any]]()
-        for start in range(0, len(graphs), batch_size):
-            part = graphs[start : start + batch_size]
-            batch = {
-                "graphs": Batch.from_data_list(part).to(device),
-                "sample_ids": list(range(start, start + len(part))),
-            }
-            logits = method(batch).logits.float().cpu()
-            multilabel = self.spec.task == "multilabel"
-            for scores in logits.sigmoid() if multilabel else logits.softmax(-1):
-                named = dict(zip(self.spec.labels, scores.tolist(), strict=True))
-                if multilabel:
-                    answers.append({"labels": [n for n, s in named.items() if s > 0.5], "scores": named})
-                else:
-                    answers.append({"label": max(named, key=named.__getitem__), "scores": named})
-        return answers
+        rows = [graphs[i] for i in range(len(graphs))]
+        check_graphs(rows)
+        many = rows[0].y.numel() > 1 or rows[0].y.is_floating_point()
+        if many:
+            names = tuple(labels or (f"task {i}" for i in range(rows[0].y.numel())))
+            cells = [row.y.reshape(-1).tolist() for row in rows]
+            y = torch.tensor([binary_labels(c, names, coding, None, i) for i, c in enumerate(cells, start=1)])
+            if bare := [i for i, row in enumerate(y.tolist(), start=1) if max(row) < 0]:
+                raise InputError(f"graphs without any label: {_shown(bare)}", field="y", remedy="Remove them")
+        else:
+            y = torch.tensor([int(row.y) for row in rows])
+            if int(y.min()) < 0:
+                raise InputError(
+                    "a class is negative", row=int(y.argmin()) + 1, field="y", remedy="Classes start from 0"
+                )
+            names = tuple(labels or class_names(list(range(int(y.max()) + 1))))
+        spec = GraphSpec(kind="graphs", task="multilabel" if many else "multiclass", labels=names)
+        train, validation, test = random_split(len(rows), seed)
+        if shots is not None:
+            train = _some(y, train, shots)
+        plain = [row.clone() for row in rows]
+        for row in plain:
+            del row.y
+        parts = [make_split([plain[i] for i in p], y[p], p, spec) if p else None for p in (train, validation, test)]
+        assert parts[0] is not None
+        return cls(spec, parts[0], parts[1], parts[2])
 
-    def _graph(self, value: Any, row: int) -> Data:
-        if self.spec.featuriser is not None and isinstance(value, str):
-            try:
-                return _featuriser(self.spec.featuriser)(value)
-            except InputError as error:
-                raise InputError(str(error), row=row, field=self.spec.smiles_column) from error
-        return check_graph(value, self.spec.feature_width, row)
+    @classmethod
+    def from_tu(cls, folder: str | Path, **options: Any) -> Self:
+        """A data set in the raw TU format: a folder NAME with NAME_A.txt, NAME_graph_indicator.txt, NAME_graph_labels.txt and
+        node labels or attributes. See `from_graphs` for the options."""
+        return cls.from_graphs(read_tu(folder), **options)
 
+    @classmethod
+    def from_nodes(
+        cls,
+        source: str | Path | Data,
+        *,
+        hops: int,
+        min_nodes: int = 1,
+        max_nodes: int | None = None,
+        neighbours: Sequence[int] = (),
+        shots: int = 10,
+        validation_nodes: int = 500,
+        test_nodes: int = 500,
+        seed: int = 0,
+        labels: Sequence[str] | None = None,
+    ) -> Self:
+        """Nodes of one graph, each as the subgraph around it, with the class of its centre (RELIEF's node level).
 
-# --- reading --------------------------------------------------------------------------------------------------------
-def read_smiles(
-    path: str | Path,
-    labels: str | Sequence[str],
-    *,
-    smiles: str = "smiles",
-    task: Task = "multilabel",
-    names: Sequence[str] | None = None,
-    coding: Literal["zero-one", "signed"] = "zero-one",
-    featuriser: Featuriser = "pretrain-gnns",
-    invalid: Literal["refuse", "skip"] = "refuse",
-    unlabelled: Literal["refuse", "skip"] = "refuse",
-) -> Examples:
-    """Molecules of a table (CSV, TSV, JSONL, JSON, Parquet).
-
-    Args:
-        labels: the column of the class; or the columns of the binary tasks, one or more.
-        smiles: the column of the SMILES.
-        names: class names in the order of the logits; default: those in the file, sorted.
-        coding: of binary labels: "zero-one" (an empty cell is missing), or "signed" (1, -1, and 0 or an empty cell is
-            missing), as in the processed files of pretrain-gnns.
-        featuriser: what the backbone reads.
-        invalid, unlabelled: rows whose SMILES is no molecule of the featuriser, and rows without any label: named in an
-            error, or left out, named in a warning and in `left_out`.
-
-    Raises:
-        InputError: the table is malformed; a label is not of the coding; rows are invalid or unlabelled and not skipped; no
-            rows are left.
-    """
-    columns = [labels] if isinstance(labels, str) else list(labels)
-    if not columns or (task == "multiclass" and len(columns) != 1) or len(set(columns)) < len(columns):
-        raise InputError(f"{columns} cannot be label columns of a {task} task", field="labels")
-    roles = {f"label {i}": column for i, column in enumerate(columns)}
-    rows = read_table(path, {"smiles": smiles} | roles, text=())
-    cells = [[row[role] for role in roles] for row in rows]
-    if task == "multilabel":
-        coded = [_coded(row, columns, coding, path, number) for number, row in enumerate(cells, start=1)]
-        empty = [all(value == MISSING for value in row) for row in coded]
-    else:
-        empty = [_is_missing(row[0]) for row in cells]
-    left_out = [(number, "no label") for number, none in enumerate(empty, start=1) if none]
-    _leave_out(left_out, unlabelled, path, ", ".join(columns), "unlabelled")
-
-    make, graphs, kept, bad = _featuriser(featuriser), list[Data](), list[int](), list[tuple[int, str]]()
-    for i, row in enumerate(rows):
-        if empty[i]:
-            continue
-        try:
-            graphs.append(make("" if row["smiles"] is None else str(row["smiles"]).strip()))
-            kept.append(i)
-        except InputError as error:
-            bad.append((i + 1, str(error)))
-    _leave_out(bad, invalid, path, smiles, "invalid")
-    if not graphs:
-        raise InputError("no rows are left", file=path)
-    if task == "multiclass":
-        given = [row[0] for row in cells]
-        names = names or class_names([given[i] for i in kept], path)
-        encoded = dict(zip(kept, encode_labels([given[i] for i in kept], names, path), strict=True))
-        values = torch.tensor([encoded[i] for i in kept])
-    else:
-        names, values = columns, torch.tensor([coded[i] for i in kept])
-    spec = TaskSpec(
-        task=task,
-        labels=tuple(names),
-        featuriser=featuriser,
-        smiles_column=smiles,
-        label_column=columns[0] if task == "multiclass" else None,
-        coding=coding,
-    )
-    texts = [str(rows[i]["smiles"]).strip() for i in kept]
-    return Examples(spec, graphs, values, [i + 1 for i in kept], texts, sorted(left_out + bad))
-
-
-def _featuriser(name: Featuriser) -> Callable[[str], Data]:
-    if name == "minimol":
-        from pt_graph.minimol import minimol_graph
-
-        return minimol_graph
-    return molecule_graph
-
-
-def _is_missing(cell: Any) -> bool:
-    return (
-        cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell))
-    )
-
-
-def _coded(row: Sequence[Any], columns: Sequence[str], coding: str, path: str | Path, number: int) -> list[int]:
-    """Binary labels of a row as 1, 0, -1 (missing)."""
-    values = []
-    for cell, column in zip(row, columns, strict=True):
-        if _is_missing(cell):
-            values.append(MISSING)
-            continue
-        try:
-            values.append(CODINGS[coding][float(cell)])
-        except (ValueError, TypeError, KeyError) as error:
-            known = "0, 1 or empty (missing)" if coding == "zero-one" else "-1, 1, or 0 (missing)"
-            other = "signed" if coding == "zero-one" else "zero-one"
-            raise InputError(
-                f"label {cell!r} is not {known}",
-                remedy=f"Mend the label, or read with coding={other!r} if the file is coded so",
-                file=path,
-                row=number,
-                field=column,
-            ) from error
-    return values
-
-
-def _leave_out(rows: Sequence[tuple[int, str]], rule: str, path: str | Path, column: str, option: str) -> None:
-    """Refuse rows, or warn of them; all are named, up to twenty."""
-    if not rows:
-        return
-    listed = "; ".join(f"row {row}: {reason}" for row, reason in rows[:20])
-    listed += f"; and {len(rows) - 20} more" if len(rows) > 20 else ""
-    if rule == "refuse":
-        raise InputError(
-            f"{len(rows)} {option} row{'s' * (len(rows) > 1)} ({listed})",
-            remedy=f'Mend them, or leave them out with {option}="skip"',
-            file=path,
-            row=rows[0][0],
-            field=column,
+        Args:
+            source: see `read_nodes`.
+            hops, min_nodes, max_nodes, neighbours: see `node_subgraphs`.
+            shots, validation_nodes, test_nodes, seed: see `draw_nodes`; shots are per class.
+            labels: class names; default: numbers.
+        """
+        graph = source if isinstance(source, Data) else read_nodes(source)
+        found = node_subgraphs(graph, hops, min_nodes, max_nodes, neighbours, seed)
+        if not found:
+            raise InputError("no node has a subgraph of this size", field="min_nodes", remedy="Widen the range")
+        names = tuple(labels or map(str, range(int(graph.y.max()) + 1)))
+        spec = GraphSpec(
+            kind="nodes",
+            task="multiclass",
+            labels=names,
+            hops=hops,
+            min_nodes=min_nodes,
+            max_nodes=max_nodes,
+            neighbours=tuple(neighbours),
         )
-    warnings.warn(f"{path}: {len(rows)} {option} rows are left out ({listed})", stacklevel=3)
+        drawn = draw_nodes(graph.y, list(found), shots, validation_nodes, test_nodes, seed)
+        parts = [make_split([found[n] for n in p], graph.y[p], p, spec) if p else None for p in drawn]
+        assert parts[0] is not None
+        return cls(spec, parts[0], parts[1], parts[2])
 
 
-def read_graphs(
-    graphs: Iterable[Data],
-    *,
-    labels: Sequence[str] | None = None,
-    task: Task | None = None,
-    unlabelled: Literal["refuse", "skip"] = "refuse",
-) -> Examples:
-    """Graphs in memory: an `InMemoryDataset` of PyG, or any sequence of `Data` with `x`, `edge_index` and `y`.
-
-    `y` is one whole number, the class (-1: missing); or [C] or [1, C] of 1, 0 and -1 or NaN for missing.
-
-    Args:
-        labels: names of classes or tasks; default: their numbers.
-        task: default: multiclass where every `y` is one number, unless one is NaN or a fraction.
-        unlabelled: graphs without any label: named in an error, or left out.
-
-    Raises:
-        InputError: as `check_graph`; a label that is no class or not 0, 1 or missing; labels of different widths.
-    """
-    found = list(graphs)
-    if not found:
-        raise InputError("there are no graphs", field="graphs")
-    width = getattr(found[0].x, "shape", (0, None))[-1]
-    checked = [check_graph(graph, width, row) for row, graph in enumerate(found, start=1)]
-    ys = [_label_row(graph, row) for row, graph in enumerate(found, start=1)]
-    if len({len(y) for y in ys}) > 1:
-        row = next(i for i, y in enumerate(ys) if len(y) != len(ys[0]))
-        raise InputError(f"{len(ys[row])} labels, the first graph has {len(ys[0])}", row=row + 1, field="y")
-    values = torch.stack(ys)
-    task = task or ("multiclass" if values.shape[1] == 1 else "multilabel")
-    values = torch.where(values.isnan(), MISSING, values)
-    if task == "multiclass" and values.shape[1] != 1:
-        raise InputError(f"{values.shape[1]} labels a graph cannot be one class", field="y", remedy="Use multilabel")
-    count = len(labels) if labels is not None else int(values.max()) + 1 if task == "multiclass" else values.shape[1]
-    wrong = (values != values.round()) | (values < MISSING) | (values > (count - 1 if task == "multiclass" else 1))
-    if bool(wrong.any()):
-        row = int(wrong.any(1).nonzero()[0])
-        known = f"a class from 0 to {count - 1}" if task == "multiclass" else "0, 1 or -1 (missing)"
-        raise InputError(f"label {float(values[row][wrong[row]][0]):g} is not {known}", row=row + 1, field="y")
-    if (task == "multilabel" and count != values.shape[1]) or (task == "multiclass" and count < 2):
-        raise InputError(f"{count} names for {values.shape[1]} labels, or less than two classes", field="labels")
-    none = [(i + 1, "no label") for i in (values == MISSING).all(1).nonzero().flatten().tolist()]
-    _leave_out(none, unlabelled, "graphs", "y", "unlabelled")
-    names = tuple(labels) if labels is not None else tuple(str(c) for c in range(count))
-    values = values.long()
-    examples = Examples(
-        TaskSpec(task=task, labels=names, feature_width=width),
-        checked,
-        values[:, 0] if task == "multiclass" else values,
-        list(range(len(checked))),
-        left_out=none,
-    )
-    gone = {row - 1 for row, _ in none}
-    return examples.subset([i for i in range(len(checked)) if i not in gone]) if gone else examples
+def answers(spec: GraphSpec, logits: Tensor) -> list[dict[str, Any]]:
+    """What logits [B, C] say: the probability of every binary task, or the class and the probability of every class."""
+    probabilities = logits.sigmoid() if spec.task == "multilabel" else logits.softmax(-1)
+    found: list[dict[str, Any]] = []
+    for row in probabilities.tolist():
+        scores = {name: round(value, 4) for name, value in zip(spec.labels, row, strict=True)}
+        best = {} if spec.task == "multilabel" else {"label": max(scores, key=lambda name: scores[name])}
+        found.append(best | {"scores": scores})
+    return found
 
 
-def _label_row(graph: Data, row: int) -> Tensor:
-    y = graph.y
-    if y is None:
-        raise InputError("the graph has no label", row=row, field="y")
-    return torch.as_tensor(y, dtype=torch.double).reshape(-1)
-
-
-def check_graph(graph: Any, width: int | None = None, row: int | None = None) -> Data:
-    """A copy without its label, checked; a graph without edges has `edge_index` [2, 0].
-
-    Args:
-        width: of `x`; None accepts any.
-        row: for messages.
+def check_graphs(graphs: Sequence[Data]) -> None:
+    """Refuse graphs that cannot be used.
 
     Raises:
-        InputError: no nodes, no features, features of another width or not finite, or edges that do not fit.
+        InputError: naming the first one (from 1), and what is wrong with it.
     """
-    if not isinstance(graph, Data):
-        raise InputError(f"a graph was expected, not {type(graph).__name__}", row=row)
-    x, edges = graph.x, graph.edge_index
-    if x is None or x.ndim != 2 or not len(x):
-        shape = "none" if x is None else list(x.shape)
+    if not len(graphs):
+        raise InputError("there are no graphs")
+    width = None
+    for number, graph in enumerate(graphs, start=1):
+        x, edges, y = graph.x, graph.edge_index, graph.y
+        if x is None or x.ndim != 2 or len(x) == 0:
+            raise InputError("the graph has no node features [n, D]", row=number, field="x")
+        if width is not None and x.shape[1] != width:
+            raise InputError(f"features of width {x.shape[1]}, {width} in the first graph", row=number, field="x")
+        width = x.shape[1]
+        if edges is None or edges.ndim != 2 or len(edges) != 2:
+            raise InputError("edges are not [2, e]", row=number, field="edge_index", remedy="Use [2, 0] for none")
+        if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):
+            raise InputError(f"an edge leads out of nodes 0..{len(x) - 1}", row=number, field="edge_index")
+        if y is None or y.numel() == 0:
+            raise InputError("the graph has no label", row=number, field="y")
+
+
+def read_tu(folder: str | Path) -> list[Data]:
+    """Graphs of a folder in the raw TU format; see `GraphTask.from_tu`."""
+    from torch_geometric.data.separate import separate
+    from torch_geometric.io import read_tu_data
+
+    folder = Path(folder)
+    needed = [folder / f"{folder.name}_{part}.txt" for part in ("A", "graph_indicator", "graph_labels")]
+    if missing := [path for path in needed if not path.is_file()]:
+        raise InputError("no such file", file=missing[0], remedy="Give the folder NAME that holds NAME_A.txt")
+    data, slices, _ = read_tu_data(str(folder), folder.name)
+    if data.x is None or data.x.shape[1] == 0:
         raise InputError(
-            f"node features [n, D] are needed, the graph has {shape}",
-            row=row,
-            field="x",
-            remedy="Without features of your own use a transform of PyG, such as OneHotDegree or Constant",
+            "has neither node labels nor node attributes", file=folder, remedy="Add features, and use from_graphs"
         )
-    if width is not None and x.shape[1] != width:
-        raise InputError(f"{x.shape[1]} features a node, {width} were expected", row=row, field="x")
-    if x.is_floating_point() and not bool(x.isfinite().all()):
-        raise InputError("a feature is NaN or infinite", row=row, field="x")
-    if edges is None:
-        edges = torch.empty(2, 0, dtype=torch.long)
-    if edges.ndim != 2 or edges.shape[0] != 2 or edges.is_floating_point():
-        raise InputError(f"edges are [2, e] whole numbers, not {list(edges.shape)}", row=row, field="edge_index")
-    if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):
-        raise InputError(f"an edge names a node outside of 0 to {len(x) - 1}", row=row, field="edge_index")
-    if graph.edge_attr is not None and len(graph.edge_attr) != edges.shape[1]:
-        raise InputError(f"{len(graph.edge_attr)} rows for {edges.shape[1]} edges", row=row, field="edge_attr")
-    made = graph.clone()
-    made.edge_index = edges.long()
-    if "y" in made:
-        del made["y"]
-    return made
+    count = len(slices["y"]) - 1
+    return [separate(Data, data, i, slices, decrement=False) for i in range(count)]
 
 
-def as_split(examples: Examples) -> Split:
-    """Examples as a split; lengths are numbers of nodes."""
-    keys = {frozenset(graph.keys()) for graph in examples.graphs}
-    if len(keys) > 1:
-        differing = sorted(frozenset.union(*keys) - frozenset.intersection(*keys))
-        raise InputError(f"only some graphs have {', '.join(differing)}", remedy="Give it to all graphs or to none")
-    return Split(
-        rows=list(zip(examples.graphs, examples.labels, strict=True)),
-        collate=collate,
-        metrics=METRICS[examples.spec.task],
-        task=examples.spec.task,
-        num_classes=len(examples.spec.labels),
-        lengths=[int(graph.num_nodes or 0) for graph in examples.graphs],
-        ids=examples.ids,
-        missing=MISSING if examples.spec.task == "multilabel" else None,
-    )
-
-
-def collate(rows: Sequence[tuple[Data, Tensor]]) -> dict[str, Any]:
-    """(graph, label) rows as a batch."""
-    return {
-        "graphs": Batch.from_data_list([graph for graph, _ in rows]),
-        "labels": torch.stack([label for _, label in rows]),
-    }
-
-
-# --- splits ---------------------------------------------------------------------------------------------------------
-Fractions = tuple[float, float, float]
-
-
-def scaffold_groups(scaffolds: Sequence[str]) -> list[list[int]]:
-    """Positions of each scaffold, the largest group first; among equals, the one whose first molecule comes last."""
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(scaffolds):
-        groups.setdefault(name, []).append(i)
-    return sorted(groups.values(), key=lambda group: (len(group), group[0]), reverse=True)
-
-
-def scaffold_split(scaffolds: Sequence[str], fractions: Fractions = (0.8, 0.1, 0.1)) -> dict[str, list[int]]:
-    """Positions of training, validation and test: whole scaffold groups, the largest to training. There is no seed.
-
-    A group goes to training while training keeps within its fraction, else to validation while both keep within theirs,
-    else to test; a later, smaller group may still fit in an earlier part.
-
-    Source: pretrain-gnns, chem/splitters.py (after MoleculeNet).
-    """
-    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    for group in scaffold_groups(scaffolds):
-        parts[_part(group, parts, len(scaffolds), fractions)] += group
-    return parts
-
-
-def _part(group: list[int], parts: Mapping[str, list[int]], total: int, fractions: Fractions) -> str:
-    if len(parts["train"]) + len(group) <= fractions[0] * total:
-        return "train"
-    if len(parts["train"]) + len(parts["validation"]) + len(group) <= (fractions[0] + fractions[1]) * total:
-        return "validation"
-    return "test"
-
-
-def random_split(total: int, seed: int, fractions: Fractions = (0.8, 0.1, 0.1)) -> dict[str, list[int]]:
-    """Positions of training, validation and test (the rest), in the shuffled order of pretrain-gnns' `random_split`."""
-    order = list(range(total))
-    random.Random(seed).shuffle(order)
-    train, validation = int(fractions[0] * total), int(fractions[1] * total)
-    return {
-        "train": order[:train],
-        "validation": order[train : train + validation],
-        "test": order[train + validation :],
-    }
-
-
-def stratified_split(labels: Tensor, seed: int, fractions: Fractions = (0.8, 0.1, 0.1)) -> dict[str, list[int]]:
-    """Positions of training (the rest), validation and test in class proportion, sorted (`pt_core.data.stratified`)."""
-    total = len(labels)
-    test = stratified(labels, round(fractions[2] * total), seed)
-    validation = stratified(labels, round(fractions[1] * total), seed, exclude=test)
-    held = {*test, *validation}
-    return {"train": [i for i in range(total) if i not in held], "validation": validation, "test": test}
-
-
-def relief_shots(train: Sequence[int], shots: float, seed: int, total: int, fraction: float = 0.8) -> list[int]:
-    """RELIEF's few-shot rule: shuffle the training part with Python's generator, take the first `shots`.
-
-    Args:
-        shots: how many; a number in (0, 1] is a share of `fraction * total`, rounded down.
-        total, fraction: number of all molecules, and the share of them that training was given.
-
-    Source: JasonZhujp/RELIEF, graph_level/splitters.py.
-    """
-    if shots <= 0:
-        raise InputError(f"{shots} shots", field="shots", remedy="Give a number, or a share in (0, 1]")
-    order = list(train)
-    random.Random(seed).shuffle(order)
-    return order[: int(shots * fraction * total if shots <= 1 else shots)]
-
-
-def gpf_shots(scaffolds: Sequence[str], shots: int, fractions: Fractions = (0.8, 0.1, 0.1)) -> list[int]:
-    """GPF's few-shot rule: walk the scaffold groups of training from the largest, add a whole group only while the total
-    stays within `shots`. There is no seed.
-
-    Source: zjunet/GPF, chem/splitters.py.
-    """
-    parts: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
-    chosen: list[int] = []
-    for group in scaffold_groups(scaffolds):
-        part = _part(group, parts, len(scaffolds), fractions)
-        parts[part] += group
-        if part == "train" and len(chosen) + len(group) <= shots:
-            chosen += group
-    return chosen
-
-
-def _scaffolds(examples: Examples) -> list[str]:
-    if examples.smiles is None:
-        raise InputError("a scaffold split needs molecules", field="split", remedy='Use "random" or "stratified"')
-    return [scaffold(smiles) for smiles in examples.smiles]
-
-
-def _one_label(examples: Examples) -> Tensor:
-    labels = examples.labels if examples.labels.ndim == 1 else examples.labels[:, 0]
-    if examples.labels.ndim == 2 and examples.labels.shape[1] > 1:
-        raise InputError("this draw goes by one label, there are several", field="split", remedy='Use "random"')
-    return labels
+def _some(labels: Tensor, train: Sequence[int], shots: int) -> list[int]:
+    """The first `shots` of each class, or in all where labels are binary."""
+    if labels.ndim == 2:
+        return list(train[:shots])
+    taken: dict[int, list[int]] = defaultdict(list)
+    for row in train:
+        own = taken[int(labels[row])]
+        if len(own) < shots:
+            own.append(row)
+    if few := [name for name in range(int(labels.max()) + 1) if len(taken[name]) < shots]:
+        raise InputError(
+            f"class {few[0]} has {len(taken[few[0]])} training graphs, {shots} are asked for", field="shots"
+        )
+    return [row for name in sorted(taken) for row in taken[name]]

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pt_core import artifacts, recipe, registry
+from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Method
 from pt_core.runs import Job
