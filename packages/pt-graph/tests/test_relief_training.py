@@ -20,7 +20,7 @@ from pt_core.training import FitConfig, Loop, NotLearning, evaluate
 from pt_graph.methods.relief import RELIEF, RELIEFConfig, with_prompt_metrics
 from pt_graph.methods.relief.method import reward_loss
 from pt_graph.methods.relief.policy import ExactCritic
-from pt_graph.methods.relief.rollout import Rollout
+from pt_graph.methods.relief.rollout import Episodes, Rollout
 
 sys.path.insert(0, str(Path(__file__).parent))  # the plain loop lies beside the tests; the benchmark uses it too
 from relief_plain import PlainRELIEF
@@ -149,6 +149,22 @@ def test_the_order_of_graphs_and_of_their_edges_does_not_matter(make_backbone: A
     order = torch.randperm(graphs.edge_index.shape[1], generator=torch.Generator().manual_seed(0))
     graphs.edge_index, graphs.edge_attr = graphs.edge_index[:, order], graphs.edge_attr[order]
     torch.testing.assert_close(method.prompts(batch), method.prompts(batch | {"graphs": graphs}))
+
+
+def test_a_backbone_sees_the_graphs_that_go_on_as_a_batch_of_their_own(make_backbone: Any, make_split: Any) -> None:
+    backbone, rows = make_backbone("chem"), make_split([4, 7, 2, 5], molecule=True)
+    given = rows.batch([0, 1, 2, 3])["graphs"]
+    episodes = Episodes(backbone.encode, backbone.embed(given), given)
+    assert [(t, k, n) for t, k, n, _ in episodes.steps_of()] == [
+        (0, 4, 18), (1, 4, 18), (2, 3, 16), (3, 3, 16), (4, 2, 12), (5, 1, 7), (6, 1, 7)
+    ]  # fmt: skip
+    for k, largest in ((4, [1, 3, 0, 2]), (2, [1, 3])):
+        view, alone = episodes.view(k), rows.batch(largest)["graphs"]
+        for name in ("x", "edge_index", "edge_attr", "batch", "ptr"):
+            assert torch.equal(getattr(view, name), alone[name]), name
+        assert view.num_graphs == k
+    order = torch.cat([torch.arange(4, 11), torch.arange(13, 18), torch.arange(4), torch.arange(11, 13)])
+    assert torch.equal(episodes.as_given(order), torch.arange(18))
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
