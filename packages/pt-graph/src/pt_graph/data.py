@@ -391,7 +391,9 @@ def _sampled(
 
 
 def draw_nodes(labels: Tensor, eligible: Sequence[int], shots: int, validation: int, test: int, seed: int) -> Indices:
-    """RELIEF's draw: `shots` eligible nodes of each class train, then `validation` and `test` of the others.
+    """RELIEF's rule: `shots` eligible nodes of each class train, then `validation` and `test` of the others.
+
+    Not the authors' very nodes: their script draws random numbers while it loads the data, before it draws nodes.
 
     Raises:
         InputError: a class, or what is left, has too few.
