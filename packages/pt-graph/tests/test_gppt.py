@@ -77,11 +77,11 @@ def test_logits_are_those_of_the_chosen_head(make_backbone: Callable[..., Any]) 
 def test_the_penalty_is_zero_where_the_rows_of_every_head_are_orthonormal_and_nowhere_else(make_backbone: Any) -> None:
     made = method(make_backbone())
     made.heads.data = torch.linalg.qr(torch.randn(3, 16, 2))[0].mT.contiguous()
-    assert float(made.penalty()) == pytest.approx(0, abs=1e-6)
+    assert made.penalty().item() == pytest.approx(0, abs=1e-6)
     made.heads.data[1, 0] *= 2  # W W^T - I has 3 at one place
-    assert float(made.penalty()) == pytest.approx(3 / 3)
+    assert made.penalty().item() == pytest.approx(3 / 3)
     made.heads.data[1, 0] = made.heads.data[1, 1]  # all of W W^T is 1
-    assert float(made.penalty()) == pytest.approx(2**0.5 / 3)
+    assert made.penalty().item() == pytest.approx(2**0.5 / 3)
 
 
 def test_the_loss_is_that_of_the_task_and_the_weighted_penalty(make_backbone: Any, make_split: Any) -> None:

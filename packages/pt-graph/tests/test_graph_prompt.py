@@ -34,9 +34,9 @@ def test_the_loss_of_a_graph_on_its_own_of_two_orthogonal_prototypes_is_4_54e_5(
     nn.init.ones_(made.weight)
     made.centres.copy_(torch.eye(2, 8)[None])
     loss = made.loss({"features": torch.eye(2, 8)[:1], "labels": torch.tensor([0])}).value
-    assert float(loss) == pytest.approx(4.53989e-5, rel=2e-3)  # float32 of a difference near 1
+    assert loss.item() == pytest.approx(4.53989e-5, rel=2e-3)  # float32 of a difference near 1
     double = made.double().loss({"features": torch.eye(2, 8)[:1].double(), "labels": torch.tensor([0])}).value
-    assert float(double) == pytest.approx(-log(exp(10) / (exp(10) + 1)), rel=1e-9)
+    assert double.item() == pytest.approx(-log(exp(10) / (exp(10) + 1)), rel=1e-9)
 
 
 def test_with_weights_of_one_the_read_out_is_the_sum_of_the_frozen_model(make_backbone: Any, make_split: Any) -> None:
