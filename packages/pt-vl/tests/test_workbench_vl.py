@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pt_core import InputError, artifacts, runs
+from pt_core import InputError, artifacts, recipe, registry, runs
 from pt_core.testing import one_thread
 from pt_core.training import evaluate
+from pt_vl import workbench
 from pt_vl.data import harmonic_mean
 from pt_vl.workbench import Bench, Recipe, open_artifact
 
@@ -146,3 +147,28 @@ def test_bad_inputs_of_a_session_are_named(folder: Path) -> None:
         session.evaluate(folder / "rows.csv")
     with pytest.raises(InputError, match="no other format"):
         session.export("peft", folder)
+
+
+def test_the_recipe_of_the_real_model_has_published_settings_and_every_method_takes_them(folder: Path) -> None:
+    images = {"data.train": str(folder / "train"), "data.test": str(folder / "test")}
+    _, checked = recipe.load("vl/clip-b16", images)
+    published = {"coop": (200, 32, 0.002), "cocoop": (10, 1, 0.002), "vpt": (5, 4, 0.0025), "ivlp": (5, 4, 0.0035)}
+    published |= {"maple": (5, 4, 0.0035), "restore": (10, 4, 0.0035), "r-amt": (30, 32, 8e-5)}
+    for label in checked.labels():
+        chosen = checked.with_method(label)
+        config = chosen.config(class_names=NAMES, cache_size=4)
+        assert type(config) is registry.find_method("vl", chosen.method.name).config_class
+        if label in published:
+            epochs, batch, lr = published[label]
+            assert (chosen.training.epochs, chosen.training.batch_size, config.model_dump()["lr"]) == (
+                epochs,
+                batch,
+                lr,
+            )
+    with pytest.raises(InputError, match="vl/clip-b16, field 'data': give train, test or split_file"):
+        recipe.load("vl/clip-b16")
+
+
+def test_there_is_no_demo_yet_and_it_says_what_to_do(folder: Path) -> None:
+    with pytest.raises(InputError, match="no model and images of its own to show yet"):
+        workbench.demo(folder, None, None, None)

@@ -297,10 +297,15 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
 
 
 def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) -> None:
-    """`pt demo vl`."""
-    from pt_vl.demo import run
+    """`pt demo vl`.
 
-    run(folder, seeds=seeds or 3, shots=shots or 16, data=data)
+    Raises:
+        InputError: always, until a small model and images ship with the package.
+    """
+    raise InputError(
+        "pt-vl has no model and images of its own to show yet",
+        remedy="Use yours: pt compare vl/clip-b16 --set data.train=FOLDER --set data.test=FOLDER",
+    )
 
 
 def _test(task: ImageTask) -> Split:
