@@ -345,6 +345,10 @@ def _hiding(kind: type[Cache]) -> type[Cache]:
 
         def reset(self) -> None:
             super().reset()
+            for layer in getattr(self, "layers", ()):
+                if isinstance(layer, DynamicLayer) and layer.is_initialized:  # older versions zero it at its length
+                    layer.keys = layer.values = None
+                    layer.is_initialized = False
             self.pt_prefix = 0
 
     Hiding.__name__ = kind.__name__
