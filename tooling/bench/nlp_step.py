@@ -1,18 +1,21 @@
 """Training step and generation of prompt tuning: ours against peft, in one run.
 
-    uv run tooling/bench/nlp_step.py                  # the grid on a small random Llama, then SmolLM2-135M
+    uv run tooling/bench/nlp_step.py                  # the grid on a small random Llama; SmolLM2-135M on the short texts
     uv run tooling/bench/nlp_step.py --quick          # the headline cells only
-    uv run tooling/bench/nlp_step.py --device cuda
+    uv run tooling/bench/nlp_step.py --long-texts     # SmolLM2-135M on texts of 512 as well: hours on a CPU, 24 GiB
+    uv run tooling/bench/nlp_step.py --device cuda --long-texts
 
 For each cell (prompt length, text length, batch) it alternates between four training steps of the same loss in the same
-dtype with the same attention kernel, and prints the median and the spread (quartiles) of the ratio to ours:
+dtype with the same attention kernel, and prints the median and the range of the ratio over the rounds (fewer rounds in
+cells that take long), as Markdown:
 
     ours        shared prefix, logits at labels only
     peft        PeftModelForCausalLM with labels
     peft-lean   peft's base model with logits at labels only, so that the gain is not all in the language model head
     floor       the same model and batch without a prompt: forward, and backward to the input embeddings, logits at labels
 
-The predicted ceiling is arithmetic: multiply-adds of peft's step over those of ours (linear layers, attention, head).
+The predicted ceiling is arithmetic: multiply-adds of peft's step over those of ours (linear layers, attention, head), and
+so is the least that ours can cost over the floor. Memory is the peak of one step beyond the model, in a process of its own.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import torch
 import typer
 from peft import PromptTuningConfig as PeftConfig
 from peft import get_peft_model
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -43,7 +47,7 @@ from pt_core.prompts import SoftPrompt
 from pt_nlp import assets
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
-console = Console(width=150)
+console = Console(width=200)
 LABELS = 8  # labelled tokens at the end of each row
 
 
@@ -72,11 +76,11 @@ def smollm2(device: torch.device, dtype: torch.dtype) -> Any:
 MODELS = {"small-llama": small_llama, "smollm2-135m": smollm2}
 
 
-def multiply_adds(config: Any, rows: int, tokens: int, prompt: int, shared: bool, labels: int) -> float:
+def multiply_adds(config: Any, rows: int, tokens: int, prompt: int, shared: bool) -> float:
     """Multiply-adds of one forward pass; the backward pass to the inputs costs as much again and cancels in ratios.
 
     Args:
-        shared: the prompt is computed once for the batch, and logits only at `labels` positions of each row.
+        shared: the prompt is computed once for the batch, and logits only at the labels.
     """
     d, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or d // heads
@@ -86,7 +90,7 @@ def multiply_adds(config: Any, rows: int, tokens: int, prompt: int, shared: bool
     if shared:
         positions = rows * tokens + prompt
         pairs = rows * tokens * (prompt + tokens) + prompt * prompt
-        read = rows * labels
+        read = rows * LABELS
     else:
         positions = rows * (tokens + prompt)
         pairs = rows * (tokens + prompt) ** 2
@@ -172,25 +176,34 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def alternate(steps: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step, `repeats` rounds that alternate between them, after one warm-up round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(repeats + 1):
+def alternate(
+    steps: dict[str, Callable[[], Any]], rounds: int, seconds: float, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each step, in rounds that alternate between them after one warm-up round.
+
+    Args:
+        rounds: at most so many.
+        seconds: after these no further round begins, but three are made.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    began = time.perf_counter()
+    for round_ in range(rounds + 1):
+        if round_ > 3 and time.perf_counter() - began > seconds:
+            break
         for name, step in steps.items():
             _wait(device)
             started = time.perf_counter()
             step()
             _wait(device)
             if round_:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+                taken[name].append(time.perf_counter() - started)
+    return taken
 
 
 def ratios(times: dict[str, list[float]], of: str, to: str) -> tuple[float, float, float]:
-    """Median and quartiles of the round-by-round ratio of two steps' times."""
-    values = sorted(a / b for a, b in zip(times[of], times[to], strict=True))
-    quarter = len(values) // 4
-    return statistics.median(values), values[quarter], values[-1 - quarter]
+    """Median, smallest and largest of the round-by-round ratio of two steps' times."""
+    values = [a / b for a, b in zip(times[of], times[to], strict=True)]
+    return statistics.median(values), min(values), max(values)
 
 
 def peak_memory(name: str, cell: tuple[int, int, int], step: str, device: str, dtype: str) -> float:
@@ -234,50 +247,53 @@ def _resident() -> int:
 
 
 def training(
-    name: str, cells: list[tuple[int, int, int]], repeats: int, device: torch.device, dtype: torch.dtype
+    name: str,
+    cells: list[tuple[int, int, int]],
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: bool,
 ) -> None:
     """Print the table of training steps of one model."""
     model = MODELS[name](device, dtype)
+    kind = str(dtype).removeprefix("torch.")
     table = Table(
-        *("prompt", "text", "batch", "peft / ours", "quartiles", "ceiling", "share", "lean / ours", "ours / floor"),
-        *("ours s", "peft s", "gradient diff", "MiB ours", "MiB peft"),
-        title=f"training step, {name}, {str(dtype).removeprefix('torch.')}, {device.type}",
+        *("prompt", "text", "batch", "rounds", "peft / ours", "range", "ceiling", "share", "lean / ours"),
+        *("ours / floor", "least", "ours s", "peft s", "gradient diff", *(("MiB ours", "MiB peft") if memory else ())),
+        box=box.MARKDOWN,
     )
     for prompt, text, batch in cells:
         cell = Cell(model, prompt, text, batch)
         difference = cell.gradient_difference()
         steps = {"ours": cell.ours, "peft": cell.peft_step, "lean": cell.peft_lean, "floor": cell.floor}
-        times = alternate(steps, repeats, device)
+        times = alternate(steps, rounds, seconds, device)
         cell.close()
-        ceiling = multiply_adds(model.config, batch, text, prompt, False, LABELS) / multiply_adds(
-            model.config, batch, text, prompt, True, LABELS
-        )
+        ours = multiply_adds(model.config, batch, text, prompt, shared=True)
+        ceiling = multiply_adds(model.config, batch, text, prompt, shared=False) / ours
+        least = ours / multiply_adds(model.config, batch, text, 0, shared=True)
         ratio, low, high = ratios(times, "peft", "ours")
-        memory = [
-            peak_memory(name, (prompt, text, batch), step, device.type, str(dtype).removeprefix("torch."))
-            for step in ("ours", "peft")
+        peaks = [
+            f"{peak_memory(name, (prompt, text, batch), step, device.type, kind):.0f}"
+            for step in (("ours", "peft") if memory else ())
         ]
         table.add_row(
-            *(str(prompt), str(text), str(batch), f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{ceiling:.2f}"),
-            *(
-                f"{ratio / ceiling:.0%}",
-                f"{ratios(times, 'lean', 'ours')[0]:.2f}",
-                f"{ratios(times, 'ours', 'floor')[0]:.2f}",
-            ),
-            *(
-                f"{statistics.median(times['ours']):.3f}",
-                f"{statistics.median(times['peft']):.3f}",
-                f"{difference:.1e}",
-            ),
-            *(f"{m:.0f}" for m in memory),
+            *(str(prompt), str(text), str(batch), str(len(times["ours"]))),
+            *(f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{ceiling:.2f}", f"{ratio / ceiling:.0%}"),
+            *(f"{ratios(times, 'lean', 'ours')[0]:.2f}", f"{ratios(times, 'ours', 'floor')[0]:.2f}", f"{least:.2f}"),
+            *(f"{statistics.median(times[step]):.3f}" for step in ("ours", "peft")),
+            *(f"{difference:.1e}", *peaks),
         )
+        print(f"{name} {prompt} x {text} x {batch} done", file=sys.stderr)
+    console.print(f"\nTraining step, {name}, {kind}, {device.type}:")
     console.print(table)
 
 
-def generation(name: str, repeats: int, device: torch.device, dtype: torch.dtype, new_tokens: int = 16) -> None:
+def generation(name: str, rounds: int, seconds: float, device: torch.device, dtype: torch.dtype) -> None:
     """Print generation throughput: a stored prompt against peft, and 16 prompts in one batch against one."""
     model = MODELS[name](device, dtype)
     cell = Cell(model, 100, 48, 16)
+    new_tokens = 16
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     left = {"input_ids": cell.ids.flip(1), "attention_mask": cell.mask.flip(1)}
     handles = [
@@ -294,22 +310,16 @@ def generation(name: str, repeats: int, device: torch.device, dtype: torch.dtype
         "peft": lambda: cell.peft.generate(**left, **options),
     }
     with torch.no_grad():
-        times = alternate(steps, repeats, device)
-    table = Table(
-        "generation",
-        "tokens / s",
-        "against peft",
-        "against one prompt",
-        title=f"generate, {name}: 16 rows x 48, prompt 100",
-    )
+        times = alternate(steps, rounds, seconds, device)
+    table = Table("generation", "rounds", "tokens / s", "against peft", "against one prompt", box=box.MARKDOWN)
     for step in steps:
         speed = 16 * new_tokens / statistics.median(times[step])
         table.add_row(
-            step,
-            f"{speed:.0f}",
+            *(step, str(len(times[step])), f"{speed:.0f}"),
             f"{ratios(times, 'peft', step)[0]:.2f}",
             f"{ratios(times, 'one stored prompt', step)[0]:.2f}",
         )
+    console.print(f"\nGeneration of {new_tokens} tokens, {name}: 16 rows of at most 48, prompt 100:")
     console.print(table)
     for handle in handles:
         handle.remove()
@@ -319,8 +329,12 @@ def generation(name: str, repeats: int, device: torch.device, dtype: torch.dtype
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    repeats: Annotated[int, typer.Option(help="alternating rounds of the small model")] = 7,
+    rounds: Annotated[int, typer.Option(help="alternating rounds of a cell at most")] = 9,
+    seconds: Annotated[float, typer.Option(help="after these a cell makes no further round, once it has three")] = 45,
+    models: Annotated[str, typer.Option(help="which, by commas")] = ",".join(MODELS),
     quick: Annotated[bool, typer.Option(help="headline cells only")] = False,
+    long_texts: Annotated[bool, typer.Option(help="SmolLM2 on texts of 512 as well")] = False,
+    memory: Annotated[bool, typer.Option(help="measure peak memory as well")] = True,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run the benchmark; see the file's first lines."""
@@ -329,12 +343,15 @@ def main(
         return
     where, kind = torch.device(device), getattr(torch, dtype)
     grid = [(p, t, b) for p in (20, 100) for t in (48, 512) for b in (4, 16)]
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {repeats} alternating rounds")
-    training("small-llama", [(100, 48, 16)] if quick else grid, repeats, where, kind)
-    training("smollm2-135m", [(100, 48, 16)] if quick else [(20, 48, 4), (100, 48, 4), (100, 48, 16)], 3, where, kind)
-    generation("small-llama", repeats, where, kind)
-    if not quick:
-        generation("smollm2-135m", 3, where, kind)
+    place = torch.cuda.get_device_name() if where.type == "cuda" else f"{torch.get_num_threads()} threads"
+    console.print(f"torch {torch.__version__}, {place}, {dtype}")
+    for name in models.split(","):
+        short = name == "small-llama" or long_texts
+        cells = [(100, 48, 16)] if quick else [cell for cell in grid if short or cell[1] == 48]
+        training(name, cells, rounds, seconds, where, kind, memory)
+        if left := len(grid) - len(cells):
+            console.print(f"{left} of the grid's {len(grid)} cells were left out (see --help).")
+        generation(name, rounds, seconds, where, kind)
 
 
 if __name__ == "__main__":
