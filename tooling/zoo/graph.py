@@ -4,7 +4,7 @@ Molecules: B3DB (CC0) without the scaffolds of the demo's validation and test pa
 set that come with RDKit, without those scaffolds either. Objectives: attribute masking, then `descriptors`; no label of B3DB
 is used. Afterwards a logistic regression on the frozen graph embeddings is compared with one on those of untrained GINs.
 
-A killed run goes on from its folder. One core: about 20 minutes.
+A killed run goes on from its folder. About 15 minutes of one core.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ def main() -> None:
 def card(
     args: argparse.Namespace, molecules: int, targets: int, losses: dict[str, float], scores: dict[str, Any]
 ) -> str:
+    options = f"--masking-epochs {args.masking_epochs} --descriptor-epochs {args.descriptor_epochs}"
     epochs = {"attribute-masking": args.masking_epochs, "descriptors": args.descriptor_epochs}
     run = ", then ".join(f"{name}, {epochs[name]} epochs to a loss of {loss:.3f}" for name, loss in losses.items())
     table = "\n".join(
@@ -144,13 +145,14 @@ def card(
 The molecule GIN of pretrain-gnns (5 layers, d 300, 1,857,900 parameters, float32), pre-trained for pt-graph.
 `load_backbone("zoo:chem-gin")`. It reads graphs of `pt_graph.molecules.molecule_graph`. Apache-2.0.
 
-- **Command.** `OMP_NUM_THREADS=1 uv run python tooling/zoo/graph.py --masking-epochs {args.masking_epochs} --descriptor-epochs
-  {args.descriptor_epochs}`
+- **Command.**
+  `OMP_NUM_THREADS=1 uv run python tooling/zoo/graph.py {options}`
 - **Data.** {molecules:,} molecules: B3DB (PyPI qc-b3db 1.1.1, CC0) and the first 5,000 of the NCI set (in RDKit's data, BSD-3),
   without the scaffolds of the validation and test parts of B3DB's scaffold split (80/10/10).
 - **Objectives.** Attribute masking (Hu et al., 2020), and `descriptors`, our choice: {targets} standardised RDKit descriptors
   are predicted from the graph embedding. No measured label is used. The weights are not those of pretrain-gnns.
-- **Run.** {run}. Adam, batch 256, rate 1e-3 to 0 (cosine) in each stage, seed 0.
+- **Run.** {run}.
+  Adam, batch 256, rate 1e-3 to 0 (cosine) in each stage, seed 0.
 
 ROC-AUC of a logistic regression on frozen graph embeddings, blood-brain barrier (B3DB), trained on the scaffold split's
 training part, or on 50 of its molecules (ten draws); untrained: mean of three seeds.
