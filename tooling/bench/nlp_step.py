@@ -3,6 +3,7 @@
     uv run tooling/bench/nlp_step.py                  # the grid on a small random Llama; SmolLM2-135M on the short texts
     uv run tooling/bench/nlp_step.py --quick          # the headline cells only
     uv run tooling/bench/nlp_step.py --long-texts     # SmolLM2-135M on texts of 512 as well: hours on a CPU, 24 GiB
+    uv run tooling/bench/nlp_step.py --cpu-time       # one thread and its CPU time: for a machine that others use as well
     uv run tooling/bench/nlp_step.py --device cuda --long-texts
 
 For each cell (prompt length, text length, batch) it alternates between four training steps of the same loss in the same
@@ -29,6 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,27 +178,37 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def alternate(
-    steps: dict[str, Callable[[], Any]], rounds: int, seconds: float, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each step, in rounds that alternate between them after one warm-up round.
+@dataclass(frozen=True)
+class Timing:
+    """How steps are timed.
 
     Args:
+        device: where they run.
         rounds: at most so many.
         seconds: after these no further round begins, but three are made.
+        clock: wall time, or the CPU time of this process.
     """
+
+    device: torch.device
+    rounds: int
+    seconds: float
+    clock: Callable[[], float]
+
+
+def alternate(steps: dict[str, Callable[[], Any]], timing: Timing) -> dict[str, list[float]]:
+    """Seconds of each step, in rounds that alternate between them after one warm-up round."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     began = time.perf_counter()
-    for round_ in range(rounds + 1):
-        if round_ > 3 and time.perf_counter() - began > seconds:
+    for round_ in range(timing.rounds + 1):
+        if round_ > 3 and time.perf_counter() - began > timing.seconds:
             break
         for name, step in steps.items():
-            _wait(device)
-            started = time.perf_counter()
+            _wait(timing.device)
+            started = timing.clock()
             step()
-            _wait(device)
+            _wait(timing.device)
             if round_:
-                taken[name].append(time.perf_counter() - started)
+                taken[name].append(timing.clock() - started)
     return taken
 
 
@@ -246,16 +258,9 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def training(
-    name: str,
-    cells: list[tuple[int, int, int]],
-    rounds: int,
-    seconds: float,
-    device: torch.device,
-    dtype: torch.dtype,
-    memory: bool,
-) -> None:
+def training(name: str, cells: list[tuple[int, int, int]], timing: Timing, dtype: torch.dtype, memory: bool) -> None:
     """Print the table of training steps of one model."""
+    device = timing.device
     model = MODELS[name](device, dtype)
     kind = str(dtype).removeprefix("torch.")
     table = Table(
@@ -267,7 +272,7 @@ def training(
         cell = Cell(model, prompt, text, batch)
         difference = cell.gradient_difference()
         steps = {"ours": cell.ours, "peft": cell.peft_step, "lean": cell.peft_lean, "floor": cell.floor}
-        times = alternate(steps, rounds, seconds, device)
+        times = alternate(steps, timing)
         cell.close()
         ours = multiply_adds(model.config, batch, text, prompt, shared=True)
         ceiling = multiply_adds(model.config, batch, text, prompt, shared=False) / ours
@@ -289,8 +294,9 @@ def training(
     console.print(table)
 
 
-def generation(name: str, rounds: int, seconds: float, device: torch.device, dtype: torch.dtype) -> None:
+def generation(name: str, timing: Timing, dtype: torch.dtype) -> None:
     """Print generation throughput: a stored prompt against peft, and 16 prompts in one batch against one."""
+    device = timing.device
     model = MODELS[name](device, dtype)
     cell = Cell(model, 100, 48, 16)
     new_tokens = 16
@@ -310,7 +316,7 @@ def generation(name: str, rounds: int, seconds: float, device: torch.device, dty
         "peft": lambda: cell.peft.generate(**left, **options),
     }
     with torch.no_grad():
-        times = alternate(steps, rounds, seconds, device)
+        times = alternate(steps, timing)
     table = Table("generation", "rounds", "tokens / s", "against peft", "against one prompt", box=box.MARKDOWN)
     for step in steps:
         speed = 16 * new_tokens / statistics.median(times[step])
@@ -334,6 +340,7 @@ def main(
     models: Annotated[str, typer.Option(help="which, by commas")] = ",".join(MODELS),
     quick: Annotated[bool, typer.Option(help="headline cells only")] = False,
     long_texts: Annotated[bool, typer.Option(help="SmolLM2 on texts of 512 as well")] = False,
+    cpu_time: Annotated[bool, typer.Option(help="one thread, and its CPU time")] = False,
     memory: Annotated[bool, typer.Option(help="measure peak memory as well")] = True,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -343,15 +350,19 @@ def main(
         return
     where, kind = torch.device(device), getattr(torch, dtype)
     grid = [(p, t, b) for p in (20, 100) for t in (48, 512) for b in (4, 16)]
+    if cpu_time:
+        torch.set_num_threads(1)
+    timing = Timing(where, rounds, seconds, time.process_time if cpu_time else time.perf_counter)
+    clock = "CPU time" if cpu_time else "wall time"
     place = torch.cuda.get_device_name() if where.type == "cuda" else f"{torch.get_num_threads()} threads"
-    console.print(f"torch {torch.__version__}, {place}, {dtype}")
+    console.print(f"torch {torch.__version__}, {place}, {dtype}, {clock}")
     for name in models.split(","):
         short = name == "small-llama" or long_texts
         cells = [(100, 48, 16)] if quick else [cell for cell in grid if short or cell[1] == 48]
-        training(name, cells, rounds, seconds, where, kind, memory)
+        training(name, cells, timing, kind, memory)
         if left := len(grid) - len(cells):
             console.print(f"{left} of the grid's {len(grid)} cells were left out (see --help).")
-        generation(name, rounds, seconds, where, kind)
+        generation(name, timing, kind)
 
 
 if __name__ == "__main__":
