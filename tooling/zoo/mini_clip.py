@@ -739,8 +739,8 @@ def export(work: Path = WORK) -> None:
     scores = accuracy(model, tokenizer, work) | on_shipped(model, tokenizer, *read_shipped(icons))
     write(work / "evaluation.json", json.dumps(scores, indent=1))
     trained = {row["set"] for row in rows} - set(used)
-    fill(clip / "README.md", {"results": results(scores), "sets": credits(sets, trained)})
-    fill(icons / "README.md", {"sets": credits(sets, used)})
+    fill("mini-clip.md", clip / "README.md", {"results": results(scores), "sets": credits(sets, trained)})
+    fill("icons.md", icons / "README.md", {"sets": credits(sets, used)})
     size = sum(file.stat().st_size for folder in (clip, icons) for file in folder.iterdir())
     print(
         f"{len(chosen)} evaluation images of {len(written['classes'])} classes; {size / 1e6:.1f} MB in all", flush=True
@@ -766,9 +766,9 @@ def credits(sets: dict[str, Any], names: Iterable[str]) -> str:
     return "\n".join(f"- {text}" for text in made)
 
 
-def fill(card: Path, parts: dict[str, str]) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- end -->` in a card that is written by hand."""
-    text = card.read_text("utf-8")
+def fill(card: str, target: Path, parts: dict[str, str]) -> None:
+    """Write a card of `cards/`, with what stands between `<!-- NAME -->` and `<!-- end -->` replaced."""
+    text = (Path(__file__).parent / "cards" / card).read_text("utf-8")
     for name, part in parts.items():
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(?=<!-- end -->)",
@@ -776,7 +776,7 @@ def fill(card: Path, parts: dict[str, str]) -> None:
             text,
             flags=re.S,
         )
-    write(card, text)
+    write(target, text)
 
 
 if __name__ == "__main__":
