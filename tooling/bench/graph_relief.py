@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import json
 import os
@@ -28,16 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from torch_geometric.data import Batch, Data
-from torch_geometric.utils import k_hop_subgraph
+from torch_geometric.data import Data
 
 from pt_core.data import Split, few_shot
 from pt_core.training import FitConfig
 from pt_graph.backbones import ChemConfig, GraphBackbone, NodeGINConfig, load_backbone
+from pt_graph.data import collate, few_shot_relief, node_subgraphs, read_nodes, read_smiles, scaffold_split
 from pt_graph.methods.relief import RELIEF, RELIEFConfig, setting
-from pt_graph.molecules import molecule_graph, scaffold
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "packages/pt-graph/tests"))
@@ -54,43 +51,18 @@ VARIANTS = {
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
-def collate(rows: list[tuple[Data, Tensor]]) -> dict[str, Any]:
-    return {"graphs": Batch.from_data_list([g for g, _ in rows]), "labels": torch.stack([y for _, y in rows])}
-
-
 def cora(shots: int = 10, seed: int = 0) -> tuple[list[Data], Tensor, list[int]]:
     """Subgraphs of the eligible nodes, their labels, and the rows of a few-shot draw."""
-    tensors = load_file(DATA / "relief" / "cora_svd100.safetensors")
-    x, edges, y = tensors["x"], tensors["edge_index"], tensors["y"]
-    graphs: list[Data] = []
-    labels: list[int] = []
-    for node in range(len(x)):
-        nodes, inner, _, _ = k_hop_subgraph(node, 4, edges, relabel_nodes=True, num_nodes=len(x))
-        if 5 <= len(nodes) <= 150:
-            graphs.append(Data(x=x[nodes], edge_index=inner))
-            labels.append(int(y[node]))
-    return graphs, torch.tensor(labels), few_shot(labels, shots, seed)
+    graph = read_nodes(DATA / "relief" / "cora_svd100.safetensors")
+    found = node_subgraphs(graph, hops=4, min_nodes=5, max_nodes=150)
+    labels = graph.y[list(found)]
+    return list(found.values()), labels, few_shot(labels, shots, seed)
 
 
-def bbbp() -> tuple[list[Data], Tensor, list[int]]:
-    """Molecules, their labels, and 50 of the 80 % with the largest scaffolds."""
-    with (DATA / "moleculenet" / "BBBP.csv").open(encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
-    graphs: list[Data] = []
-    labels: list[list[int]] = []
-    groups: dict[str, list[int]] = defaultdict(list)
-    for row in table:
-        try:
-            graph, frame = molecule_graph(row["smiles"]), scaffold(row["smiles"])
-        except ValueError:  # a few rows of the file are no molecules
-            continue
-        groups[frame].append(len(graphs))
-        graphs.append(graph)
-        labels.append([int(row["p_np"])])
-    ordered = [i for group in sorted(groups.values(), key=lambda g: (-len(g), g[0])) for i in group]
-    pool = ordered[: int(0.8 * len(ordered))]
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:50]
-    return graphs, torch.tensor(labels), [pool[i] for i in order.tolist()]
+def bbbp(shots: int = 50, seed: int = 0) -> tuple[list[Data], Tensor, list[int]]:
+    """Molecules, their labels, and RELIEF's draw of the scaffold split's training part."""
+    read = read_smiles(DATA / "moleculenet" / "BBBP.csv", ["p_np"], invalid="skip")
+    return read.graphs, read.labels, few_shot_relief(scaffold_split(read.smiles)[0], shots, seed)
 
 
 def load(task: str, dtype: torch.dtype, critic: str) -> tuple[RELIEF, Split, FitConfig, int]:

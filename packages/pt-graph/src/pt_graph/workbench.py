@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pt_core import artifacts, recipe, registry
 from pt_core.data import Split
@@ -300,17 +300,8 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     Raises:
         InputError: the artifact was saved without its task, or its backbone cannot be loaded.
     """
-    folder, known = artifact.folder, artifact.config.backbone
-    if artifact.config.task is None:
-        raise InputError("holds no task", file=folder, remedy="Save it with task=task.spec.model_dump()")
-    name = backbone or known.name
-    if name is None:
-        raise InputError("does not say where its backbone comes from", file=folder, remedy="Name it: --backbone")
-    try:
-        spec = GraphSpec.model_validate(artifact.config.task)
-    except ValidationError as error:
-        raise recipe.explain(error, GraphSpec, "task", folder) from error
-    return Session(artifacts.load(folder, GraphModel(name=name).load()), spec)
+    spec, name = recipe.opened(artifact, GraphSpec, backbone)
+    return Session(artifacts.load(artifact.folder, GraphModel(name=name).load()), spec)
 
 
 def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) -> None:

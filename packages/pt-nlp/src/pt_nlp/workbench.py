@@ -238,15 +238,7 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
         InputError: the artifact was saved without its task, or its backbone cannot be loaded.
     """
     folder, known = artifact.folder, artifact.config.backbone
-    if artifact.config.task is None:
-        raise InputError("holds no task", file=folder, remedy="Save it with task=task.spec.model_dump()")
-    name = backbone or known.name
-    if name is None:
-        raise InputError("does not say where its backbone comes from", file=folder, remedy="Name it: --backbone")
-    try:
-        spec = TaskSpec.model_validate(artifact.config.task)
-    except ValidationError as error:
-        raise recipe.explain(error, TaskSpec, "task", folder) from error
+    spec, name = recipe.opened(artifact, TaskSpec, backbone)
     try:
         chosen = TextBackbone(name=name, kind=spec.backbone, revision=None if backbone else known.revision)
     except ValidationError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pt_core import artifacts, doctor, recipe, registry
 from pt_core.data import Split
@@ -278,20 +278,13 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     Raises:
         InputError: the artifact was saved without its task, or its backbone cannot be loaded.
     """
-    folder, known = artifact.folder, artifact.config.backbone
-    name = backbone or known.name
-    if name is None:
-        raise InputError("does not say where its backbone comes from", file=folder, remedy="Name it: --backbone")
-    task = dict(artifact.config.task or {})
-    names = artifact.config.method_config.get("class_names")
-    try:
-        spec = ImageSpec.model_validate({"class_names": names, **task})
-    except ValidationError as error:
-        raise recipe.explain(error, ImageSpec, "task", folder) from error
-    encoder = load_backbone(name, None if backbone else known.revision)
+    config = artifact.config
+    names = {"class_names": config.method_config.get("class_names")}
+    spec, name = recipe.opened(artifact, ImageSpec, backbone, names)
+    encoder = load_backbone(name, None if backbone else config.backbone.revision)
     if encoder.preprocessing != spec.preprocessing:
         encoder.preprocessing = Preprocessing.model_validate(spec.preprocessing)
-    method = artifacts.load(folder, encoder).place(_device())
+    method = artifacts.load(artifact.folder, encoder).place(_device())
     assert isinstance(method, VLMethod)
     return Session(method, spec)
 

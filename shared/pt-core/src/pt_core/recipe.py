@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pt_core import registry
+from pt_core.artifacts import Artifact
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
 from pt_core.training import FitConfig
+
+T = TypeVar("T", bound=BaseModel)
 
 
 class MethodChoice(BaseModel):
@@ -188,6 +191,31 @@ def parse_settings(lines: Sequence[str]) -> dict[str, Any]:
                 f"the value is not YAML: {value!r}", field=key, remedy="Quote text: 'key=\"text\"'"
             ) from error
     return changes
+
+
+def opened(
+    artifact: Artifact, schema: type[T], backbone: str | None = None, defaults: Mapping[str, Any] | None = None
+) -> tuple[T, str]:
+    """The task of a saved prompt, checked, and the name of the backbone to put it on: its own, unless another is named.
+
+    Args:
+        schema: of the package's tasks.
+        backbone: hub id or folder in place of the artifact's own.
+        defaults: values of the task where the artifact has none.
+
+    Raises:
+        InputError: the artifact was saved without its task, or does not say where its backbone comes from.
+    """
+    folder, task = artifact.folder, artifact.config.task
+    if task is None:
+        raise InputError("holds no task", file=folder, remedy="Save it with task=task.spec.model_dump()")
+    name = backbone or artifact.config.backbone.name
+    if name is None:
+        raise InputError("does not say where its backbone comes from", file=folder, remedy="Name it: --backbone")
+    try:
+        return schema.model_validate({**(defaults or {}), **task}), name
+    except ValidationError as error:
+        raise explain(error, schema, "task", folder) from error
 
 
 def explain(
