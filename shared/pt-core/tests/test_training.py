@@ -552,6 +552,52 @@ def test_a_scorer_gives_the_metrics_and_their_names():
         fit(tiny()[1], tiny_split(8), validation, config(monitor="bleu"))
 
 
+@pytest.mark.parametrize("free", [True, False])
+def test_evaluation_runs_one_pass_where_the_loss_follows_from_the_outputs(free):
+    passes = 0
+
+    class Counted(Line):
+        loss = Method.loss  # `loss_of` below is the class's own way
+
+        def forward(self, batch):
+            nonlocal passes
+            passes += 1
+            return super().forward(batch)
+
+    class FromOutputs(Counted):
+        def loss_of(self, output, batch):
+            return Loss(((output.logits[:, 0] - batch["labels"]) ** 2).sum(), len(output.logits)) if free else None
+
+        if not free:
+            loss = Line.loss
+
+    split = pairs([1.0, 2.0, 3.0, 4.0], [1, 0, 1, 2], metrics=("mae",))
+    assert evaluate(FromOutputs(nn.Identity()), split, batch_size=2)["loss"] == 1.5
+    assert passes == (2 if free else 4)
+    assert (Line.loss_comes_from(), Counted.loss_comes_from(), FromOutputs.loss_comes_from()) == (
+        "batch",
+        None,
+        "output",
+    )
+
+
+def test_a_loss_that_a_subclass_overrides_is_the_one_that_is_evaluated():
+    class FromOutputs(Line):
+        loss = Method.loss
+
+    class Given(FromOutputs):
+        def loss_of(self, output, batch):
+            return Loss(output.logits.sum() * 0 + 1.0, 1)
+
+    class Doubled(Given):
+        def loss(self, batch):
+            return Loss(super().loss(batch).total * 2, 1)
+
+    split = pairs([1.0, 2.0], [1, 0], metrics=("mae",))
+    assert evaluate(Given(nn.Identity()), split)["loss"] == 1.0
+    assert evaluate(Doubled(nn.Identity()), split)["loss"] == 2.0
+
+
 def test_a_method_without_a_loss_is_monitored_by_its_first_metric():
     class Own(TinyPrompt):
         loss = Method.loss

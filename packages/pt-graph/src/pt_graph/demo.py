@@ -68,7 +68,7 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
         title="pt demo graph",
         notes=NOTES,
         metrics=metrics,
-        pictures={"Atoms that RELIEF prompts": picture},
+        more={"Atoms that RELIEF prompts": picture},
     )
     print(f"table, curves, molecules and report: {page}")
     answer = subprocess.run(

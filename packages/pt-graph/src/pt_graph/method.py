@@ -144,9 +144,8 @@ class GraphMethod(Method):
         features = self.features(batch)
         return Output(cast(nn.Module, self.head)(features), features)
 
-    def loss(self, batch: Batch) -> Loss:
-        logits = self(batch).logits
-        total, count = label_loss(logits, batch["labels"], self.config.task)
+    def loss_of(self, output: Output, batch: Batch) -> Loss:
+        total, count = label_loss(cast(Tensor, output.logits), batch["labels"], self.config.task)
         return Loss(total.sum(), count.sum())
 
     @torch.no_grad()

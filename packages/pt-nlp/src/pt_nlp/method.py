@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -123,9 +123,10 @@ class TextMethod(Method):
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> Output:
-        """Class logits [b, C], with a head pooled features [b, d]; and the loss, where the batch has what it needs.
+        """Class logits [b, C], and with a head pooled features [b, d].
 
-        A batch of a text-to-text task gives the loss only: text is read by `generate`.
+        Raises:
+            InputError: there is neither a head nor label words. Of a text-to-text task `loss` and `generate` are asked.
         """
         features, logits = None, None
         with self.active():
@@ -134,15 +135,12 @@ class TextMethod(Method):
                 logits = self.head(features.to(self.head.weight.dtype))
             elif "candidates" in batch:
                 logits = self.class_scores(batch)
-            elif "target_ids" in batch:
-                return Output(loss=self.token_loss(batch))
         if logits is None:
             raise InputError(
                 f"{self.name} has neither a head nor label words to score",
                 remedy="Set num_labels, or use a verbalizer task",
             )
-        trained_here = "labels" in batch and (self.head is not None or "target_ids" not in batch)
-        return Output(logits, features, self.class_loss(logits, batch["labels"]) if trained_here else None)
+        return Output(logits, features)
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         """The class loss of a head or verbalizer, or the cross-entropy of target tokens (sum over tokens)."""
@@ -151,10 +149,16 @@ class TextMethod(Method):
                 batch = _written_out(batch)
             with self.active():
                 return self.token_loss(batch)
-        loss = self.forward(batch).loss
+        loss = self.loss_of(self(batch), batch)
         if loss is None:
             raise InputError(f"a batch for {self.name} has neither labels nor target tokens")
         return loss
+
+    def loss_of(self, output: Output, batch: Mapping[str, Any]) -> Loss | None:
+        by_tokens = self.head is None and "target_ids" in batch
+        if by_tokens or "labels" not in batch:
+            return None
+        return self.class_loss(cast(Tensor, output.logits), batch["labels"])
 
     def class_loss(self, logits: Tensor, labels: Tensor) -> Loss:
         """Cross-entropy (sum over rows), or for multi-label heads binary cross-entropy (sum over cells)."""

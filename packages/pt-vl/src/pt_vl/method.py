@@ -264,9 +264,9 @@ class VLMethod(Method):
         features = self.image_features(batch)
         return Output(self.backbone.similarity(features, self.text_features()), features)
 
-    def loss(self, batch: Batch) -> Loss:
+    def loss_of(self, output: Output, batch: Batch) -> Loss:
         """Cross-entropy, summed over rows."""
-        logits = self(batch).logits
+        logits = cast(Tensor, output.logits)
         return Loss(F.cross_entropy(logits, batch["labels"], reduction="sum"), len(logits))
 
     def train(self, mode: bool = True) -> Self:

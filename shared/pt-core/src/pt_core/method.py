@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -61,7 +61,6 @@ class Output:
 
     logits: Tensor | None = None
     features: Tensor | None = None
-    loss: Loss | None = None  # where it comes for free with the logits; evaluation then runs one pass, not two
 
 
 class Method(nn.Module):
@@ -69,7 +68,8 @@ class Method(nn.Module):
 
     A subclass names itself (`name`, as in its package's methods.toml) and its configuration class, builds what is
     trained in `__init__(backbone, config)`, and implements `forward` and `loss`. The constructor takes nothing else, so
-    that a saved method can be rebuilt from its configuration.
+    that a saved method can be rebuilt from its configuration. A loss that follows from what `forward` returns is best given
+    as `loss_of`: evaluation then runs one pass for metrics and loss, not two.
 
     The backbone is an argument and never saved. It is frozen and in eval mode; `train()` switches the method's own
     modules only.
@@ -98,7 +98,26 @@ class Method(nn.Module):
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def loss(self, batch: Batch) -> Loss:
-        raise TypeError(f"{type(self).__name__} is not trained by a loss")
+        loss = self.loss_of(self(batch), batch)
+        if loss is None:
+            raise TypeError(f"{type(self).__name__} is not trained by a loss")
+        return loss
+
+    def loss_of(self, output: Output, batch: Batch) -> Loss | None:
+        """The loss of a batch from what `forward` made of it; None where `loss` needs a pass of its own."""
+        return None
+
+    @classmethod
+    def loss_comes_from(cls) -> Literal["output", "batch"] | None:
+        """Whether the loss is given by `loss_of`, by a `loss` that overrides it, or not at all (`loss = Method.loss`)."""
+        for owner in cls.__mro__:
+            if owner is Method or vars(owner).get("loss") is Method.loss:
+                break
+            if "loss_of" in vars(owner):
+                return "output"
+            if "loss" in vars(owner):
+                return "batch"
+        return None
 
     # --- what is trained ----------------------------------------------------------------------------------------
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:

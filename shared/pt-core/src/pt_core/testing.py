@@ -24,6 +24,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +34,7 @@ from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
 from pt_core.prompts import Prompt, SoftPrompt
+from pt_core.runs import Job
 from pt_core.training import FitConfig, FitResult, Loop, NotLearning
 
 torch.set_num_threads(2)
@@ -355,7 +357,7 @@ def stopped_after(steps: float) -> Iterator[list[int]]:
 
 
 def _has_loss(method: Method) -> bool:
-    return method.trains and type(method).loss is not Method.loss
+    return method.trains and method.loss_comes_from() is not None
 
 
 def _own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -558,3 +560,21 @@ def tiny(seed: int = 0, **config: Any) -> tuple[TinyLM, TinyPrompt]:
     """The tiny language model, and a tiny prompt with start values of `seed` on it."""
     backbone = TinyLM()
     return backbone, TinyPrompt(backbone, TinyPromptConfig(seed=seed, **config))
+
+
+class TinyBench:
+    """Three tasks for one tiny prompt: what a package's bench offers to `pt_core.transfer`."""
+
+    task_names = ("one", "two", "three")
+    identity: ClassVar[dict[str, Any]] = {"data": "tiny"}
+
+    def __init__(self, steps: int = 4) -> None:
+        self.backbone, self.steps = TinyLM(), steps
+
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        method = TinyPrompt(self.backbone, TinyPromptConfig(seed=seed))
+        if source is not None:
+            method.load_trained_state(load_file(source))
+        rows = 10 * (1 + self.task_names.index(task))
+        splits = tiny_split(12, rows + seed), tiny_split(8, rows + 5), tiny_split(16, rows + 6)
+        return Job(method, *splits), FitConfig(max_steps=self.steps, batch_size=4, seed=seed, device="cpu", log_every=2)

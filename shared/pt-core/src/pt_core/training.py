@@ -761,7 +761,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _has_loss(method: Method) -> bool:
     """Whether a method is trained by a loss of a batch (and not by a protocol of its own, or not at all)."""
-    return method.trains and type(method).loss is not Method.loss
+    return method.trains and method.loss_comes_from() is not None
 
 
 @torch.no_grad()
@@ -797,11 +797,14 @@ def evaluate(
     rows = list(range(len(split)))
     for batch in split.batches(batch_size, rows if accelerator is None else _part(rows, accelerator)):
         batch = send_to_device(batch, device)
+        output = method(batch) if on_logits else None
         if _has_loss(method):
-            loss = method.loss(batch)
+            loss = None
+            if output is not None and method.loss_comes_from() == "output":
+                loss = method.loss_of(output, batch)
+            loss = method.loss(batch) if loss is None else loss
             total, count = total + float(loss.total), count + float(loss.count)
-        if on_logits:
-            output = method(batch)
+        if output is not None:
             if output.logits is None:
                 raise InputError(f"{method.name} gives no logits for the metrics {', '.join(split.metrics)}")
             logits.append(output.logits.float().cpu())

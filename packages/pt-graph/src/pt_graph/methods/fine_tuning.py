@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field
 from torch import Tensor, nn
 
-from pt_core.method import Batch, Loss, MethodConfig
+from pt_core.method import Batch, Loss, MethodConfig, Output
 from pt_graph.backbones import GraphBackbone
 from pt_graph.method import GraphConfig, GraphMethod
 
@@ -78,7 +78,7 @@ class FineTuning(GraphMethod):
         self._normalise_by_batch(by_batch and len(graphs.batch) > 1)
         return self.tuned(graphs)  # type: ignore[no-any-return]
 
-    def loss(self, batch: Batch) -> Loss:
-        loss = super().loss(batch)
+    def loss_of(self, output: Output, batch: Batch) -> Loss:
+        loss = super().loss_of(output, batch)
         loss.decomposes = not any(norm.training for norm in self._norms)
         return loss

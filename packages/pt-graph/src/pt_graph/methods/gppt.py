@@ -96,8 +96,8 @@ class GPPT(ReadOnceMethod):
         identity = torch.eye(self.config.num_outputs, device=self.heads.device)
         return torch.linalg.matrix_norm(self.heads @ self.heads.mT - identity).mean()
 
-    def loss(self, batch: Batch) -> Loss:
-        loss = super().loss(batch)
+    def loss_of(self, output: Output, batch: Batch) -> Loss:
+        loss = super().loss_of(output, batch)
         loss.total = loss.total + loss.count * self.config.orthogonality * self.penalty()
         return loss
 

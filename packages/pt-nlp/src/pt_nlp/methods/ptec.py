@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pt_core.errors import InputError
-from pt_core.method import Loss
+from pt_core.method import Loss, Output
 from pt_core.prompts import SoftPrompt, sample_rows
 from pt_nlp.backbones import shape_of
 from pt_nlp.method import TextConfig, TextMethod
@@ -138,16 +138,15 @@ class PTEC(TextMethod):
         rows = table[torch.tensor(ids, dtype=torch.long, device=table.device)]
         return SoftPrompt(config.prompt_length, dim, init=rows.cpu())
 
-    def loss(self, batch: Mapping[str, Any]) -> Loss:
+    def loss_of(self, output: Output, batch: Mapping[str, Any]) -> Loss | None:
         """Binary cross-entropy, positives weighted by label: sum over rows and labels (b * C terms).
 
         Raises:
             InputError: the weights of the labels are not known.
         """
         if not self.config.multilabel:
-            return super().loss(batch)
-        logits = self.forward(batch).logits
-        assert logits is not None
+            return super().loss_of(output, batch)
+        logits = cast(Tensor, output.logits)
         self._weighted = self._weighted or bool((self.pos_weight > 0).all())  # read once: it makes a device wait
         if not self._weighted:
             raise InputError(

@@ -106,7 +106,7 @@ class ZeroShot(TextMethod):
                 remedy="Call fit with the training split of this task",
             )
         logits = scores - self.calibration
-        return Output(logits, None, self.class_loss(logits, batch["labels"]) if "labels" in batch else None)
+        return Output(logits)
 
     def log_probabilities(self, batch: Mapping[str, Any]) -> Tensor:
         """Log-probability of each class among the classes, before calibration, [b, C]."""

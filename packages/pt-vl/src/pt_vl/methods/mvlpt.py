@@ -118,8 +118,8 @@ class MVLPT(VLMethod):
         features = self.image_features(batch)
         return Output(self.backbone.similarity(features, self.text_features())[:, self.columns], features)
 
-    def loss(self, batch: Batch) -> Loss:
-        logits = self(batch).logits
+    def loss_of(self, output: Output, batch: Batch) -> Loss:
+        logits = cast(Tensor, output.logits)
         if self.config.restrict:
             logits = logits.masked_fill(~self.own_columns(batch["task"]), -torch.inf)
         return Loss(F.cross_entropy(logits, batch["labels"], reduction="sum"), len(logits))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pt_core.errors import InputError
-from pt_core.method import Batch, Loss, MethodConfig
+from pt_core.method import Batch, Loss, MethodConfig, Output
 from pt_core.training import FitConfig, FitResult, Loop, fit
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import VLConfig, VLMethod, cache_features, place_for, template_features, written
@@ -151,8 +151,8 @@ class RAMT(VLMethod):
         total = F.cross_entropy(logits, labels, reduction="sum") + self.config.l2 * norms * len(logits)
         return Loss(total, len(logits))
 
-    def loss(self, batch: Batch) -> Loss:
-        return self.task_loss(cast(Tensor, self(batch).logits), batch["labels"])
+    def loss_of(self, output: Output, batch: Batch) -> Loss:
+        return self.task_loss(cast(Tensor, output.logits), batch["labels"])
 
     def agreement(self, logits: Tensor, teacher: Tensor) -> Tensor:
         """T^2 times the cross-entropy between the class probabilities of the teacher and of the masked model; mean over rows.
