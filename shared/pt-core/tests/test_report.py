@@ -15,8 +15,11 @@ from pt_core.report import (
     bars,
     curves,
     differences_grid,
+    gallery,
     heatmap,
     html,
+    over,
+    over_grid,
     results_grid,
     samples_grid,
     table,
@@ -212,6 +215,47 @@ def test_bars_have_the_mean_the_deviation_and_every_seed(tmp_path, drawn):
     assert dots == [[0.70, 0.72, 0.74], [0.80, 0.83, 0.83]]
 
 
+def over_shots():
+    few = [Result("soft", seed, {"accuracy": a}) for seed, a in enumerate([0.4, 0.5])] + [
+        Result("zero-shot", 0, {"loss": 1.0})
+    ]
+    return {1: few, 16: results()}
+
+
+def test_a_metric_over_shots_has_a_line_per_method_and_a_band_of_the_deviation(tmp_path, drawn):
+    over(over_shots(), tmp_path / "o.png", "accuracy", "shots", log=True)
+    (axes,) = drawn[0].axes
+    assert [line.get_label() for line in axes.lines] == ["soft", "zero-shot", "dept"]
+    soft, zero, dept = axes.lines
+    assert soft.get_xdata().tolist() == [1, 16] and soft.get_ydata().tolist() == pytest.approx([0.45, 0.72])
+    assert (zero.get_xdata().tolist(), dept.get_xdata().tolist()) == ([16], [16])
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.45 - 0.05 * 2**0.5, 0.74))
+    with pytest.raises(InputError, match="no result has the metric 'f1'"):
+        over(over_shots(), tmp_path / "o.png", "f1", "shots")
+
+
+def test_a_metric_over_shots_as_a_table():
+    grid = over_grid(over_shots(), "accuracy", "shots")
+    assert grid.header == ("method", "1 shots", "16 shots")
+    assert grid.rows == [
+        ("soft", "0.450 ± 0.071", "0.720 ± 0.020"),
+        ("zero-shot", "–", "0.500"),
+        ("dept", "–", "0.820 ± 0.017"),
+    ]
+    assert grid.marked == {(0, 1), (2, 2)}
+
+
+def test_a_gallery_shows_each_image_with_its_caption(tmp_path, drawn):
+    images = [np.full((4, 4, 3), i * 30, np.uint8) for i in range(8)]
+    gallery(images, [f"${i}$" for i in range(8)], tmp_path / "g.png", right=[i % 2 == 0 for i in range(8)])
+    titles = [axes.title for axes in drawn[0].axes[:8]]
+    assert [title.get_text() for title in titles] == [rf"\${i}\$" for i in range(8)]
+    assert len({title.get_color() for title in titles}) == 2
+    with pytest.raises(InputError, match="no images to show"):
+        gallery([], [], tmp_path / "g.png")
+
+
 def test_heatmap_writes_each_number_and_leaves_nan_grey(tmp_path, drawn):
     heatmap([[0.1, math.nan, 0.3], [0.4, 0.5, 1.0]], ["a", "$b$"], ["x", "y", "z"], tmp_path / "h.png", "accuracy")
     axes, bar = drawn[0].axes
@@ -313,6 +357,6 @@ def test_a_comparison_without_histories_has_no_curves(tmp_path):
 def test_pictures_of_the_comparison_are_in_its_report(tmp_path):
     pytest.importorskip("matplotlib")
     write_comparison(tmp_path / "first", results())
-    path = write_comparison(tmp_path, results(), pictures={"Prompted <atoms>": tmp_path / "first" / "bars.png"})
+    path = write_comparison(tmp_path, results(), more={"Prompted <atoms>": tmp_path / "first" / "bars.png"})
     page = path.read_text(encoding="utf-8")
     assert "Prompted &lt;atoms&gt;" in page and page.count("<img") == 2

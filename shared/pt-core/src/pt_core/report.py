@@ -143,6 +143,23 @@ def differences_grid(
     return Grid(header, rows, frozenset(marked), caption)
 
 
+def over_grid(points: Mapping[float, Sequence[Result]], metric: str, unit: str) -> Grid:
+    """A metric where something was varied: one row per method, one column per value ("16 shots"), the best of each marked."""
+    groups = {value: _by_method(results) for value, results in points.items()}
+    methods = list(dict.fromkeys(name for group in groups.values() for name in group))
+    found = [
+        [[r.metrics[metric] for r in g.get(m, []) if metric in r.metrics] for g in groups.values()] for m in methods
+    ]
+    rows = [(method, *map(_spread, values)) for method, values in zip(methods, found, strict=True)]
+    sign = 1 if higher_is_better(metric) else -1
+    marked = set()
+    for j in range(len(groups)):
+        means = {i: sign * mean_spread(row[j])[0] for i, row in enumerate(found) if row[j]}
+        marked |= {(i, j + 1) for i in means if rows[i][j + 1] == rows[max(means, key=means.__getitem__)][j + 1]}
+    header = ("method", *(f"{value:g} {unit}" for value in groups))
+    return Grid(header, rows, frozenset(marked), f"{_arrow(metric)}. {_caption(next(iter(groups.values())))}")
+
+
 def samples_grid(samples: Sequence[Mapping[str, Any]], limit: int = 20) -> Grid:
     """The first `limit` sample predictions, one column per key; a prediction equal to its "target" is marked."""
     shown = samples[:limit]
@@ -159,11 +176,15 @@ def samples_grid(samples: Sequence[Mapping[str, Any]], limit: int = 20) -> Grid:
 
 def table(results: Sequence[Result], metrics: Sequence[str] | None = None, title: str = "") -> Table:
     """`results_grid` for the terminal; the best of a metric is bold with a star."""
+    return to_rich(results_grid(results, metrics), title)
+
+
+def to_rich(grid: Grid, title: str = "") -> Table:
+    """A grid for the terminal; marked cells are bold with a star."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    grid = results_grid(results, metrics)
     rich = Table(title=Text(title) if title else None, caption=grid.caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, name in enumerate(grid.header):
         side: Literal["left", "right"] = "right" if column else "left"
@@ -303,6 +324,73 @@ def bars(results: Sequence[Result], path: str | Path, metrics: Sequence[str] | N
     _save(figure, path)
 
 
+def over(
+    points: Mapping[float, Sequence[Result]],
+    path: str | Path,
+    metric: str,
+    axis: str,
+    title: str = "",
+    log: bool = False,
+) -> None:
+    """A metric over something that was varied (shots, prompt length), as a PNG: a line per method, means, bands of ± the sample
+    standard deviation over seeds.
+
+    Args:
+        points: value -> the results there.
+        metric: of the results; where a method lacks it there is no point.
+        axis: what was varied, with its unit.
+        log: values stand at equal distances by their ratio (1, 2, 4, 8, 16).
+
+    Raises:
+        InputError: no result has the metric, or matplotlib is absent.
+    """
+    groups = {value: _by_method(results) for value, results in points.items()}
+    _metrics([r for results in points.values() for r in results], [metric])
+    figure, (axes,) = _figure(6.4, 4.6, 1, title)
+    for i, method in enumerate(dict.fromkeys(name for group in groups.values() for name in group)):
+        found = {v: [r.metrics[metric] for r in g.get(method, []) if metric in r.metrics] for v, g in groups.items()}
+        places = sorted(value for value, values in found.items() if values)
+        spreads = [mean_spread(found[value]) for value in places]
+        means = [mean for mean, _ in spreads]
+        stds = [std if math.isfinite(std) else 0.0 for _, std in spreads]
+        colour, line = COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % len(LINES)]
+        axes.plot(
+            places, means, marker="o", markersize=4, linewidth=1.8, color=colour, linestyle=line, label=_plain(method)
+        )
+        low, high = zip(*((m - s, m + s) for m, s in zip(means, stds, strict=True)), strict=True)
+        axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    if log:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(points), [f"{value:g}" for value in sorted(points)])
+    axes.set(xlabel=_plain(axis), ylabel=_plain(_arrow(metric)))
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    _save(figure, path)
+
+
+def gallery(
+    images: Sequence[Any], captions: Sequence[str], path: str | Path, right: Sequence[bool] = (), title: str = ""
+) -> None:
+    """Images with a caption each, six abreast, as a PNG.
+
+    Args:
+        images: what matplotlib shows: PIL images or arrays [H, W, 3].
+        captions: of the images; may have several lines.
+        right: whether a caption is green (else red); default: all are black.
+
+    Raises:
+        InputError: there are no images, or matplotlib is absent.
+    """
+    if not images:
+        raise InputError("there are no images to show")
+    figure, all_axes = _figure(1.7, 2.1, len(images), title, abreast=6)
+    for i, axes in enumerate(all_axes):
+        axes.set_axis_off()
+        axes.imshow(images[i])
+        colour = "#222222" if not right else "#1B7837" if right[i] else "#B2182B"
+        axes.set_title(_plain(captions[i]), fontsize=8, color=colour)
+    _save(figure, path)
+
+
 def heatmap(
     matrix: Sequence[Sequence[float]],
     rows: Sequence[str],
@@ -311,12 +399,16 @@ def heatmap(
     label: str = "",
     title: str = "",
     axis_names: tuple[str, str] = ("", ""),
+    texts: Sequence[Sequence[str]] | None = None,
+    centre: float | None = None,
 ) -> None:
     """A matrix [rows, columns] in colour with its numbers, as a PNG, such as transfer from task to task. NaN stays grey.
 
     Args:
         label: what the numbers are, with their unit.
         axis_names: what the rows are, and what the columns are.
+        texts: [rows, columns], written in place of the numbers.
+        centre: a value that is white, with one hue above and another below, such as 0 for gains.
 
     Raises:
         InputError: the matrix has other sizes than the names.
@@ -326,13 +418,19 @@ def heatmap(
         raise InputError(f"the matrix is not of {len(rows)} rows and {len(columns)} columns")
     figure, (axes,) = _figure(2.6 + 0.75 * len(columns), 1.9 + 0.5 * len(rows), 1, title)
     finite = [value for row in values for value in row if math.isfinite(value)]
-    image = axes.imshow(values, cmap="viridis", aspect="auto")
-    axes.set_facecolor("#DDDDDD")
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    if centre is not None:
+        far = max((abs(value - centre) for value in finite), default=0.0) or 1.0
+        low, high = centre - far, centre + far
+    colours = "viridis" if centre is None else "PuOr_r"
+    image = axes.imshow(values, cmap=colours, aspect="auto", vmin=low, vmax=high)
+    axes.set_facecolor("#DDDDDD")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            dark = math.isfinite(value) and value < (low + high) / 2
-            text = _number(value) if math.isfinite(value) else "–"
+            share = (value - low) / (high - low) if high > low else 1.0  # NaN is not dark
+            dark = share < 0.5 if centre is None else abs(share - 0.5) > 0.35
+            number = _number(value) if math.isfinite(value) else "–"
+            text = number if texts is None else _plain(texts[i][j])
             axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
     axes.set_xticks(range(len(columns)), list(map(_plain, columns)), rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), list(map(_plain, rows)))
@@ -407,7 +505,7 @@ def write_comparison(
     notes: str = "",
     metrics: Sequence[str] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
-    pictures: Mapping[str, Path] | None = None,
+    more: Mapping[str, Item] | None = None,
 ) -> Path:
     """Write results.json, results.csv, table.md, bars.png, curves.png (where there are histories) and report.html.
 
@@ -418,7 +516,7 @@ def write_comparison(
         histories: method -> its run or runs, as for `curves`.
         metrics: which, the main one first; default: all there are.
         samples: predictions to show, as for `samples_grid`.
-        pictures: heading -> PNG file, shown after the results.
+        more: heading -> what else belongs on the page (text, a grid, a PNG file), after the results.
 
     Returns:
         The path of report.html.
@@ -442,7 +540,7 @@ def write_comparison(
         order = dict.fromkeys([result.method for result in results], ())
         curves({**order, **histories}, folder / "curves.png")
         sections.append(("Training", [folder / "curves.png"]))
-    sections += [(heading, [picture]) for heading, picture in (pictures or {}).items()]
+    sections += [(heading, [item]) for heading, item in (more or {}).items()]
     sections += [("Sample predictions", [samples_grid(samples)])] if samples else []
     html(folder / "report.html", title, sections)
     return folder / "report.html"
@@ -539,13 +637,13 @@ def _read_history(path: Path) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _figure(width: float, height: float, panels: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Panels of `width` x `height` inches, three abreast, drawn by Agg; pyplot's global state is not touched."""
+def _figure(width: float, height: float, panels: int, title: str, abreast: int = 3) -> tuple[Figure, list[Axes]]:
+    """Panels of `width` x `height` inches, drawn by Agg; pyplot's global state is not touched."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("pictures need matplotlib", remedy="Install pt-core[report]") from error
-    columns = min(panels, 3)
+    columns = min(panels, abreast)
     lines = math.ceil(panels / columns)
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
     all_axes: list[Axes] = list(figure.subplots(lines, columns, squeeze=False).flat)
