@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pt_core import attach, off
+from pt_core import attach, off, route
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.prompts import SoftPrompt
 from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.methods.cocoop import CoCoOp, CoCoOpConfig
 from pt_vl.methods.coop import CoOp, CoOpConfig
+from pt_vl.methods.ivlp import IVLP, IVLPConfig
+from pt_vl.methods.maple import MaPLe, MaPLeConfig
+from pt_vl.methods.restore import RESTORE, RESTOREConfig
+from pt_vl.methods.upt import UPT, UPTConfig
+from pt_vl.methods.vpt import VPT, VPTConfig
 
 Make = Callable[..., Any]
 CLASSES = ("cat", "big_house", "red car")
@@ -79,6 +84,55 @@ def test_the_users_model_carries_deep_prompts_in_both_towers(
     assert "forward" not in vars(model.vision_model)
 
 
+def _trained(method: Any) -> Any:
+    with torch.no_grad():
+        for i, parameter in enumerate(method.parameters()):
+            parameter.add_(0.3 * random(*parameter.shape, seed=i))
+    return method
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "frozen"),
+    [
+        (VPT, VPTConfig(class_names=CLASSES, prompt_length=2, place="after-cls"), "a photo of a "),
+        (IVLP, IVLPConfig(class_names=CLASSES, text_length=2, init="a photo of a"), "of a "),
+        (MaPLe, MaPLeConfig(class_names=CLASSES, depth=3), "of a "),
+        (UPT, UPTConfig(class_names=CLASSES, prompt_length=2, hidden=8, position="end"), ""),
+    ],
+)
+def test_the_users_model_carries_the_prompts_of_both_towers_and_gives_the_methods_logits(
+    kind: Any, settings: Any, frozen: str, make_encoder: Make, pixels: Tensor
+) -> None:
+    backbone = make_encoder()
+    method = _trained(kind(backbone, settings))
+    texts = backbone.tokenise([f"{frozen}{name}" for name in NAMES])
+    handle = attach(backbone.model, method.as_prompt())
+    same(backbone.model(input_ids=texts.ids, pixel_values=pixels).logits_per_image, method({"pixels": pixels}).logits)
+    handle.remove()
+
+
+def test_rows_of_one_call_carry_prompts_of_their_own(make_encoder: Make, pixels: Tensor) -> None:
+    backbone = make_encoder()
+    model, words = backbone.model, backbone.tokenise(NAMES)
+    prompts = [TowerPrompt(random(m, 16, seed=m), image={0: random(m, 24, seed=m)}) for m in (2, 3)]
+    a, b = (attach(model, prompt, always=False) for prompt in prompts)
+    rows = [a, None, b]
+
+    def alone(call: Callable[[Any], Any], values: Tensor) -> Tensor:
+        found = []
+        for handle, value in zip(rows, values, strict=True):
+            with route(model, [handle]):
+                found.append(call(value[None]).pooler_output)
+        return torch.cat(found)
+
+    with route(model, rows):
+        images, texts = model.get_image_features(pixel_values=pixels), model.get_text_features(input_ids=words.ids)
+    same(images.pooler_output, alone(lambda v: model.get_image_features(pixel_values=v), pixels))
+    same(texts.pooler_output, alone(lambda v: model.get_text_features(input_ids=v), words.ids))
+    with route(model, [b, a]), pytest.raises(InputError, match="2 prompts for 3 rows"):
+        model(input_ids=words.ids, pixel_values=pixels)
+
+
 def test_what_does_not_fit_is_refused(make_model: Make, make_encoder: Make) -> None:
     model = make_model("clip")
     for prompt, problem in (
@@ -104,6 +158,8 @@ def test_prompts_that_are_more_than_rows_say_so(make_encoder: Make) -> None:
     for method in (
         CoCoOp(backbone, CoCoOpConfig(class_names=CLASSES, reduction=4)),
         CoOp(backbone, CoOpConfig(class_names=CLASSES, prompt_length=4, position="middle")),
+        UPT(backbone, UPTConfig(class_names=CLASSES, prompt_length=2, hidden=8)),
+        RESTORE(backbone, RESTOREConfig(class_names=CLASSES, depth=3)),
     ):
         with pytest.raises(InputError, match="more than rows in the towers"):
             method.as_prompt()

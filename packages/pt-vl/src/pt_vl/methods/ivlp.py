@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
-from pt_vl.backbones import DualEncoder
+from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.method import Sentences, VLConfig, VLMethod
 from pt_vl.methods.vpt import visual_start
 
@@ -91,3 +91,7 @@ class IVLP(VLMethod):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.backbone.image(pixels, dict(enumerate(self.visual)))
+
+    def as_prompt(self) -> TowerPrompt:
+        """The rows of both towers. The frozen words behind the context belong to the text: `"of a cat."` is read as here."""
+        return TowerPrompt(self.context, dict(enumerate(self.deep, start=1)), dict(enumerate(self.visual)))

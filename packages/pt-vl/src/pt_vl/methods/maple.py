@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pt_core.method import MethodConfig
-from pt_vl.backbones import DualEncoder
+from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.method import Sentences, VLConfig, VLMethod
 from pt_vl.methods.ivlp import check_depth, words_and_start
 
@@ -72,3 +72,8 @@ class MaPLe(VLMethod):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.backbone.image(pixels, dict(enumerate(self.visual_prompts())))
+
+    def as_prompt(self) -> TowerPrompt:
+        """The rows of both towers as they are now, without the projections that made those of the image. The frozen words
+        behind the context belong to the text: `"of a cat."` is read as here."""
+        return TowerPrompt(self.context, dict(enumerate(self.deep, start=1)), dict(enumerate(self.visual_prompts())))

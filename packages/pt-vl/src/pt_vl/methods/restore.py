@@ -11,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pt_core.method import Batch, Loss, MethodConfig
+from pt_core.method import Batch, Loss, MethodConfig, Output
 from pt_core.tokens import Tokens, real
 from pt_core.training import FitConfig, FitResult, fit
-from pt_vl.backbones import DualEncoder
+from pt_vl.backbones import DualEncoder, TowerPrompt
+from pt_vl.method import VLMethod
 from pt_vl.methods.maple import MaPLe, MaPLeConfig
 
 if TYPE_CHECKING:
@@ -107,15 +108,18 @@ class RESTORE(MaPLe):
     def encode_image(self, pixels: Tensor) -> Tensor:
         return cast(Tensor, self.image_surgery(super().encode_image(pixels), self.alphas[1]))
 
+    def as_prompt(self) -> TowerPrompt:
+        return VLMethod.as_prompt(self)  # the surgery blocks are no rows
+
     def shifts(self, batch: Batch) -> Tensor:
         """s_t and s_v of blocks 1 .. J-1, [2, J - 1]."""
         if self.config.shift == "gram" or self.config.depth == 1:
             return self.norms() / self.anchors
         return torch.stack([self._text_shift(), self._image_shift(batch["pixels"])])
 
-    def loss(self, batch: Batch) -> Loss:
+    def loss_of(self, output: Output, batch: Batch) -> Loss:
         """CE + gamma * feature-shift term, summed over rows (the second is the same for each)."""
-        loss = super().loss(batch)
+        loss = super().loss_of(output, batch)
         rows = loss.count
         text, image = self.shifts(batch)
         term = (text - image).square().sum() * rows

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pt_core.method import MethodConfig
-from pt_vl.backbones import DualEncoder
+from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.method import Position, Sentences, VLConfig, VLMethod
 from pt_vl.methods.vpt import visual_start
 
@@ -106,3 +106,10 @@ class UPT(VLMethod):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.backbone.image(pixels, dict(enumerate(self.prompts()[1])), place="after-cls")
+
+    def as_prompt(self) -> TowerPrompt:
+        """What the mixer makes of the prompts now: rows of both towers. The context has to stand in front of the name."""
+        if self.config.position != "end":
+            return super().as_prompt()
+        context, visual = self.prompts()
+        return TowerPrompt(context, image=dict(enumerate(visual)), place="after-cls")

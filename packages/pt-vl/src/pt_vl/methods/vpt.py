@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
-from pt_vl.backbones import DualEncoder, Place
+from pt_vl.backbones import DualEncoder, Place, TowerPrompt
 from pt_vl.method import VLConfig, VLMethod
 
 
@@ -85,3 +85,7 @@ class VPT(VLMethod):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.backbone.image(pixels, dict(enumerate(self.visual)), place=self.config.place)
+
+    def as_prompt(self) -> TowerPrompt:
+        """The rows of the image tower."""
+        return TowerPrompt(image=dict(enumerate(self.visual)), place=self.config.place)
