@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from pt_core.errors import InputError
 from pt_core.metrics import evaluate_logits
+from pt_core.probe import Array, fit_probe
 from pt_core.training import FitConfig, FitResult
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.zero_shot import on_run_device
 
 if TYPE_CHECKING:
     from pt_core.data import Split
-
-Array = np.ndarray[Any, Any]
 
 
 class LinearProbeConfig(TextConfig):
@@ -102,22 +100,16 @@ class LinearProbe(TextMethod):
         self._check(labels)
         mean, std = features.mean(0), features.std(0)
         std[std == 0] = 1.0
-
-        def probe(strength: float) -> tuple[Array, Array]:
-            weight, bias = regression((features - mean) / std, labels, strength, self.config.max_iter)
-            return weight / std, bias - (weight / std) @ mean
-
+        held = None
+        if validation is not None:
+            held = self._read(validation, config)
+            held = (held[0] - mean) / std, held[1]
+        weight, bias = fit_probe((features - mean) / std, labels, self.config.C, self.config.max_iter, held)
         metrics = {}
-        if validation is None:
-            weight, bias = probe(1.0)
-        else:
-            held, wanted = self._read(validation, config)
-            probes = [probe(strength) for strength in sorted(self.config.C)]
-            weight, bias = max(probes, key=lambda fitted: agreement(held @ fitted[0].T + fitted[1], wanted))
-            logits = torch.from_numpy(held @ weight.T + bias).float()
-            metrics = evaluate_logits(
-                validation.metrics, validation.task, logits, torch.from_numpy(wanted), validation.missing
-            )
+        if validation is not None and held is not None:
+            logits, wanted = (torch.from_numpy(part) for part in (held[0] @ weight.T + bias, held[1]))
+            metrics = evaluate_logits(validation.metrics, validation.task, logits.float(), wanted, validation.missing)
+        weight, bias = weight / std, bias - (weight / std) @ mean
         self.load_trained_state(
             {"head.weight": torch.from_numpy(weight).float(), "head.bias": torch.from_numpy(bias).float()}
         )
@@ -147,29 +139,3 @@ class LinearProbe(TextMethod):
                 field="labels",
                 remedy="Add rows, or leave the class out",
             )
-
-
-def regression(features: Array, labels: Array, strength: float, max_iter: int) -> tuple[Array, Array]:
-    """L2-penalised logistic regression: weight [C, d] and bias [C].
-
-    Args:
-        features: [n, d].
-        labels: [n] classes 0..C-1, each of them present, or [n, C] of 0 and 1, both present in each column.
-        strength: C, inverse strength of the penalty.
-        max_iter: of L-BFGS.
-    """
-    columns = labels.T if labels.ndim == 2 else [labels]
-    fits = [LogisticRegression(C=strength, max_iter=max_iter).fit(features, column) for column in columns]
-    weight = np.concatenate([fit.coef_ for fit in fits])
-    bias = np.concatenate([fit.intercept_ for fit in fits])
-    if labels.ndim == 1 and len(bias) == 1:  # two classes: the log-odds of the second
-        return np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
-    return weight, bias
-
-
-def agreement(logits: Array, labels: Array) -> float:
-    """Accuracy of the largest logit, or for [n, C] labels micro-F1 of the positive ones: what C is chosen by."""
-    if labels.ndim == 1:
-        return float((logits.argmax(1) == labels).mean())
-    positive, wanted = logits > 0, labels > 0
-    return float(2 * (positive & wanted).sum() / max(positive.sum() + wanted.sum(), 1))

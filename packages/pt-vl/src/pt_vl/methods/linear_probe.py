@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.method import Batch, MethodConfig, Output
 from pt_core.metrics import evaluate_logits
+from pt_core.probe import Array, fit_probe
 from pt_core.training import FitConfig, FitResult
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import VLConfig, VLMethod, cache_features, place_for
@@ -98,30 +98,19 @@ class LinearProbe(VLMethod):
             names = ", ".join(self.config.class_names[i] for i in absent)
             raise InputError(f"no training row is of class {names}", field="labels", remedy="Add rows, or leave it out")
 
-        def probe(strength: float) -> tuple[Tensor, Tensor]:
-            fitted = LogisticRegression(C=strength, max_iter=self.config.max_iter).fit(features, labels)
-            weight, bias = (torch.from_numpy(part).float() for part in (fitted.coef_, fitted.intercept_))
-            if len(bias) == 1:  # of two classes: the log-odds of the second
-                weight, bias = torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias])
-            return weight, bias
-
+        held = None if validation is None else self._read(validation, config)
+        weight, bias = fit_probe(features, labels, self.config.C, self.config.max_iter, held)
         metrics = {}
-        if validation is None:
-            weight, bias = probe(1.0)
-        else:
-            held, wanted = (torch.from_numpy(part) for part in self._read(validation, config))
-
-            def logits(fitted: tuple[Tensor, Tensor]) -> Tensor:
-                return held.float() @ fitted[0].T + fitted[1]
-
-            probes = [probe(strength) for strength in sorted(self.config.C)]
-            weight, bias = best = max(probes, key=lambda fitted: int((logits(fitted).argmax(1) == wanted).sum()))
-            metrics = evaluate_logits(validation.metrics, validation.task, logits(best), wanted, validation.missing)
-        self.load_trained_state({"head.weight": weight, "head.bias": bias})
+        if validation is not None and held is not None:
+            logits, wanted = (torch.from_numpy(part) for part in (held[0] @ weight.T + bias, held[1]))
+            metrics = evaluate_logits(validation.metrics, validation.task, logits.float(), wanted, validation.missing)
+        self.load_trained_state(
+            {"head.weight": torch.from_numpy(weight).float(), "head.bias": torch.from_numpy(bias).float()}
+        )
         self.eval()
         return FitResult(0, 0, metrics, [], 0.0, False)
 
-    def _read(self, split: Split, config: FitConfig) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _read(self, split: Split, config: FitConfig) -> tuple[Array, Array]:
         """Features [n, d] in float64 and labels [n] of a split."""
         cached = cache_features(split, self.backbone, config.eval_batch_size)
         read = [(batch, batch["labels"]) for batch in cached.batches(config.eval_batch_size)]
