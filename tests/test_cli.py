@@ -136,6 +136,7 @@ def test_doctor_shows_this_machine(pt: Run) -> None:
     [
         (["train", "nlp/none"], ["no recipe 'nlp/none'", "nlp/bbc-topics"]),
         (["train", "gone.yaml"], ["gone.yaml: no such file"]),
+        (["transfer", "nlp/bbc-topics"], ["nlp/bbc-topics: the package 'nlp' has no tasks to transfer between"]),
         (
             ["train", "nlp/bbc-topics", "--set", "training.max_step=2"],
             ["'training.max_step'", "did you mean 'max_steps'"],

@@ -262,6 +262,12 @@ def test_heatmap_writes_each_number_and_leaves_nan_grey(tmp_path, drawn):
     assert [text.get_text() for text in axes.texts] == ["0.100", "–", "0.300", "0.400", "0.500", "1.000"]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", r"\$b\$"]
     assert bar.get_ylabel() == "accuracy"
+    gains = [[math.nan, -0.1], [0.4, math.nan]]
+    heatmap(gains, "ab", "ab", tmp_path / "h.png", texts=[["0.7", "-0.1"], ["+0.4", "$x$"]], centre=0.0)
+    axes, _ = drawn[1].axes
+    assert [text.get_text() for text in axes.texts] == ["0.7", "-0.1", "+0.4", r"\$x\$"]
+    assert [text.get_color() for text in axes.texts] == ["black", "black", "white", "black"]
+    assert axes.images[0].get_clim() == (-0.4, 0.4)
     with pytest.raises(InputError, match="not of 1 rows and 2 columns"):
         heatmap([[1.0]], ["a"], ["x", "y"], tmp_path / "h.png")
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from safetensors.torch import load_file
 
 from pt_core import artifacts, doctor, recipe, registry
 from pt_core.data import Split
@@ -19,7 +22,8 @@ from pt_core.runs import Job
 from pt_core.training import FitConfig, evaluate
 from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
 from pt_vl.data import TEMPLATES, ImageRows, ImageSpec, ImageTask, Unreadable, harmonic_mean, list_table, read_image
-from pt_vl.method import Stacked, VLMethod
+from pt_vl.method import Stacked, VLMethod, cache_features
+from pt_vl.methods.mvlpt import MVLPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -108,6 +112,9 @@ class VLData(Images):
     targets: dict[str, Images] = Field(
         {}, description="other data that the trained prompt is tested on: data sets (own classes) or domains (the same)"
     )
+    tasks: dict[str, Images] = Field(
+        {}, description="data sets, each with its own classes, that `pt transfer` trains on and transfers between"
+    )
 
     @field_validator("templates")
     @classmethod
@@ -116,6 +123,15 @@ class VLData(Images):
         if any(template.count("{}") != 1 for template in found):
             raise ValueError(f"needs one {{}} for the class name, or is one of {', '.join(TEMPLATES)}")
         return found
+
+    @property
+    def only_tasks(self) -> bool:
+        """Whether there are no images beside those of the tasks."""
+        return bool(self.tasks) and not (self.train or self.test or self.split_file)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        return self if self.only_tasks else super()._one_source()  # type: ignore[operator]
 
 
 class Recipe(recipe.Recipe):
@@ -138,25 +154,35 @@ class Bench:
 
     def __init__(self, checked: Recipe) -> None:
         self.recipe, self.backbone = checked, checked.backbone.load()
-        self._tasks: dict[int, ImageTask] = {}
+        self._tasks: dict[tuple[str | None, int], ImageTask] = {}
+        self._cached: dict[tuple[str, int], ImageTask] = {}
         self._targets: dict[str, ImageTask] | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What backbone and data are, as JSON; the images by the hash of their names."""
-        ids = {name: list(split.ids or ()) for name, split in _splits(self.task(self.recipe.seed))}
-        names = hashlib.sha256(json.dumps(ids, sort_keys=True, default=str).encode()).hexdigest()
-        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | {"images": names}
+        data, seed = self.recipe.data, self.recipe.seed
+        names = {"images": _hash({} if data.only_tasks else _ids(self.task(seed)))}
+        if data.tasks:
+            names["tasks"] = _hash({name: _ids(self.task(seed, name)) for name in data.tasks})
+        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | names
 
-    def task(self, seed: int) -> ImageTask:
-        """The task of one seed, which draws the shots."""
-        if seed not in self._tasks:
+    def task(self, seed: int, name: str | None = None) -> ImageTask:
+        """The recipe's own task, or the one of this name among its `tasks`; the seed draws the shots."""
+        if (name, seed) not in self._tasks:
             data = self.recipe.data
+            if name is None and data.only_tasks:
+                raise InputError("there are no images to train on beside those of the tasks", field="data.train")
             options = data.model_dump(include={"templates", "shots", "augment", "crop_scale", "unreadable"}) | {
                 "seed": seed
             }
-            self._tasks[seed] = data.task(self.backbone, **options)
-        return self._tasks[seed]
+            try:
+                self._tasks[name, seed] = (data if name is None else data.tasks[name]).task(self.backbone, **options)
+            except InputError as error:
+                if name is None:
+                    raise
+                raise InputError(f"task {name!r}: {error}") from error
+        return self._tasks[name, seed]
 
     def targets(self) -> dict[str, ImageTask]:
         if self._targets is None:
@@ -174,23 +200,80 @@ class Bench:
             others["new"] = (new.spec.class_names, _test(new))
         for name, target in self.targets().items():
             others[name] = (target.spec.class_names, _test(target))
+        test = tested(_test(task), others, self.recipe.data.protocol) if task.test is not None or others else None
+        config = chosen.training.model_copy(update={"seed": seed})
+        return self._job(self._method(chosen, task, seed), task, test), config
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks of the recipe, by name."""
+        return list(self.recipe.data.tasks)
+
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        """The run of a method on one of the tasks, from its start values or from another task's prompt.
+
+        MVLPT takes its single-task form (CoOp, deep VPT or UPT, as its `prompt` says). Where the image tower is not prompted,
+        the features of images in fixed views are computed once for all runs.
+
+        Args:
+            label: of the method.
+            seed: draws shots and start values.
+            task: a name among the tasks.
+            source: safetensors file of a `trained_state`; None: start values.
+
+        Raises:
+            InputError: what the method trains is bound to its classes, or it trains nothing; a task lacks images to train on
+                or to test on; the tensors of the source are of another form.
+        """
+        chosen, images = self.recipe.with_method(label), self.task(seed, task)
+        config = chosen.training.model_copy(update={"seed": seed})
+        where = self.recipe.data.tasks[task]
+        for part, there in (("train", where.train or not where.test), ("test", images.test)):
+            if not there:
+                raise InputError(f"there are no images to {part} on", field=f"data.tasks.{task}.{part}")
+        method = self._method(chosen, images, seed)
+        if isinstance(method, MVLPT):
+            method = method.for_target(images.spec.class_names)
+        if method.class_bound or not method.trains:
+            why = "belongs to the classes that it was trained on" if method.trains else "is nothing"
+            raise InputError(
+                f"what {label} trains {why}: no other task can start from it",
+                field="method",
+                remedy="Choose a prompt that classes share, such as coop, vpt, upt, maple or mvlpt",
+            )
+        if source is not None:
+            method.load_trained_state(load_file(source))
+        if not method.trains_image:
+            if (task, seed) not in self._cached:
+                rows = {n: _Featured(s, self.backbone, config.eval_batch_size) for n, s in _splits(images)}
+                splits: dict[str, Any] = {n: replace(s, rows=rows[n]) for n, s in _splits(images)}
+                self._cached[task, seed] = replace(images, **splits)
+            images = self._cached[task, seed]
+        return self._job(method, images, images.test), config
+
+    def _method(self, chosen: Recipe, task: ImageTask, seed: int) -> VLMethod:
+        """The recipe's method on the classes of a task."""
         if task.train is None:
             raise InputError("there are no images to train on", field="data.train")
         names = task.spec.class_names
         known: dict[str, Any] = {"class_names": names, "templates": task.spec.templates, "seed": seed}
         known |= {"cache_size": len(task.train), "tasks": {"all": names}}
         method = registry.find_method("vl", chosen.method.name)(self.backbone, chosen.config(**known))
+        assert isinstance(method, VLMethod)
+        return method
+
+    def _job(self, method: VLMethod, task: ImageTask, test: Split | None) -> Job:
         source = self.recipe.backbone
-        job = Job(
+        assert task.train is not None
+        return Job(
             method,
             task.train,
             task.validation,
-            tested(_test(task), others, self.recipe.data.protocol) if task.test is not None or others else None,
+            test,
             task=task.spec.model_dump(mode="json"),
             backbone_name=None if Path(source.name).is_dir() else source.name,  # a path stays on this machine
             revision=source.revision,
         )
-        return job, chosen.training.model_copy(update={"seed": seed})
 
 
 def tested(own: Split, others: Mapping[str, tuple[Sequence[str], Split]], protocol: str = "few-shot") -> Split:
@@ -222,6 +305,23 @@ def tested(own: Split, others: Mapping[str, tuple[Sequence[str], Split]], protoc
         return plain | ({"accuracy/others": sum(rest) / len(rest)} if len(rest) > 1 else {})
 
     return Split(own.rows, own.collate, num_classes=own.num_classes, ids=own.ids, scorer=score)
+
+
+class _Featured(Sequence[dict[str, Any]]):
+    """The rows of `cache_features`, computed when the first one is read."""
+
+    def __init__(self, split: Split, backbone: DualEncoder, batch_size: int) -> None:
+        self.split, self.backbone, self.batch_size = split, backbone, batch_size
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    @cached_property
+    def rows(self) -> Sequence[Any]:
+        return cache_features(self.split, self.backbone, self.batch_size).rows
 
 
 class Session:
@@ -306,6 +406,14 @@ def _test(task: ImageTask) -> Split:
     split = task.test or task.train
     assert split is not None
     return split
+
+
+def _hash(ids: Any) -> str:
+    return hashlib.sha256(json.dumps(ids, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _ids(task: ImageTask) -> dict[str, list[str | int]]:
+    return {name: list(split.ids or ()) for name, split in _splits(task)}
 
 
 def _splits(task: ImageTask) -> list[tuple[str, Split]]:

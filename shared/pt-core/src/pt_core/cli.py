@@ -10,6 +10,12 @@ A workbench offers:
                                                     `.export(format, folder)`
     demo(folder, seeds, shots, data)                the package's demo; None: its own default
 
+and, where `pt transfer` is to work, its Bench has (see `pt_core.transfer.TransferBench`)
+
+    .task_names                                     the recipe's tasks
+    .transfer_job(label, seed, task, source)        -> (Job, FitConfig): a method on a task, from its start values, or
+                                                    from the `trained_state` in the safetensors file `source`
+
 Bad input ends in one line on stderr and exit code 2. Results go to stdout.
 """
 
@@ -137,6 +143,45 @@ def compare(
     results = [outcome.result for outcome in outcomes]
     page = report.write_comparison(output, results, runs.histories(outcomes), title=recipe, notes=checked.about)
     _show(report.table(results, title=recipe))
+    print(f"report: {page}")
+
+
+@app.command()
+def transfer(
+    recipe: Source,
+    tasks: Annotated[str | None, typer.Option(help="comma-separated names; default: all tasks of the recipe")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each pair of tasks")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="processes; the cores are shared among them")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="run the jobs by Ray (extra `pt-core[ray]`)")] = False,
+    metric: Annotated[str | None, typer.Option(help="what gains are of; default: the tasks' first metric")] = None,
+    settings: Setting = None,
+    output: Output = Path("runs/transfer"),
+) -> None:
+    """Train on each task from scratch and from the prompts of all others; write the matrix of gains. A killed study goes on
+    when it is started again."""
+    from functools import partial
+
+    from pt_core import recipe as recipes
+    from pt_core import report, transfer
+
+    package, checked = recipes.load(recipe, recipes.parse_settings(settings or []))
+    bench = registry.workbench(package).Bench
+    if not hasattr(bench, "transfer_job"):
+        raise InputError(f"the package {package!r} has no tasks to transfer between", file=recipe)
+    study = transfer.run(
+        partial(bench, checked),
+        checked.method.name,
+        output,
+        None if tasks is None else [name.strip() for name in tasks.split(",")],
+        range(checked.seed, checked.seed + seeds),
+        identity=checked.model_dump(mode="json", include={"method", "training"}),
+        metric=metric,
+        jobs=jobs,
+        ray=ray,
+    )
+    page = transfer.write_report(study, output, title=f"Transfer: {recipe}, {study.method}", notes=checked.about)
+    _show(report.to_rich(transfer.gains_grid(study), title=recipe))
+    print(transfer.in_words(study))
     print(f"report: {page}")
 
 

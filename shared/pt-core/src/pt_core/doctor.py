@@ -26,6 +26,7 @@ TESTED = {
     "datasets": "5.2.0",
     "torchmetrics": "1.9.0",
     "gguf": "0.19.0",
+    "ray": "2.60.0",
 }
 
 

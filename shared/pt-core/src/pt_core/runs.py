@@ -76,7 +76,7 @@ def train(
     """
     folder = Path(folder)
     if identity is not None:
-        _claim(folder, identity)
+        claim(folder, identity)
     method = job.method
     started = time.perf_counter()
     fitted: FitResult = method.fit(job.train, job.validation, config, folder / "training")
@@ -122,7 +122,7 @@ def compare(
         InputError: the folder holds a comparison of another identity.
     """
     folder = Path(folder)
-    _claim(folder, identity or {})
+    claim(folder, identity or {})
     outcomes = []
     cells = [(label, seed) for seed in seeds for label in labels]
     for number, (label, seed) in enumerate(cells, start=1):
@@ -164,8 +164,12 @@ def _read(kept: Path) -> Outcome:
     return Outcome(Result(**content["result"]), content["history"], artifact)
 
 
-def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Mark a folder with what it holds results of, or refuse one that holds others."""
+def claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Mark a folder with what it holds results of, or refuse one that holds others.
+
+    Raises:
+        InputError: the folder holds results of another identity.
+    """
     stamp, ours = folder / "identity.json", json.loads(json.dumps(identity))
     if stamp.exists():
         theirs = json.loads(stamp.read_text("utf-8"))

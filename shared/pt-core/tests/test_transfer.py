@@ -1,0 +1,380 @@
+"""The transferability study on three tiny tasks: gains, what is kept, where cells run, what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pt_core import InputError, transfer
+from pt_core.runs import Job
+from pt_core.testing import Killed, TinyBench, one_thread, stopped_after
+from pt_core.training import FitConfig, evaluate
+from pt_core.transfer import Cell, Study, grid
+
+TASKS = TinyBench.task_names
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def studied(folder: Path, bench: Any = TinyBench, **options: Any) -> Study:
+    return transfer.run(bench, "tiny", folder, **({"seeds": (0, 1), "announce": lambda _: None} | options))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    """A study that nothing interrupts, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    with one_thread():
+        return studied(folder), folder
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """Numbers of all finished cells but the clock's."""
+    cells = {path.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in folder.rglob("*.json")}
+    return {
+        name: {k: v for k, v in cell.items() if k != "seconds"}
+        for name, cell in cells.items()
+        if name.startswith("cells") and "prompt/" not in name
+    }
+
+
+class Counting(TinyBench):
+    """Knows which cells were made, and fails at one of them."""
+
+    made: list[tuple[str, int, str | None]]
+    fails_at: tuple[str, int, str | None] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = []
+
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        origin = None if source is None else source.parent.parent.name.removeprefix("to-")
+        if (task, seed, origin) == self.fails_at:
+            raise Killed
+        self.made.append((task, seed, origin))
+        return super().transfer_job(label, seed, task, source)
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+def by_hand(metric: str = "accuracy") -> Study:
+    scratch = {("a", 0): 0.5, ("a", 1): 0.7, ("b", 0): 0.4, ("b", 1): 0.4, ("c", 0): 0.9, ("c", 1): 0.9}
+    trained = {Cell(t, seed): value for (t, seed), value in scratch.items()}
+    moved = {("a", "b"): (0.6, 0.4), ("a", "c"): (0.8, 0.9), ("b", "a"): (0.6, 0.6), ("b", "c"): (0.9, 0.9)}
+    moved |= {("c", "a"): (0.7, 0.9), ("c", "b"): (0.5, 0.5)}
+    trained |= {Cell(t, seed, s): values[seed] for (s, t), values in moved.items() for seed in (0, 1)}
+    untrained = {cell: 0.1 if cell.source is None else 0.2 for cell in trained}
+    return Study("coop", metric, ("a", "b", "c"), (0, 1), trained, untrained)
+
+
+def test_gains_are_paired_by_seed_and_summed_up() -> None:
+    study = by_hand()
+    assert study.gains("a", "b") == pytest.approx([0.2, 0.0])
+    assert study.gains("b", "a") == pytest.approx([0.1, -0.1])
+    assert study.gains("a", "a") == [0.0, 0.0]
+    assert study.zero_shot("a", "b") == [0.2, 0.2] and study.zero_shot(None, "b") == [0.1, 0.1]
+    assert study.zero_shot("a", "a") == [0.5, 0.7]
+    summary = study.summary()
+    assert summary["by_source"] == pytest.approx({"a": (0.1 - 0.05) / 2, "b": 0.0, "c": (0.2 + 0.1) / 2})
+    assert summary["by_target"] == pytest.approx({"a": (0.0 + 0.2) / 2, "b": 0.1, "c": -0.05 / 2})
+    assert summary["mean_gain"] == pytest.approx((0.1 - 0.05 + 0.2 + 0.1) / 6)
+    assert summary["positive"] == pytest.approx(3 / 6)  # a -> b, c -> a, c -> b
+    assert summary["best_source"] == {"a": "c", "b": "a", "c": "b"}
+
+
+def test_a_gain_is_good_where_less_is_better() -> None:
+    assert by_hand("loss").gains("a", "b") == pytest.approx([-0.2, 0.0])
+
+
+def test_tables_show_gains_and_on_the_diagonal_the_baseline() -> None:
+    gains = transfer.gains_grid(by_hand())
+    assert list(gains.header) == ["source \\ target", "a", "b", "c", "mean gain"]
+    assert gains.rows[0] == ["a", "0.600 ± 0.141", "+0.100 ± 0.141", "-0.050 ± 0.071", "+0.025"]
+    assert gains.rows[3] == ["mean gain", "+0.100", "+0.100", "-0.025", "+0.058"]
+    assert gains.marked == {(2, 1), (0, 2), (1, 3)}
+    zero_shot = transfer.zero_shot_grid(by_hand())
+    assert zero_shot.rows[1][:3] == ["b", "0.200 ± 0.000", "0.400 ± 0.000"]
+    assert zero_shot.rows[3][0] == "start values"
+
+
+def test_the_report_has_numbers_tables_and_pictures(tmp_path: Path) -> None:
+    page = transfer.write_report(by_hand(), tmp_path, title="Icons", notes="Of three tasks.")
+    content = json.loads((tmp_path / "transfer.json").read_text())
+    assert content["gain_mean"][0] == pytest.approx([0.0, 0.1, -0.05])
+    assert content["gain_std"][0][1] == pytest.approx(0.2 / 2**0.5)
+    assert content["gains"]["c"]["a"] == pytest.approx([0.2, 0.2]) and content["scratch"]["a"] == [0.5, 0.7]
+    assert content["summary"]["best_source"]["a"] == "c"
+    text = (tmp_path / "transfer.md").read_text()
+    assert "# Icons" in text and "50% of 6 pairs gain" in text and "| **+0.200 ± 0.000** |" in text
+    for name in ("gains.png", "zero-shot.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert page.read_text().count("data:image/png") == 2
+    one = Study("m", "accuracy", ("a", "b"), (0,), *[{cell: 0.5 for cell in grid("ab", (0,))}] * 2)
+    transfer.write_report(one, tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "transfer.json").read_text())["gain_std"] == [[None, None], [None, None]]
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+def test_the_grid_has_every_pair_and_the_baselines_first() -> None:
+    cells = grid(TASKS, (0, 1))
+    assert len(cells) == len(set(cells)) == 2 * 3**2
+    assert [cell.source for cell in cells[:6]] == [None] * 6
+    assert all(cell.source not in (None, cell.target) for cell in cells[6:])
+
+
+def test_odd_task_names_have_files_of_their_own() -> None:
+    names = ["a/b", "..", "scratch", "from-a", "a b", "x.y"]
+    files = [cell.file(Path("study")) for cell in grid(names, (0,))]
+    assert len(set(files)) == len(names) ** 2
+    assert all(len(file.parts) == 5 and ".." not in file.parts for file in files)
+
+
+def test_a_cell_starts_from_the_prompt_of_its_source(whole: tuple[Study, Path]) -> None:
+    study, folder = whole
+    bench = TinyBench()
+    source = Cell("one", 1).folder(folder) / transfer.STATE
+    job, config = bench.transfer_job("tiny", 1, "two", source)
+    assert job.test is not None
+    assert evaluate(job.method, job.test)["accuracy"] == study.untrained[Cell("two", 1, "one")]
+    job.method.fit(job.train, job.validation, config)
+    assert evaluate(job.method, job.test)["accuracy"] == study.trained[Cell("two", 1, "one")]
+    fresh, config = bench.transfer_job("tiny", 1, "one")
+    fresh.method.fit(fresh.train, fresh.validation, config)
+    for name, tensor in fresh.method.trained_state().items():
+        assert torch.equal(load_file(source)[name], tensor)
+
+
+def test_what_is_kept_are_numbers_and_the_prompts_from_scratch(whole: tuple[Study, Path]) -> None:
+    _, folder = whole
+    left = {path.name for path in (folder / "cells" / "seed-0" / "to-one").iterdir()}
+    assert left == {"scratch", "scratch.json", "from-two.json", "from-three.json"}
+    scratch = folder / "cells" / "seed-0" / "to-one" / "scratch"
+    assert {path.name for path in scratch.iterdir()} == {"prompt", transfer.STATE}
+    prompt = load_file(scratch / "prompt" / "prompt.safetensors")
+    assert prompt.keys() == load_file(scratch / transfer.STATE).keys()
+
+
+# --- killed and resumed -----------------------------------------------------------------------------------------------
+def test_a_killed_study_goes_on_to_the_same_numbers(whole: tuple[Study, Path], tmp_path: Path) -> None:
+    bench = Counting()
+    bench.fails_at = ("three", 0, "two")
+    with pytest.raises(Killed):
+        studied(tmp_path, lambda: bench)
+    done = len(kept(tmp_path))
+    assert 6 < done < 18
+    with stopped_after(2), pytest.raises(Killed):  # within the cell
+        studied(tmp_path)
+    assert len(kept(tmp_path)) == done
+    again = Counting()
+    assert studied(tmp_path, lambda: again) == whole[0]
+    assert len(again.made) == 3 + 18 - done  # each task once beforehand, then what was left
+    assert kept(tmp_path) == kept(whole[1])
+
+
+def test_a_finished_study_is_read_and_may_grow(whole: tuple[Study, Path], tmp_path: Path) -> None:
+    studied(tmp_path, tasks=("one", "two"), seeds=(0,))
+    bench = Counting()
+    assert studied(tmp_path, lambda: bench) == whole[0]
+    assert len(bench.made) == 3 + 18 - 4
+    bench.made.clear()
+    assert studied(tmp_path, lambda: bench, metric="loss").metric == "loss"
+    assert bench.made == []
+
+
+def test_it_says_first_how_much_is_left_and_then_how_long_it_takes(tmp_path: Path) -> None:
+    lines: list[str] = []
+    studied(tmp_path, tasks=("one", "two"), seeds=(0,), announce=lines.append)
+    assert lines[0] == "to run: 2 from scratch, 2 transfers; the first will tell how long"
+    assert lines[1].startswith("from scratch -> one, seed 0: accuracy 0.") and "; 3 left, about" in lines[1]
+    assert lines[3].startswith("one -> two, seed 0: ")
+    lines.clear()
+    studied(tmp_path, seeds=(0,), announce=lines.append)
+    assert lines[0].startswith("to run: 1 from scratch, 4 transfers (4 runs kept from before); about ")
+
+
+# --- where cells run --------------------------------------------------------------------------------------------------
+def test_processes_give_the_same_bits(
+    whole: tuple[Study, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_cores", lambda: 2)  # one thread for each
+    assert studied(tmp_path, jobs=2) == whole[0]
+    assert kept(tmp_path) == kept(whole[1])
+
+
+def test_when_the_study_is_killed_its_processes_end_and_it_goes_on(whole: tuple[Study, Path], tmp_path: Path) -> None:
+    program = "\n".join(
+        [
+            "from pt_core import transfer; from pt_core.testing import TinyBench",
+            "if __name__ == '__main__':",
+            "    transfer._cores = lambda: 2",
+            f"    transfer.run(TinyBench, 'tiny', {str(tmp_path / 'study')!r}, None, (0, 1), jobs=2)",
+        ]
+    )
+    (tmp_path / "study.py").write_text(program)
+    with subprocess.Popen([sys.executable, tmp_path / "study.py"], stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(kept(tmp_path / "study")) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        workers = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+    while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(alive(worker) for worker in workers)
+    assert len(kept(tmp_path / "study")) >= 3
+    assert studied(tmp_path / "study") == whole[0]
+    assert kept(tmp_path / "study") == kept(whole[1])
+
+
+def children(pid: int) -> list[int]:
+    """Processes of a process, where /proc tells."""
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in found.read_text().split()] if found.is_file() else []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Dying(TinyBench):
+    """Takes its process down, as the kernel does where memory runs out."""
+
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        if transfer._worker is not None:
+            os._exit(1)
+        return super().transfer_job(label, seed, task, source)
+
+
+class Broken(TinyBench):
+    """Refuses a task, but only in a worker."""
+
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        if transfer._worker is not None:
+            raise InputError("is broken", file="tiny.csv", row=3)
+        return super().transfer_job(label, seed, task, source)
+
+
+@pytest.mark.parametrize(
+    ("bench", "problem"), [("Dying", "has died. Perhaps memory"), ("Broken", "tiny.csv, row 3: is")]
+)
+def test_what_goes_wrong_in_a_process_is_told(
+    bench: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # for the processes too
+    benches = importlib.import_module("test_transfer")
+    with pytest.raises(InputError, match=problem):
+        studied(tmp_path, getattr(benches, bench), jobs=2)
+
+
+def test_ray_gives_the_same_bits(whole: tuple[Study, Path], tmp_path: Path) -> None:
+    if importlib.util.find_spec("ray") is None:  # not imported here: it reads its environment when it is
+        pytest.skip("Ray is not installed: the extra `ray` of pt-core")
+    lines: list[str] = []
+    study = studied(tmp_path, partial(TinyBench, steps=4), ray=True, jobs=1, announce=lines.append)
+    assert len(lines) == 19
+    for cell, value in study.trained.items():  # the worker has all cores
+        assert value == pytest.approx(whole[0].trained[cell], abs=1e-6)
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"Ray is not installed. Install pt-core\[ray\]"):
+        studied(tmp_path, ray=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("cores", "jobs", "threads"), [([2], 1, 2), ([2], 2, 1), ([8, 8, 8, 8], 5, 4), ([8, 8], 3, 4), ([3, 8], 2, 4)]
+)
+def test_cores_are_shared_so_that_every_job_fits_a_machine(cores: list[int], jobs: int, threads: int) -> None:
+    assert transfer._share(cores, jobs) == threads
+    with pytest.raises(InputError, match="Ray has 2 cores for 3 jobs"):
+        transfer._share([1, 1], 3)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+class Bound(TinyBench):
+    """Its prompt has another form on every task."""
+
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        job, config = super().transfer_job(label, seed, task, source)
+        size = len(task)
+        job.method.trained_state = lambda: {"head": torch.zeros(size)}  # type: ignore[method-assign]
+        return job, config
+
+
+class Untested(TinyBench):
+    """Its tasks have no test rows."""
+
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        job, config = super().transfer_job(label, seed, task, source)
+        job.test = None
+        return job, config
+
+
+class Nothing(TinyBench):
+    """Its method trains nothing."""
+
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        job, config = super().transfer_job(label, seed, task, source)
+        job.method.trained_state = dict  # type: ignore[method-assign]
+        return job, config
+
+
+class Taskless(TinyBench):
+    task_names = ()
+
+
+@pytest.mark.parametrize(
+    ("bench", "options", "problem"),
+    [
+        (
+            TinyBench,
+            {"tasks": ("one",)},
+            "field 'tasks': a transfer study needs two tasks or more. There are: one, two",
+        ),
+        (TinyBench, {"tasks": ("one", "four")}, "task 'four' is unknown. There are: one, two, three"),
+        (TinyBench, {"tasks": ("one", "one")}, "task 'one' is there twice"),
+        (TinyBench, {"metric": "f1"}, "no metric 'f1' on 'one'. There are: loss, accuracy"),
+        (Taskless, {}, "There are: none"),
+        (Bound, {}, "one form on 'one' and another on 'three': it cannot be transferred"),
+        (Untested, {}, "task 'one' has no test rows"),
+        (Nothing, {}, "tiny trains nothing that could be transferred"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused_before_anything_is_trained(
+    bench: Any, options: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with stopped_after(0), pytest.raises(InputError, match=problem):
+        studied(tmp_path / "study", bench, **options)
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
+    studied(tmp_path, tasks=("one", "two"), seeds=(0,), identity={"method": {"name": "tiny"}})
+    with pytest.raises(InputError, match=r"results of something else \(method differ\)"):
+        studied(tmp_path, tasks=("one", "two"), seeds=(0,), identity={"method": {"name": "other"}})
+
+
+def test_a_source_prompt_that_is_not_there_is_named(whole: tuple[Study, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the source prompt of one -> two, seed 0 is not there. Several machines"):
+        transfer.run_cell(TinyBench(), "tiny", tmp_path, Cell("two", 0, "one"))
