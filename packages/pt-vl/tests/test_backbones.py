@@ -334,7 +334,7 @@ def with_gradient(
 
 @pytest.mark.parametrize("blocks", [[], [1], [1, 2]])
 @pytest.mark.parametrize("groups", [(), (2,)])
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("chunk", [None, 2, 100])
 @pytest.mark.parametrize("family", ["clip", "open-clip"])
 def test_the_shared_prefix_gives_the_values_and_gradients_of_the_plain_path(
     family: str, chunk: int | None, groups: tuple[int, ...], blocks: list[int], make_encoder: Make
@@ -353,14 +353,21 @@ def test_the_shared_prefix_gives_the_values_and_gradients_of_the_plain_path(
         same(a, b)
 
 
-def test_the_prefix_runs_once_for_all_classes(make_encoder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("groups", [(), (2,)])
+def test_the_prefix_runs_once_for_all_classes(
+    groups: tuple[int, ...], make_encoder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone, seen = make_encoder("clip"), list[tuple[int, ...]]()
     inner = backbone.text_tower.open_block
     monkeypatch.setattr(backbone.text_tower, "open_block", lambda i, h: (seen.append(tuple(h.shape)), inner(i, h))[1])
     words = backbone.tokenise(TEXTS)
-    own = backbone.embed_words(words.ids)[:, 1:]
-    backbone.text(own, words.eot + 4, prefix=random(5, 16))
-    assert seen == [(1, 5, 16)] * 3 + [(3, 9, 16)] * 3
+    own, prefix, g = backbone.embed_words(words.ids)[:, 1:], random(*groups, 5, 16), len(groups) + 1
+    together = backbone.text(own, words.eot + 4, prefix=prefix)
+    assert seen == [(1, g * 5 + g * 3 * 9, 16)] * 3, "one pass reads each matrix once, for prefix and classes"
+    seen.clear()
+    chunked = backbone.text(own, words.eot + 4, prefix=prefix, chunk=2 * g)
+    assert seen == [(g, 5, 16)] * 3 + [(g * 2, 9, 16)] * 3 + [(g, 9, 16)] * 3
+    same(together, chunked)
 
 
 def test_a_prefix_is_not_shared_where_that_would_not_be_exact(make_encoder: Make) -> None:

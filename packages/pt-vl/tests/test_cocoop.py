@@ -75,9 +75,14 @@ def test_every_image_has_its_own_context_shared_by_its_classes(
     backbone, seen = make_encoder(), list[tuple[int, ...]]()
     inner = backbone.text_tower.open_block
     monkeypatch.setattr(backbone.text_tower, "open_block", lambda i, h: (seen.append(tuple(h.shape)), inner(i, h))[1])
-    cocoop(backbone)(make_images(4).batch([0, 1, 2, 3]))
-    assert seen[:3] == [(4, 5, 16)] * 3  # [SOS] and context of four images
-    assert seen[3:] == [(12, 4, 16)] * 3  # three names, ".", [EOS] behind each
+    batch = make_images(4).batch([0, 1, 2, 3])
+    # [SOS] and context of four images; three names, ".", [EOS] behind each.
+    cocoop(backbone)(batch)
+    assert seen == [(1, 4 * 5 + 12 * 4, 16)] * 3
+    seen.clear()
+    cocoop(backbone, text_chunk=8)(batch)
+    assert seen[:3] == [(4, 5, 16)] * 3
+    assert [shape[0] for shape in seen[3:]] == [8] * 3 + [4] * 3
 
 
 def test_a_meta_net_narrower_than_one_value_is_refused(make_encoder: Make) -> None:

@@ -563,17 +563,22 @@ class DualEncoder(nn.Module):
         self._check_text(n + p, deep, at)
         groups = len(prefix) if prefix is not None and prefix.ndim == 3 else 1
         front = None if prefix is None else prefix.reshape(groups, p, prefix.shape[-1]).to(embeddings)
-        keys: list[KeyValue] | None = None
-        if share and after is None and front is not None and self.shares_prefix(prefix, deep, at):
-            keys = self._prefix_keys(front, deep, at)
+        shared = share and after is None and front is not None and self.shares_prefix(prefix, deep, at)
+        step = classes if chunk is None or after is not None else max(1, chunk // groups)
+        # Several chunks read the same keys; a single one runs through the blocks together with the prefix.
+        keys = self._prefix_keys(front, deep, at) if shared and front is not None and step < classes else None
 
         def part(start: int, stop: int) -> Tensor:
             rows = embeddings[start:stop]
             count = len(rows)
             rows = rows.expand(groups, -1, -1, -1).flatten(0, 1)
-            slots = (eot[start:stop] - (p if keys is not None else 0)).repeat(groups).to(rows.device)
-            if keys is not None:
-                pooled = self._behind(rows + tower.positions[p : p + n].to(rows), keys, count, slots)
+            slots = (eot[start:stop] - (p if shared else 0)).repeat(groups).to(rows.device)
+            if shared and front is not None:
+                rows = rows + tower.positions[p : p + n].to(rows)
+                if keys is not None:
+                    pooled = self._behind(rows, keys, count, slots)
+                else:
+                    pooled = self._together(front, deep, at, rows, slots)
             else:
                 if front is not None:
                     rows = torch.cat([front[:, None].expand(-1, count, -1, -1).flatten(0, 1), rows], dim=1)
@@ -582,7 +587,6 @@ class DualEncoder(nn.Module):
                 pooled = hidden[torch.arange(len(hidden), device=hidden.device), slots]
             return tower.read(pooled).unflatten(0, (groups, count))
 
-        step = classes if chunk is None or after is not None else max(1, chunk // groups)
         bounds = [(i, min(i + step, classes)) for i in range(0, classes, step)]
         if len(bounds) == 1:
             features = part(0, classes)
@@ -643,19 +647,55 @@ class DualEncoder(nn.Module):
             hidden: [G * count, n, d_t], what stands behind a prefix.
             keys: of the prefix, see `_prefix_keys`.
         """
-        tower, (n, p) = self.text_tower, (hidden.shape[1], keys[0][0].shape[2])
-        visible = torch.ones(n, p + n, dtype=torch.bool, device=hidden.device).tril(p)
-
-        def spread(shared: Tensor) -> Tensor:
-            return shared[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
-
-        for index, (k0, v0) in enumerate(keys[:-1]):
-            q, k, v = tower.open_block(index, hidden)
-            k, v = torch.cat([spread(k0), k], dim=2), torch.cat([spread(v0), v], dim=2)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        tower, visible = self.text_tower, _visible(hidden, keys[0][0].shape[2])
+        for index, front in enumerate(keys[:-1]):
+            attended = _attend(*tower.open_block(index, hidden), front, count, visible)
             hidden = tower.close_block(index, hidden, attended.transpose(1, 2).flatten(2))
-        k0, v0 = keys[-1]
-        return _last_block(tower, hidden, slots, (spread(k0), spread(v0)), visible[slots][:, None, None])
+        front = _spread(keys[-1][0], count), _spread(keys[-1][1], count)
+        return _last_block(tower, hidden, slots, front, visible[slots][:, None, None])
+
+    def _together(self, prefix: Tensor, deep: Mapping[int, Tensor], at: int, rows: Tensor, slots: Tensor) -> Tensor:
+        """`_prefix_keys` and `_behind` in one: every matrix of a block is read once, for the prefix and for what follows.
+
+        Args:
+            prefix: [G, p, d_t], without positions.
+            rows: [G * count, n, d_t], with them.
+            slots: [G * count].
+        """
+        tower, (groups, p), (sentences, n) = self.text_tower, prefix.shape[:2], rows.shape[:2]
+        count, parts, visible = sentences // groups, [groups * p, sentences * n], _visible(rows, p)
+        prefix = prefix + tower.positions[:p].to(prefix)
+        hidden = torch.cat([prefix.flatten(0, 1), rows.flatten(0, 1)])[None]
+
+        def open_block(index: int) -> tuple[list[Tensor], list[Tensor]]:
+            """Queries, keys and values of the prefix, [G, heads, p, d_h] each, and of what follows."""
+            split = [x[0].split(parts, dim=1) for x in tower.open_block(index, hidden)]
+            return [x.unflatten(1, (groups, p)).transpose(0, 1) for x, _ in split], [
+                x.unflatten(1, (sentences, n)).transpose(0, 1) for _, x in split
+            ]
+
+        def over(index: int) -> Tensor:
+            if index not in deep:
+                return hidden
+            m = len(deep[index])
+            places = (torch.arange(groups)[:, None] * p + at + torch.arange(m)).flatten().to(hidden.device)
+            return hidden.index_copy(1, places, deep[index].to(hidden).repeat(groups, 1)[None])
+
+        for index in range(tower.num_blocks - 1):
+            hidden = over(index)
+            (q, k, v), (queries, keys, values) = open_block(index)
+            first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            behind = _attend(queries, keys, values, (k, v), count, visible)
+            attended = torch.cat([x.transpose(1, 2).flatten(2).flatten(0, 1) for x in (first, behind)])[None]
+            hidden = tower.close_block(index, hidden, attended)
+        last = tower.num_blocks - 1
+        hidden = over(last)
+        (_, k, v), (queries, keys, values) = open_block(last)
+        own = torch.arange(sentences, device=slots.device)
+        queries = queries[own, :, slots][:, :, None]
+        attended = _attend(queries, keys, values, (k, v), count, visible[slots][:, None, None])
+        pooled = hidden[0, groups * p + own * n + slots][:, None]
+        return tower.close_block(last, pooled, attended.transpose(1, 2).flatten(2))[:, 0]
 
     def encode_text(self, texts: Sequence[str], chunk: int | None = None) -> Tensor:
         """Features [C, d] of texts, without prompts."""
@@ -762,6 +802,23 @@ class _Call(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         return getattr(self.encoder, self.name)(*args, **options)
+
+
+def _spread(shared: Tensor, count: int) -> Tensor:
+    """[G, heads, p, d_h] -> [G * count, heads, p, d_h]."""
+    return shared[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
+
+
+def _visible(hidden: Tensor, p: int) -> Tensor:
+    """[n, p + n] bool: what slots [b, n, d] behind p others attend to."""
+    n = hidden.shape[1]
+    return torch.ones(n, p + n, dtype=torch.bool, device=hidden.device).tril(p)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, front: KeyValue, count: int, visible: Tensor) -> Tensor:
+    """Attention [G * count, heads, n, d_h] to a prefix, keys and values [G, heads, p, d_h], and to what stands behind it."""
+    k, v = torch.cat([_spread(front[0], count), k], dim=2), torch.cat([_spread(front[1], count), v], dim=2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
 def _last_block(
