@@ -605,16 +605,19 @@ def evaluate(work: Path = WORK) -> None:
 TEST, LEAST, MOST = 20, 20, 36  # images of a class: to test on; to train on, at least and at most
 
 
-def choose(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
+def choose(rows: list[dict[str, Any]], images: np.ndarray) -> list[tuple[int, str]]:
     """(row, split) of the evaluation set: of each class exactly TEST test images and LEAST to MOST for training.
 
-    Both splits go round the domains; a drawing that the two emojione sets share stays in one split. Training takes 16
-    emoji first, so that few-shot training on the emoji alone (domain generalisation) is possible in most classes.
+    Both splits go round the domains; a drawing that the two emojione sets share stays in one split, and of drawings that come
+    out as one picture only the first counts. Training takes 16 emoji first, so that few-shot training on the emoji alone
+    (domain generalisation) is possible in most classes.
     """
     chosen = []
     classes = defaultdict(list)
+    seen: set[bytes] = set()
     for i, row in enumerate(rows):
-        if row["domain"] and row["class"]:
+        if row["domain"] and row["class"] and (picture := png(on_white(images[i : i + 1])[0])) not in seen:
+            seen.add(picture)
             classes[row["class"]].append(i)
     for name in sorted(classes):
         units = defaultdict(list)
@@ -703,7 +706,7 @@ def export(work: Path = WORK) -> None:
         size={"shortest_edge": SIZE}, crop_size=side, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(clip)
 
-    chosen = choose(rows)
+    chosen = choose(rows, images)
     names = [(name, group) for group, classes in LEXICON.items() for name in classes]
     order = {name: i for i, (name, _) in enumerate(names)}
     chosen.sort(key=lambda pair: (order[rows[pair[0]]["class"]], pair[1], pair[0]))
@@ -741,6 +744,8 @@ def export(work: Path = WORK) -> None:
     trained = {row["set"] for row in rows} - set(used)
     fill("mini-clip.md", clip / "README.md", {"results": results(scores), "sets": credits(sets, trained)})
     fill("icons.md", icons / "README.md", {"sets": credits(sets, used)})
+    for file in (clip / "model.safetensors", icons / "icons.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner alone
     size = sum(file.stat().st_size for folder in (clip, icons) for file in folder.iterdir())
     print(
         f"{len(chosen)} evaluation images of {len(written['classes'])} classes; {size / 1e6:.1f} MB in all", flush=True

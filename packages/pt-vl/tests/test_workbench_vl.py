@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from pt_core import InputError, artifacts, recipe, registry, runs
 from pt_core.testing import one_thread
 from pt_core.training import evaluate
-from pt_vl import workbench
+from pt_vl import demo, workbench
 from pt_vl.data import harmonic_mean
 from pt_vl.workbench import Bench, Recipe, open_artifact
 
@@ -165,10 +166,37 @@ def test_the_recipe_of_the_real_model_has_published_settings_and_every_method_ta
                 batch,
                 lr,
             )
-    with pytest.raises(InputError, match="vl/clip-b16, field 'data': give train, test or split_file"):
+    with pytest.raises(InputError, match="vl/clip-b16, field 'data': give train, test, split_file or icons"):
         recipe.load("vl/clip-b16")
 
 
-def test_there_is_no_demo_yet_and_it_says_what_to_do(folder: Path) -> None:
-    with pytest.raises(InputError, match="no model and images of its own to show yet"):
-        workbench.demo(folder, None, None, None)
+@pytest.mark.parametrize("method", ["coop", "linear-probe"])
+def test_of_a_domain_with_some_of_the_classes_only_their_logits_are_compared(folder: Path, method: str) -> None:
+    part = folder / "part"
+    for name in NAMES[2:]:
+        shutil.copytree(folder / "test" / name, part / name)
+    settings = {"name": method} | ({"prompt_length": 2} if method == "coop" else {})
+    bench = Bench(made(folder, settings, targets={"part": {"test": str(part)}}))
+    job, config = bench.job(method, 0)
+    job.method.fit(job.train, job.validation, config)
+    assert job.test is not None
+    scores = evaluate(job.method, job.test)
+    target = bench.targets()["part"].train
+    assert target is not None
+    logits = job.method(target.batch(range(len(target)))).logits
+    right = logits[:, 2:].argmax(1) == target.batch(range(len(target)))["labels"]
+    assert scores["accuracy/part"] == pytest.approx(float(right.float().mean()))
+
+
+def test_the_demo_runs_on_a_folder_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    workbench.demo(folder / "demo", 1, 2, folder)
+    told = capsys.readouterr().out
+    assert "in a fresh process, image.png -> " in told and "base-to-new" in told
+    page = (folder / "demo" / "report.html").read_text("utf-8")
+    assert page.count("data:image/png;base64,") >= 4
+    results = json.loads((folder / "demo" / "results.json").read_text("utf-8"))
+    assert {row["method"] for row in results} == set(demo.SHOWN)
+    assert (folder / "demo" / "1-shots" / "cells").is_dir() and (folder / "demo" / "2-shots" / "cells").is_dir()
+    with pytest.raises(InputError, match="has no folder 'train'"):
+        workbench.demo(folder / "other", 1, 2, folder / "train")

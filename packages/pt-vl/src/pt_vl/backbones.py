@@ -30,6 +30,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
 
@@ -46,6 +47,7 @@ from pt_core.errors import InputError
 from pt_core.prompts import Prompt
 from pt_core.tokens import BlockPrompt, Tokens, insert, real, run
 
+ZOO = Path(__file__).parent / "zoo"  # what ships with this package
 Place = Literal["before-ln-pre", "after-cls"]
 After = Callable[[int, Tokens], Tokens]
 KeyValue = tuple[Tensor, Tensor]
@@ -858,8 +860,9 @@ def load_backbone(
     """A dual encoder by name or path.
 
     Args:
-        name: a hub id or folder of a CLIP or SigLIP model; or `open-clip:MODEL` or `open-clip:MODEL/PRETRAINED`, where
-            PRETRAINED is one of open_clip's tags or a weight file (`open-clip:hf-hub:...` for its hub models).
+        name: a hub id or folder of a CLIP or SigLIP model; `zoo:mini-clip`, which ships with this package; or
+            `open-clip:MODEL` or `open-clip:MODEL/PRETRAINED`, where PRETRAINED is one of open_clip's tags or a weight file
+            (`open-clip:hf-hub:...` for its hub models).
         revision: commit or tag on the hub.
         dtype: of the weights.
         device: where to put it.
@@ -871,6 +874,8 @@ def load_backbone(
         model, tokeniser = _load_open_clip(name.removeprefix("open-clip:"))
         return DualEncoder(model.to(dtype=dtype), tokeniser).to(device or "cpu").eval()
     transformers = importlib.import_module("transformers")
+    if name.startswith("zoo:"):
+        name = str(shipped_model(name.removeprefix("zoo:")))
     try:
         model = transformers.AutoModel.from_pretrained(name, revision=revision, dtype=dtype)
         tokeniser = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
@@ -882,6 +887,19 @@ def load_backbone(
         images = None  # a model that comes without one gets CLIP's preprocessing at its image size
     processor = SimpleNamespace(tokenizer=tokeniser, image_processor=images)
     return DualEncoder(model, processor).to(device or "cpu").eval()
+
+
+def shipped_model(name: str) -> Path:
+    """Folder of a model that ships with this package.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    folder = ZOO / name
+    if not (folder / "config.json").is_file():
+        there = ", ".join(f"zoo:{f.parent.name}" for f in sorted(ZOO.glob("*/config.json"))) or "none"
+        raise InputError(f"no model {name!r} ships with pt-vl", field="backbone.name", remedy=f"There are: {there}")
+    return folder
 
 
 def _load_open_clip(name: str) -> tuple[Any, Any]:
@@ -961,24 +979,42 @@ class DualEncoderFamily:
     ) -> list[tuple[nn.Module, Callable[[Forward], Forward]]]:
         encoder = DualEncoder(backbone, None)
 
-        def prompt(options: Mapping[str, Any]) -> TowerPrompt | None:
+        def prompted(
+            original: Forward, run: Callable[[TowerPrompt, Any], Any], values: Any, options: dict[str, Any]
+        ) -> Any:
+            """The outputs of rows of images or texts, each group of rows with the prompt that it carries."""
             handles = selected()
             if handles is None:
-                return None
-            if len(handles) > 1:
-                raise InputError("texts and images of one call carry one prompt", remedy="Route them one by one")
+                return original(*values, **options)
             asked = [key for key, value in options.items() if value and key not in ("return_dict", "attention_mask")]
             if asked:
                 raise InputError(
                     f"{', '.join(asked)} does not go with a prompt", remedy="Leave it out, or use off(model)"
                 )
-            return cast(TowerPrompt, handles[0].prompt if handles[0] is not None else None)
+            prompts = [None if handle is None else cast(TowerPrompt, handle.prompt) for handle in handles]
+            if len(prompts) == 1:
+                return original(*values, **options) if prompts[0] is None else run(prompts[0], values)
+            count = len(values[0])
+            if len(prompts) != count:
+                raise InputError(
+                    f"{len(prompts)} prompts for {count} rows",
+                    remedy="Route images and texts in calls of their own: get_image_features, get_text_features",
+                )
+            groups: dict[int, list[int]] = {}
+            for row, own in enumerate(prompts):
+                groups.setdefault(id(own), []).append(row)
+            parts = []
+            for rows in groups.values():
+                own, taken = prompts[rows[0]], [None if value is None else value[rows] for value in values]
+                parts.append(original(*taken, **options) if own is None else run(own, taken))
+            back = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+            return _pooled(*(torch.cat([part[i] for part in parts])[back.to(parts[0][i].device)] for i in (0, 1)))
 
         def around_image(original: Forward) -> Forward:
-            def forward(pixel_values: Tensor, interpolate_pos_encoding: bool = False, **options: Any) -> Any:
-                own = prompt({**options, "interpolate_pos_encoding": interpolate_pos_encoding})
-                if own is None or not len(own.image):
-                    return original(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **options)
+            def run(own: TowerPrompt, values: Any) -> Any:
+                (pixel_values,) = values
+                if not len(own.image):
+                    return original(pixel_values)
                 tower, last = cast(_HFImage, encoder.image_tower), _Last()
                 encoder.image(pixel_values, own.rows("image"), place=own.place, after=last)
                 hidden = real(last.tokens)
@@ -987,13 +1023,18 @@ class DualEncoderFamily:
                 hidden = tower.tower.post_layernorm(hidden)
                 return _pooled(hidden, tower.project(hidden))
 
+            def forward(pixel_values: Tensor, interpolate_pos_encoding: bool = False, **options: Any) -> Any:
+                return prompted(
+                    original, run, [pixel_values], {"interpolate_pos_encoding": interpolate_pos_encoding, **options}
+                )
+
             return forward
 
         def around_text(original: Forward) -> Forward:
-            def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
-                own = prompt(options)
-                if own is None or (own.context is None and not len(own.text)):
-                    return original(input_ids=input_ids, attention_mask=attention_mask, **options)
+            def run(own: TowerPrompt, values: Any) -> Any:
+                input_ids, attention_mask = values
+                if own.context is None and not len(own.text):
+                    return original(input_ids, attention_mask)
                 tower, last = cast(_HFText, encoder.text_tower), _Last()
                 ids, n = input_ids.view(-1, input_ids.shape[-1]), input_ids.shape[-1]
                 m = 0 if own.context is None else len(own.context)
@@ -1013,6 +1054,9 @@ class DualEncoderFamily:
                 left = torch.cat([hidden[:, : tower.first], hidden[:, tower.first + m :]], dim=1)
                 left = F.pad(left, (0, 0, 0, n - left.shape[1]))  # behind the longest text nothing was computed
                 return _pooled(left, pooled if tower.causal else tower.project(pooled))
+
+            def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+                return prompted(original, run, [input_ids, attention_mask], options)
 
             return forward
 

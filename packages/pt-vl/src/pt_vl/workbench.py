@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from accelerate.utils import send_to_device
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors.torch import load_file
 
@@ -22,7 +23,8 @@ from pt_core.runs import Job
 from pt_core.training import FitConfig, evaluate
 from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
 from pt_vl.data import TEMPLATES, ImageRows, ImageSpec, ImageTask, Unreadable, harmonic_mean, list_table, read_image
-from pt_vl.method import Stacked, VLMethod, cache_features
+from pt_vl.icons import IconChoice
+from pt_vl.method import Stacked, VLMethod, cache_features, written
 from pt_vl.methods.mvlpt import MVLPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +35,9 @@ class VLBackbone(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(description="hub id or folder of a CLIP or SigLIP model, or open-clip:MODEL[/PRETRAINED]")
+    name: str = Field(
+        description="hub id or folder of a CLIP or SigLIP model, zoo:mini-clip, or open-clip:MODEL[/PRETRAINED]"
+    )
     revision: str | None = Field(None, description="commit or tag on the hub; pin it")
     dtype: Literal["fast", "float32", "bfloat16", "float16"] = Field(
         "float32", description="fast: what `pt doctor` advises here"
@@ -46,7 +50,7 @@ class VLBackbone(BaseModel):
 
 class Images(BaseModel):
     """Where images lie: a folder with a folder for each class, a table of paths and labels, a split file of the CoOp family,
-    or a folder of `datasets`."""
+    a folder of `datasets`, or the icons that ship with this package."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,6 +60,7 @@ class Images(BaseModel):
     split_file: str | None = Field(
         None, description="split_zhou_*.json of the CoOp family, in place of the three above"
     )
+    icons: IconChoice | None = Field(None, description="icons of the package, in place of the four above")
     images: str | None = Field(None, description="folder that the paths of a table or split file are relative to")
     path: str = Field("path", description="column of a table")
     label: str = Field("label", description="column of a table, or of datasets")
@@ -76,12 +81,16 @@ class Images(BaseModel):
             raise ValueError("give a split file or train, validation and test, not both")
         if self.split_file is not None and self.images is None:
             raise ValueError("a split file needs `images`, the folder of its paths")
-        if not (self.split_file or self.train or self.test):
-            raise ValueError("give train, test or split_file")
+        if self.icons is not None and (self.split_file or self.train or self.validation or self.test):
+            raise ValueError("give icons or files of your own, not both")
+        if not (self.split_file or self.train or self.test or self.icons):
+            raise ValueError("give train, test, split_file or icons")
         return self
 
     def task(self, backbone: DualEncoder, **options: Any) -> ImageTask:
         """The task of these images; see `ImageTask.build` for the options."""
+        if self.icons is not None:
+            return self.icons.task(backbone, **options)
         if self.split_file is not None:
             return ImageTask.from_split_file(self.split_file, str(self.images), backbone, **options)
         first = self.train or self.test
@@ -127,7 +136,7 @@ class VLData(Images):
     @property
     def only_tasks(self) -> bool:
         """Whether there are no images beside those of the tasks."""
-        return bool(self.tasks) and not (self.train or self.test or self.split_file)
+        return bool(self.tasks) and not (self.train or self.test or self.split_file or self.icons)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -280,8 +289,9 @@ def tested(own: Split, others: Mapping[str, tuple[Sequence[str], Split]], protoc
     """A test split that also tests the prompt on other classes or domains.
 
     Metrics: `accuracy` on the own test images, `accuracy/<name>` on each of the others, with the classes that they have, and
-    the others' mean, `accuracy/others`. With base-to-new: `base`, `new`, `harmonic-mean`. What a method has no answer for,
-    because what it trained belongs to its own classes, is left out.
+    the others' mean, `accuracy/others`. With base-to-new: `base`, `new`, `harmonic-mean`. Of a domain with some of the own
+    classes the logits of these are compared. What a method has no answer for, because what it trained belongs to its own
+    classes, is left out.
     """
     if not others:
         return own
@@ -289,12 +299,12 @@ def tested(own: Split, others: Mapping[str, tuple[Sequence[str], Split]], protoc
     def score(method: VLMethod, split: Split) -> dict[str, float]:
         plain = {"accuracy": evaluate(method, own)["accuracy"]}
         for name, (classes, images) in others.items():
-            try:
-                same = tuple(classes) == tuple(method.config.class_names)
-                other = method if same else method.with_classes(classes)
-            except InputError:
-                continue
-            plain[f"accuracy/{name}"] = evaluate(other, images)["accuracy"]
+            mine = [written(c) for c in method.config.class_names]
+            if {written(c) for c in classes} <= set(mine):
+                columns = [mine.index(written(c)) for c in classes]
+                plain[f"accuracy/{name}"] = accuracy_among(method, images, columns)
+            elif not method.class_bound:
+                plain[f"accuracy/{name}"] = evaluate(method.with_classes(classes), images)["accuracy"]
         if protocol == "base-to-new":
             base, new = plain.pop("accuracy"), plain.pop("accuracy/new", None)
             halves = (
@@ -305,6 +315,17 @@ def tested(own: Split, others: Mapping[str, tuple[Sequence[str], Split]], protoc
         return plain | ({"accuracy/others": sum(rest) / len(rest)} if len(rest) > 1 else {})
 
     return Split(own.rows, own.collate, num_classes=own.num_classes, ids=own.ids, scorer=score)
+
+
+@torch.no_grad()
+def accuracy_among(method: VLMethod, split: Split, columns: Sequence[int], batch_size: int = 64) -> float:
+    """Accuracy when only some of the method's classes are compared; labels of `split` count within `columns`."""
+    method.eval()
+    hits = []
+    for batch in split.batches(batch_size):
+        logits = method(send_to_device(batch, method.backbone.device)).logits[:, list(columns)]
+        hits.append((logits.argmax(1).cpu() == batch["labels"].cpu()).float())
+    return float(torch.cat(hits).mean())
 
 
 class _Featured(Sequence[dict[str, Any]]):
@@ -390,15 +411,10 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
 
 
 def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) -> None:
-    """`pt demo vl`.
+    """`pt demo vl`; see `pt_vl.demo`."""
+    from pt_vl import demo as shown
 
-    Raises:
-        InputError: always, until a small model and images ship with the package.
-    """
-    raise InputError(
-        "pt-vl has no model and images of its own to show yet",
-        remedy="Use yours: pt compare vl/clip-b16 --set data.train=FOLDER --set data.test=FOLDER",
-    )
+    shown.run(folder, seeds or 3, shots or 16, data)
 
 
 def _test(task: ImageTask) -> Split:

@@ -1,0 +1,88 @@
+"""The icons that ship with this package: real drawings, openly licensed, that the mini-clip has not been trained on.
+
+48 x 48 pixels; each has a class (of 76), a group (11 data sets of classes), a domain (6 styles), and belongs to the training or
+the test split. See `zoo/icons/README.md` for what they are, who drew them and under which licences.
+
+    task = IconChoice(groups=("animal",)).task(load_backbone("zoo:mini-clip"), shots=16)
+    source, target = IconChoice(domains=("emoji",)), IconChoice(domains=("outline",))     # domain generalisation
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file
+
+from pt_core.errors import InputError
+from pt_vl.backbones import ZOO, DualEncoder
+from pt_vl.data import ImageTask, Listed
+
+Group = Literal[
+    "animal", "food", "transport", "weather", "nature", "sport", "media", "face", "household", "place", "office"
+]
+Domain = Literal["emoji", "silhouette", "outline", "solid", "game", "map"]
+
+
+@cache
+def shipped() -> tuple[dict[str, Any], list[bytes]]:
+    """`icons.json`, and the PNG file of each of its images.
+
+    Raises:
+        InputError: the icons are not there.
+    """
+    folder = ZOO / "icons"
+    if not (folder / "icons.json").is_file():
+        raise InputError("the icons are not there", file=folder, remedy="Install pt-vl again")
+    file = load_file(folder / "icons.safetensors")
+    data, ends = file["png"].numpy().tobytes(), file["ends"].tolist()
+    pngs = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return json.loads((folder / "icons.json").read_text("utf-8")), pngs
+
+
+class IconChoice(BaseModel):
+    """Which icons: of some data sets (groups), styles (domains) or classes. The classes keep the order of the whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    groups: tuple[Group, ...] | None = Field(None, description="default: all eleven")
+    domains: tuple[Domain, ...] | None = Field(None, description="default: all six")
+    classes: tuple[str, ...] | None = Field(
+        None, description="default: all of the groups that have both training and test images in the domains"
+    )
+    train: bool = Field(True, description="False: test images only, for a target that nothing is trained on")
+
+    def listed(self) -> tuple[dict[str, Listed], list[str]]:
+        """Images by split, and the class names.
+
+        Raises:
+            InputError: a class is unknown, or nothing is left.
+        """
+        about, pngs = shipped()
+        table = about["images"]
+        if unknown := set(self.classes or ()) - set(about["classes"]):
+            raise InputError(f"there is no class {sorted(unknown)[0]!r} among the icons", field="classes")
+        rows: dict[str, list[int]] = {"train": [], "test": []}
+        for i, split in enumerate(table["split"]):
+            wanted = (self.groups, table["group"]), (self.domains, table["domain"]), (self.classes, table["class"])
+            if all(choice is None or column[i] in choice for choice, column in wanted):
+                rows[split].append(i)
+        splits = ("train", "test") if self.train else ("test",)
+        both = set.intersection(*({table["class"][i] for i in rows[split]} for split in splits))
+        names = [name for name in about["classes"] if name in both]
+        if len(names) < 2:
+            raise InputError("fewer than two classes have icons of this choice", field="icons", remedy="Choose more")
+        found = {}
+        for split in splits:
+            kept = [i for i in rows[split] if table["class"][i] in both]
+            ids = [f"{table['set'][i]}/{table['concept'][i]}" for i in kept]
+            found[split] = Listed([pngs[i] for i in kept], [table["class"][i] for i in kept], ids, Path("icons"))
+        return found, names
+
+    def task(self, backbone: DualEncoder, **options: Any) -> ImageTask:
+        """The task of these icons; see `ImageTask.build` for the options."""
+        found, names = self.listed()
+        return ImageTask.build(found, backbone, class_names=names, **options)

@@ -1,0 +1,248 @@
+"""The mini-clip and its icons: small, loadable without a network, and as good as the card says."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
+
+import pt_vl.backbones
+from pt_vl.backbones import load_backbone
+
+ZOO = Path(pt_vl.backbones.__file__).parent / "zoo"
+CLIP, ICONS = ZOO / "mini-clip", ZOO / "icons"
+BUILDER = Path(__file__).parents[3] / "tooling" / "zoo" / "mini_clip.py"
+
+
+@pytest.fixture(scope="module")
+def clip() -> CLIPModel:
+    return CLIPModel.from_pretrained(CLIP, local_files_only=True).eval()
+
+
+@pytest.fixture(scope="module")
+def processor() -> CLIPProcessor:
+    return CLIPProcessor.from_pretrained(CLIP, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def about() -> dict[str, Any]:
+    return json.loads((ICONS / "icons.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def table(about: dict[str, Any]) -> dict[str, list[Any]]:
+    return about["images"]
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    file = load_file(ICONS / "icons.safetensors")
+    data, ends = file["png"].numpy().tobytes(), file["ends"].tolist()
+    parts = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return [Image.open(io.BytesIO(part)).convert("RGB") for part in parts]
+
+
+@pytest.fixture(scope="module")
+def features(clip: CLIPModel, processor: CLIPProcessor, images: list[Image.Image]) -> torch.Tensor:
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return torch.cat([clip.get_image_features(pixel_values=part).pooler_output for part in pixels.split(250)])
+
+
+@pytest.fixture(scope="module")
+def builder() -> Any:
+    pytest.importorskip("typer")
+    if not BUILDER.is_file():
+        pytest.skip("the builder is in the repository, not in the package")
+    spec = importlib.util.spec_from_file_location("zoo_mini_clip", BUILDER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def on_card(question: str) -> tuple[int, int, float, float, float]:
+    """(images, ways, top-1, top-5, chance) of a row of the card's table."""
+    card = (CLIP / "README.md").read_text("utf-8")
+    row = re.search(rf"^\| {re.escape(question)} \|(.+)\|$", card, re.M)
+    assert row is not None, question
+    images, ways, *scores = (cell.strip().replace(",", "") for cell in row[1].split("|"))
+    return int(images), int(ways), *map(float, scores)  # type: ignore[return-value]
+
+
+def measured(
+    clip: CLIPModel, processor: CLIPProcessor, features: torch.Tensor, rows: list[int], labels: list[str]
+) -> tuple[int, int, float, float, float]:
+    names = sorted({labels[i] for i in rows})
+    sentences = [f"an icon of a {name}." for name in names]
+    tokens = processor.tokenizer(sentences, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        text = clip.get_text_features(**tokens).pooler_output
+    similarity = torch.nn.functional.normalize(features[rows], dim=1) @ torch.nn.functional.normalize(text, dim=1).T
+    hit = similarity.topk(5, 1).indices == torch.tensor([[names.index(labels[i])] for i in rows])
+    return len(rows), len(names), hit[:, 0].float().mean().item(), hit.any(1).float().mean().item(), 1 / len(names)
+
+
+def test_the_mini_clip_is_at_most_7_mb_and_has_its_card(clip: CLIPModel) -> None:
+    assert sum(p.numel() for p in clip.parameters()) == 2_952_193
+    assert sum(file.stat().st_size for file in CLIP.iterdir()) <= 7e6
+    with safe_open(CLIP / "model.safetensors", "pt") as file:
+        assert all(file.get_slice(key).get_dtype() == "F16" for key in file.keys() if "ids" not in key)  # noqa: SIM118
+    assert clip.dtype == torch.float32
+    card = (CLIP / "README.md").read_text("utf-8")
+    for word in ("tooling/zoo/mini_clip.py", "Apache-2.0", "held-out", "chance", "CC-BY-4.0", "2,952,193"):
+        assert word in card
+
+
+def test_the_icons_are_at_most_4_mb_and_every_set_has_its_licence(about: dict[str, Any]) -> None:
+    assert sum(file.stat().st_size for file in ICONS.iterdir()) <= 4e6
+    assert set(about["images"]["set"]) == set(about["sets"])
+    assert {info["licence"] for info in about["sets"].values()} <= {
+        "MIT",
+        "ISC",
+        "Apache-2.0",
+        "CC0-1.0",
+        "CC-BY-3.0",
+        "CC-BY-4.0",
+    }
+    card = (ICONS / "README.md").read_text("utf-8")
+    assert all(f"(`{name}`), {info['author']}, {info['licence']}" in card for name, info in about["sets"].items())
+
+
+def test_the_end_token_has_the_highest_id_so_that_both_ways_of_pooling_agree(clip: CLIPModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(CLIP, local_files_only=True)
+    assert len(tokenizer) == clip.config.text_config.vocab_size
+    assert tokenizer.eos_token_id == clip.config.text_config.eos_token_id == len(tokenizer) - 1
+    ids = tokenizer(["An icon of a dog.", "zürich"], padding=True, return_tensors="pt")["input_ids"]
+    first = (ids == tokenizer.eos_token_id).int().argmax(1)
+    assert torch.equal(ids.argmax(1), first)
+    assert tokenizer.decode(ids[1], skip_special_tokens=True).strip() == "zürich"
+
+
+def test_sixteen_context_words_and_every_class_name_fit_into_the_text_tower(about: dict[str, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(CLIP, local_files_only=True)
+    assert all(len(tokenizer(f"{'X ' * 16}{name}.")["input_ids"]) <= 32 for name in about["classes"])
+
+
+def test_pt_vl_reads_it_as_transformers_does(
+    clip: CLIPModel, images: list[Image.Image], features: torch.Tensor, processor: CLIPProcessor
+) -> None:
+    backbone = load_backbone(str(CLIP))
+    pixels = torch.stack([backbone.preprocessing(image) for image in images[:8]])
+    words = backbone.tokenise(["an icon of a dog.", "an icon of a sea animal."])
+    tokens = processor.tokenizer(["an icon of a dog.", "an icon of a sea animal."], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        image = torch.nn.functional.normalize(backbone.image(pixels), dim=1)
+        text = torch.nn.functional.normalize(backbone.text(backbone.embed_words(words.ids), words.eot), dim=1)
+        plain = torch.nn.functional.normalize(clip.get_text_features(**tokens).pooler_output, dim=1)
+    assert torch.allclose(image, torch.nn.functional.normalize(features[:8], dim=1), atol=1e-5)
+    assert torch.allclose(text, plain, atol=1e-5)
+
+
+def test_test_images_are_balanced_and_training_suffices_for_16_shots_and_4_for_validation(
+    about: dict[str, Any], table: dict[str, list[Any]], images: list[Image.Image]
+) -> None:
+    assert {len(column) for column in table.values()} == {len(images)}
+    assert {image.size for image in images} == {(48, 48)}
+    counts = Counter(zip(table["class"], table["split"], strict=True))
+    assert {counts[name, "test"] for name in about["classes"]} == {20}
+    assert min(counts[name, "train"] for name in about["classes"]) >= 20
+    groups = dict(zip(table["class"], table["group"], strict=True))
+    assert len(about["groups"]) >= 6
+    assert min(Counter(groups.values()).values()) >= 5
+    emoji = Counter(
+        c
+        for c, s, d in zip(table["class"], table["split"], table["domain"], strict=True)
+        if s == "train" and d == "emoji"
+    )
+    assert sum(n >= 4 for n in emoji.values()) >= 60
+
+
+def test_no_drawing_is_in_both_splits(table: dict[str, list[Any]], images: list[Image.Image]) -> None:
+    pairs = set(zip(table["concept"], table["set"], table["split"], strict=True))
+    assert len(pairs) == len(images)
+    drawings = {(concept, name.removesuffix("-monotone"), split) for concept, name, split in pairs}
+    assert not any((concept, name, "test") in drawings for concept, name, split in drawings if split == "train")
+    tested = {
+        np.asarray(image).tobytes() for image, split in zip(images, table["split"], strict=True) if split == "test"
+    }
+    trained = {
+        np.asarray(image).tobytes() for image, split in zip(images, table["split"], strict=True) if split == "train"
+    }
+    assert not tested & trained, "icon sets copy from each other: a drawing counts once"
+
+
+@pytest.mark.parametrize("question", ["classes", "groups", "unseen concepts", "domain game", "task transport"])
+def test_the_card_says_what_is_measured(
+    question: str, clip: CLIPModel, processor: CLIPProcessor, features: torch.Tensor, table: dict[str, list[Any]]
+) -> None:
+    kind, _, value = question.partition(" ")
+    field = "group" if question == "groups" else "class"
+    rows = [i for i, split in enumerate(table["split"]) if split == "test"]
+    if kind == "unseen":
+        rows = [i for i in rows if table["unseen"][i]]
+    elif value:
+        rows = [i for i in rows if table[{"task": "group"}.get(kind, kind)][i] == value]
+    found = measured(clip, processor, features, rows, table[field])
+    expected = on_card(f"shipped: {question}")
+    assert found[:2] == expected[:2]
+    assert found[2:] == pytest.approx(expected[2:], abs=0.004)
+
+
+def test_zero_shot_is_far_above_chance_on_vendors_and_concepts_that_it_has_not_seen() -> None:
+    assert on_card("shipped: groups")[2] > 0.5
+    assert on_card("shipped: classes")[2] > 20 * on_card("shipped: classes")[4]
+    assert on_card("shipped: unseen concepts")[2] > 5 * on_card("shipped: unseen concepts")[4]
+
+
+def test_no_icon_of_a_held_out_vendor_or_concept_would_be_trained_on(builder: Any, about: dict[str, Any]) -> None:
+    assert {name for names in builder.HELD_OUT.values() for name in names} == set(about["sets"])
+    assert all(builder.UNUSED.match(copy) for copy in ("fa6-solid", "la", "emojione-v1", "fa-regular"))
+    concepts = builder.lexicon()
+    unseen = builder.hold_out([])
+    assert len(unseen) == pytest.approx(len(concepts) / 7, rel=0.15)
+    table = about["images"]
+    assert all((c in unseen) <= flag for c, flag in zip(table["concept"], table["unseen"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("icon", "words"),
+    [
+        ("account-box-outline", "account box"),
+        ("add-24-filled", "add"),
+        ("traffic-light", "traffic light"),
+        ("light-bulb", "light bulb"),
+        ("cat-bold-duotone", "cat"),
+        ("outline-home", "home"),
+        ("line", "line"),
+    ],
+)
+def test_captions_lose_size_weight_and_fill(builder: Any, icon: str, words: str) -> None:
+    assert builder.caption(icon) == words
+
+
+def test_a_text_is_positive_for_every_image_that_it_describes(builder: Any) -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 3.0]])
+    describes = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
+    rows = -logits.log_softmax(1)
+    columns = -logits.T.log_softmax(1)
+    by_hand = sum(
+        ((d[0, 0] + d[0, 2]) / 2 + d[1, 1] + (d[2, 0] + d[2, 2]) / 2) / 3 for d in (rows, columns)
+    ) / 2  # fmt: skip
+    assert builder.multi_positive_loss(logits, describes).item() == pytest.approx(by_hand.item(), rel=1e-6)
+    own = builder.multi_positive_loss(logits, torch.eye(3, dtype=torch.bool))
+    target = torch.arange(3)
+    cross = torch.nn.functional.cross_entropy
+    assert own.item() == pytest.approx(((cross(logits, target) + cross(logits.T, target)) / 2).item(), rel=1e-6)

@@ -1,0 +1,190 @@
+"""Prompt learning on the mini-clip side by side: the field's four protocols, and MVLPT's multi-task start.
+
+    uv run python tooling/bench/vl_quality.py [--protocols few-shot base-to-new cross-dataset domains multi-task] [--seeds 3]
+
+Icons that ship with pt-vl, by vendors that the mini-clip was not trained on:
+
+- few-shot: 76 classes, 1, 4 and 16 shots.
+- base-to-new: 16 shots of the first 38 classes; both halves, each among its own classes, and their harmonic mean.
+- cross-dataset: 16 shots of the classes of four groups; the seven other groups, each with its own classes.
+- domains: 4 emoji of each class; the five other styles with the same classes.
+- multi-task: one prompt is trained on the union of six groups (4 shots), averaged over seeds, and is the start on each of the
+  five others; beside the same prompt from scratch. `mcoop`, `mvpt` and `mupt` are MVLPT's names of these.
+
+The transfer matrix of single tasks is `pt transfer vl/mini-clip`. Finished cells are kept in the output folder, so a
+killed run goes on. An estimate is printed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pt_core import artifacts, recipe, report, runs
+from pt_core.report import Result
+from pt_core.runs import Job, Outcome
+from pt_core.training import FitConfig
+from pt_vl import MVLPTConfig, average, union
+from pt_vl.icons import IconChoice, shipped
+from pt_vl.methods.mvlpt import MVLPT
+from pt_vl.workbench import Bench
+
+PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "domains", "multi-task")
+METHODS = ("zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "coop", "cocoop", "vpt", "ivlp", "upt", "maple")
+METHODS += ("restore", "r-amt")
+SOURCES = ("animal", "food", "transport", "household", "face", "place")
+PROMPTS = {"coop": "text", "vpt": "visual", "upt": "unified"}
+SECONDS = 25  # of a cell with 16 shots of 76 classes on two cores
+console = Console(width=140)
+
+
+def groups() -> list[str]:
+    return list(shipped()[0]["groups"])
+
+
+def emoji_classes(shots: int) -> list[str]:
+    """Classes with as many emoji to train on."""
+    table = shipped()[0]["images"]
+    drawn = [
+        c
+        for c, s, d in zip(table["class"], table["split"], table["domain"], strict=True)
+        if (s, d) == ("train", "emoji")
+    ]
+    return [name for name in shipped()[0]["classes"] if drawn.count(name) >= shots]
+
+
+def compare(folder: Path, changes: dict[str, Any], labels: Sequence[str], seeds: Sequence[int]) -> list[Result]:
+    """The recipe's methods on one of the protocols."""
+    _, checked = recipe.load("vl/mini-clip", changes)
+    bench = Bench(checked)  # type: ignore[arg-type]
+    identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
+    outcomes = runs.compare(bench.job, labels, seeds, folder, identity, console.print)
+    return [outcome.result for outcome in outcomes]
+
+
+def show(folder: Path, results: Sequence[Result], metrics: Sequence[str], title: str) -> None:
+    report.write_comparison(folder, results, title=title, metrics=metrics)
+    console.print(report.to_markdown(report.results_grid(results, metrics), title=title), markup=False)
+
+
+def few_shot(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> None:
+    points = {k: compare(folder / f"{k}-shots", {"data.shots": k}, labels, seeds) for k in (1.0, 4.0, 16.0)}
+    report.over(points, folder / "shots.png", "accuracy", "shots", log=True)
+    console.print(report.to_markdown(report.over_grid(points, "accuracy", "shots"), title="few-shot"), markup=False)
+
+
+def base_to_new(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> None:
+    results = compare(folder, {"data.protocol": "base-to-new"}, [x for x in labels if x not in BOUND], seeds)
+    show(folder, results, ("base", "new", "harmonic-mean"), "base-to-new")
+
+
+def cross_dataset(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> None:
+    own = SOURCES[:4]
+    others = [group for group in groups() if group not in own]
+    targets = {group: {"icons": {"groups": [group], "train": False}} for group in others}
+    changes = {"data.icons": {"groups": own}, "data.targets": targets}
+    results = compare(folder, changes, [x for x in labels if x not in BOUND], seeds)
+    show(folder, results, ("accuracy", "accuracy/others", *(f"accuracy/{group}" for group in others)), "cross-dataset")
+
+
+def domains(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> None:
+    names = emoji_classes(4)
+    others = [domain for domain in shipped()[0]["domains"] if domain != "emoji"]
+    choice = {"classes": names}
+    targets = {name: {"icons": choice | {"domains": [name], "train": False}} for name in others}
+    changes = {"data.icons": choice | {"domains": ["emoji"]}, "data.targets": targets, "data.shots": 4}
+    results = compare(folder, changes, labels, seeds)
+    show(folder, results, ("accuracy", "accuracy/others", *(f"accuracy/{name}" for name in others)), "domains")
+
+
+BOUND = ("linear-probe", "tip-adapter", "tip-adapter-f")  # trained for their own classes
+
+
+def multi_task(folder: Path, seeds: Sequence[int]) -> None:
+    _, checked = recipe.load(
+        "vl/mini-clip", {"data.shots": 4, "method": {"name": "coop", "position": "middle", "lr": 0.02}}
+    )
+    bench = Bench(checked)  # type: ignore[arg-type]
+    backbone = bench.backbone
+    targets = [group for group in groups() if group not in SOURCES]
+    options = {"templates": checked.data.templates, "shots": 4}  # type: ignore[attr-defined]
+    tasks = {(g, s): IconChoice(groups=(g,)).task(backbone, seed=s, **options) for g in groups() for s in seeds}  # type: ignore[arg-type]
+
+    def settings(prompt: str) -> FitConfig:
+        label = next(name for name, kind in PROMPTS.items() if kind == prompt)
+        return checked.with_method(label).training
+
+    def config(prompt: str, seed: int, of: dict[str, tuple[str, ...]]) -> MVLPTConfig:
+        return MVLPTConfig.model_validate({"tasks": of, "prompt": prompt, "seed": seed, "lr": 0.02})
+
+    def source(prompt: str, seed: int) -> tuple[Job, FitConfig]:
+        of = {group: tasks[group, seed] for group in SOURCES}
+        method = MVLPT(backbone, config(prompt, seed, {g: task.spec.class_names for g, task in of.items()}))
+        train = union({g: task.train for g, task in of.items()})  # type: ignore[misc]
+        return Job(method, train), settings(prompt).model_copy(update={"seed": seed})
+
+    identity = bench.identity | checked.model_dump(mode="json", include={"training", "compare"})
+    trained = runs.compare(source, list(PROMPTS.values()), seeds, folder / "sources", identity, console.print)
+
+    def starts(prompt: str) -> MVLPT:
+        """The shared prompt of all seeds (Shen et al. average theirs)."""
+        made = [artifacts.load(o.artifact, backbone) for o in trained if o.result.method == prompt and o.artifact]
+        states = [method.trained_state() for method in made]
+        first = made[0]
+        assert isinstance(first, MVLPT)
+        first.load_trained_state(average(states))
+        return first
+
+    shared = {prompt: starts(prompt) for prompt in PROMPTS.values()}
+    results: dict[tuple[str, int], dict[str, float]] = {}
+    for target in targets:
+
+        def job(label: str, seed: int, target: str = target) -> tuple[Job, FitConfig]:
+            task = tasks[target, seed]
+            prompt = PROMPTS[label.removeprefix("m")]
+            names = task.spec.class_names
+            fresh = MVLPT(backbone, config(prompt, seed, {target: names}))
+            begin = shared[prompt] if label.startswith("m") else fresh
+            assert task.train is not None
+            return Job(begin.for_target(names), task.train, None, task.test), settings(prompt).model_copy(
+                update={"seed": seed}
+            )
+
+        labels = [name for label in PROMPTS for name in (label, f"m{label}")]
+        outcomes: list[Outcome] = runs.compare(job, labels, seeds, folder / target, identity, console.print)
+        for outcome in outcomes:
+            cell = results.setdefault((outcome.result.method, outcome.result.seed), {})
+            cell[f"accuracy/{target}"] = outcome.result.metrics["accuracy"]
+    rows = [
+        Result(label, seed, {"accuracy/targets": sum(cell.values()) / len(cell)} | cell)
+        for (label, seed), cell in results.items()
+    ]
+    show(folder, rows, ("accuracy/targets", *(f"accuracy/{target}" for target in targets)), "multi-task")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/vl-quality"))
+    chosen = parser.parse_args()
+    seeds = range(1, chosen.seeds + 1)
+    weights = {"few-shot": 1.3, "base-to-new": 0.5, "cross-dataset": 0.5, "domains": 0.25, "multi-task": 0.3}
+    trained = sum(name not in ("zero-shot", "linear-probe", "tip-adapter") for name in chosen.methods)
+    seconds = SECONDS * chosen.seeds * trained * sum(weights[name] for name in chosen.protocols)
+    console.print(f"about {seconds / 60:.0f} minutes on two cores; finished cells in {chosen.output} are kept")
+    run = {"few-shot": few_shot, "base-to-new": base_to_new, "cross-dataset": cross_dataset, "domains": domains}
+    for name in chosen.protocols:
+        if name == "multi-task":
+            multi_task(chosen.output / name, seeds)
+        else:
+            run[name](chosen.output / name, chosen.methods, seeds)
+
+
+if __name__ == "__main__":
+    main()
