@@ -83,6 +83,24 @@ def test_molecules_without_any_label_are_named_and_refused_or_dropped() -> None:
     assert len(read.graphs) == 4 and read.skipped == {5: "no label"}
 
 
+def test_a_table_may_name_one_of_several_classes() -> None:
+    pairs = [("CCO", "alcohol"), ("CC=O", "b"), ("CCN", "a"), ("CC(=O)O", "b")] * 5
+    rows = [{"smiles": smiles, "kind": kind} for smiles, kind in pairs]
+    read = read_smiles(rows, ["kind"], task="multiclass")
+    assert read.classes == ("a", "alcohol", "b") and read.labels[:4].tolist() == [1, 2, 0, 2]
+    task = GraphTask.from_smiles(read, ["kind"], split="random")
+    assert task.spec.task == "multiclass" and task.spec.labels == read.classes
+    assert task.train.batch([0, 1])["labels"].shape == (2,) and task.train.metrics == ("accuracy", "macro-f1")
+    bare = [*rows, {"smiles": "C", "kind": ""}]
+    with pytest.raises(InputError, match="1 molecules have no label at all, rows 21"):
+        read_smiles(bare, ["kind"], task="multiclass")
+    assert len(read_smiles(bare, ["kind"], task="multiclass", unlabelled="drop").labels) == 20
+    with pytest.raises(InputError, match=r"row 1, field 'kind': the label is 'alcohol'.*Classes: a, b"):
+        read_smiles(rows, ["kind"], task="multiclass", classes=["a", "b"])
+    with pytest.raises(InputError, match="2 label columns for one class"):
+        read_smiles(rows, ["kind", "smiles"], task="multiclass")
+
+
 def test_a_missing_column_or_no_label_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("smiles,a\nCC,1\n")
     with pytest.raises(InputError, match="field 'b': no such column"):
@@ -236,6 +254,10 @@ def test_node_files_are_read_without_unpickling(tmp_path: Path, make_graph: Call
     save_file({name: tensor.contiguous() for name, tensor in wild.items()}, tmp_path / "wild.safetensors")
     with pytest.raises(InputError, match=r"field 'edge_index': is not \[2, e\] of nodes 0\.\.4"):
         read_nodes(tmp_path / "wild.safetensors")
+    odd = parts | {"x": graph.x.index_fill(0, torch.tensor([3]), float("inf"))}
+    save_file({name: tensor.contiguous() for name, tensor in odd.items()}, tmp_path / "odd.safetensors")
+    with pytest.raises(InputError, match=r"odd\.safetensors, row 4, field 'x': x\[3\] is NaN or infinite"):
+        read_nodes(tmp_path / "odd.safetensors")
 
 
 # --- any graphs -------------------------------------------------------------------------------------------------------
@@ -259,6 +281,8 @@ def test_any_graphs_become_a_task(make_graph: Callable[..., Data]) -> None:
         ({"y": None}, "row 3, field 'y': the graph has no label"),
         ({"x": torch.randn(4, 9)}, "row 3, field 'x': features of width 9, 6 in the first"),
         ({"x": torch.empty(0, 6)}, "row 3, field 'x': the graph has no node features"),
+        ({"x": torch.full((4, 6), float("nan"))}, "row 3, field 'x': x.0. is NaN or infinite"),
+        ({"y": torch.tensor([float("inf")])}, "row 3, field 'task 0': the label is inf"),
         ({"edge_index": torch.tensor([[0], [4]])}, "row 3, field 'edge_index': an edge leads out of nodes 0..3"),
         ({"edge_index": torch.tensor([0, 1])}, "row 3, field 'edge_index': edges are not"),
         ({"y": torch.tensor([-1])}, "row 3, field 'y': a class is negative"),

@@ -34,6 +34,7 @@ from pt_graph.methods.relief.ppo import (
     kl_estimate,
     log_std_at,
     member_parts,
+    ratio,
     remaining,
 )
 from pt_graph.methods.relief.rollout import Episodes, Rollout, roll_out
@@ -233,6 +234,14 @@ def test_generalised_advantages_are_those_of_the_card() -> None:
     torch.testing.assert_close(delta, torch.tensor([0.896, -0.103, -1.3]))
     both = advantages(torch.cat([rewards[:1], rewards]), torch.cat([values[:1], values]), [1, 3], 0.99, 0.95)
     torch.testing.assert_close(both, torch.cat([torch.tensor([0.5]), expected]), rtol=0, atol=1e-5)
+
+
+def test_a_ratio_that_would_overflow_is_cut_and_its_gradient_stays_finite() -> None:
+    log_ratio = torch.tensor([-900.0, 0.1, 5000.0], requires_grad=True)
+    found = ratio(log_ratio)
+    torch.testing.assert_close(found[:2], torch.tensor([0.0, 0.1]).exp() * torch.tensor([0.0, 1.0]))
+    clipped(found, torch.full((3,), -1.0), 0.2).sum().backward()
+    assert found.square().sum().isfinite() and log_ratio.grad is not None and bool(log_ratio.grad.isfinite().all())
 
 
 def test_clipped_losses_and_the_divergence_estimate_are_those_of_the_card() -> None:

@@ -167,6 +167,23 @@ def test_a_backbone_sees_the_graphs_that_go_on_as_a_batch_of_their_own(make_back
     assert torch.equal(episodes.as_given(order), torch.arange(18))
 
 
+def test_computing_what_a_prompt_reaches_gives_what_whole_passes_give(make_backbone: Any, make_split: Any) -> None:
+    """A step's embeddings come from a `Walk`; without it the same rollout and the same prompts come out."""
+    method, rows = RELIEF(make_backbone("chem").double(), config(z_max=0.5)), make_split([4, 7, 1, 5], molecule=True)
+    batch = rows.batch(range(4))
+
+    def both() -> tuple[Rollout, Tensor]:
+        torch.manual_seed(0)
+        return method._roll_out(batch, 0, 0.5), method.prompts(batch)
+
+    rollout, prompts = both()
+    method._walk = lambda x, graphs: None  # type: ignore[method-assign]
+    whole, same = both()
+    for name in ("states", "node", "content", "log_d", "log_c", "reward"):
+        torch.testing.assert_close(getattr(rollout, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(prompts, same, rtol=1e-12, atol=1e-12)
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 def test_the_critic_is_in_checkpoints_and_not_in_artifacts(make_backbone: Any, make_split: Any, tmp_path: Path) -> None:
     method = RELIEF(make_backbone(), config())
@@ -206,9 +223,9 @@ def test_the_head_warms_up_without_prompts_before_the_first_epoch(make_backbone:
     made: list[str] = []
     update, roll_out = method._update_head, method._roll_out
 
-    def watch(loop: Loop, batch: Any, prompts: Any = None, dropout: Any = None) -> None:
+    def watch(loop: Loop, batch: Any, prompts: Any = None) -> None:
         made.append(f"head of {len(batch['labels'])}, {'plain' if prompts is None else 'prompted'}")
-        update(loop, batch, prompts, dropout)
+        update(loop, batch, prompts)
 
     method._update_head = watch  # type: ignore[method-assign]
     method._roll_out = lambda *given: made.append("rollout") or roll_out(*given)  # type: ignore[method-assign, func-returns-value]

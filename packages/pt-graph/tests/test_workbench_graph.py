@@ -78,6 +78,21 @@ def test_a_molecule_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -
         session.export("peft", folder)
 
 
+def test_molecules_of_several_classes_are_trained_on_and_named(folder: Path) -> None:
+    with (folder / "kinds.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("smiles", "kind"), *((s, "abc"[i % 3]) for i, s in enumerate(SMILES))])
+    data = {"train": str(folder / "kinds.csv"), "labels": ["kind"], "multiclass": True}
+    job, config = Bench(made(folder, data=data)).job("gpf", 1)
+    assert (job.method.config.num_outputs, job.method.config.task) == (3, "multiclass")
+    with one_thread():
+        outcome = runs.train(job, config, folder / "run")
+    assert outcome.artifact is not None and {"accuracy", "macro-f1"} <= outcome.result.metrics.keys()
+    session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "gin"))
+    (told,) = session.predict(["CCO"])
+    assert told["label"] in "abc" and set(told["scores"]) == {"a", "b", "c"}
+    assert 0 <= session.evaluate(folder / "kinds.csv", text="smiles", label="kind")["accuracy"] <= 1
+
+
 def test_a_node_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -> None:
     bench = Bench(made(folder, "nodes"))
     job, config = bench.job("gpf", 0)

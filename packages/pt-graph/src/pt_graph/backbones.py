@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,6 +35,7 @@ from pt_core.artifacts import write_folder
 from pt_core.attachment import Forward, Rows, register_family
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
+from pt_graph.walk import MessageLayer, Walk, edge_sums
 
 POOLS = {"mean": global_mean_pool, "sum": global_add_pool, "max": global_max_pool}
 ATOM_TYPES, CHIRALITIES, BOND_TYPES, BOND_DIRECTIONS = 120, 3, 6, 3  # rows of the tables, the mask tokens included
@@ -87,6 +90,10 @@ class GraphBackbone(nn.Module):
         """Node embeddings [n, d] of (prompted) features [n, D]."""
         raise TypeError(f"{type(self).__name__} does not encode")
 
+    def walk(self, x: Tensor, graphs: Any) -> Walk | None:
+        """Embeddings of features that will change at few nodes at a time; None: a whole pass is what there is."""
+        return None
+
     def readout(self, h: Tensor, graphs: Any) -> Tensor:
         """Graph embeddings [B, d] of node embeddings [n, d]."""
         return cast(Tensor, POOLS[self.config.readout](h, graphs.batch, graphs.num_graphs))
@@ -125,6 +132,10 @@ class _BondConv(MessagePassing):
         edge_index, _ = add_self_loops(edge_index, num_nodes=len(x))
         return edge_index, self.edge_embedding1(kinds[:, 0]) + self.edge_embedding2(kinds[:, 1])
 
+    def layer(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> tuple[Tensor, MessageLayer] | None:
+        """Edges with self-loops, and this convolution as a layer of a `Walk`; None: it is none."""
+        return None
+
 
 class _ChemGIN(_BondConv):
     def __init__(self, width: int) -> None:
@@ -134,6 +145,10 @@ class _ChemGIN(_BondConv):
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
         edge_index, e = self.bonds(x, edge_index, edge_attr)
         return cast(Tensor, self.mlp(self.propagate(edge_index, x=x, e=e)))
+
+    def layer(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> tuple[Tensor, MessageLayer]:
+        edge_index, e = self.bonds(x, edge_index, edge_attr)
+        return edge_index, MessageLayer(None, None, edge_sums(e, edge_index[1], len(x)), self.mlp)
 
     def message(self, x_j: Tensor, e: Tensor) -> Tensor:
         return x_j + e
@@ -146,9 +161,19 @@ class _ChemGCN(_BondConv):
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
         edge_index, e = self.bonds(x, edge_index, edge_attr)
+        return self.propagate(edge_index, x=self.linear(x), e=e, weight=self.weight(x, edge_index))
+
+    @staticmethod
+    def weight(x: Tensor, edge_index: Tensor) -> Tensor:
+        """1 / sqrt(degree of source * degree of target) of each edge."""
         scale = degree(edge_index[0], len(x), x.dtype).pow(-0.5)
-        weight = scale[edge_index[0]] * scale[edge_index[1]]
-        return self.propagate(edge_index, x=self.linear(x), e=e, weight=weight)
+        return scale[edge_index[0]] * scale[edge_index[1]]
+
+    def layer(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> tuple[Tensor, MessageLayer]:
+        edge_index, e = self.bonds(x, edge_index, edge_attr)
+        weight = self.weight(x, edge_index)
+        constant = edge_sums(weight[:, None] * e, edge_index[1], len(x))
+        return edge_index, MessageLayer(self.linear, weight, constant, nn.Identity())
 
     def message(self, x_j: Tensor, e: Tensor, weight: Tensor) -> Tensor:
         return weight[:, None] * (x_j + e)
@@ -162,6 +187,12 @@ class _ChemSAGE(_BondConv):
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
         edge_index, e = self.bonds(x, edge_index, edge_attr)
         return F.normalize(self.propagate(edge_index, x=self.linear(x), e=e), dim=-1)
+
+    def layer(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> tuple[Tensor, MessageLayer]:
+        edge_index, e = self.bonds(x, edge_index, edge_attr)
+        weight = degree(edge_index[1], len(x), x.dtype).reciprocal()[edge_index[1]]
+        constant = edge_sums(weight[:, None] * e, edge_index[1], len(x))
+        return edge_index, MessageLayer(self.linear, weight, constant, partial(F.normalize, dim=-1))
 
     def message(self, x_j: Tensor, e: Tensor) -> Tensor:
         return x_j + e
@@ -237,6 +268,26 @@ class ChemGNN(GraphBackbone):
             x = self.dropout(x if i == len(self.gnns) - 1 else x.relu())
         return x
 
+    def walk(self, x: Tensor, graphs: Any) -> Walk | None:
+        if any(module.training for module in self.modules()):  # dropout is drawn, or rows see each other
+            return None
+        found = [cast(_BondConv, conv).layer(x, graphs.edge_index, graphs.edge_attr) for conv in self.gnns]
+        layers: list[MessageLayer] = []
+        for i, (each, norm) in enumerate(zip(found, self.batch_norms, strict=True)):
+            if each is None:
+                return None
+            edges, layer = each
+            after: list[Callable[[Tensor], Tensor]] = [layer.after, norm]
+            after += [nn.ReLU()] if i < len(found) - 1 else []
+            layers.append(replace(layer, after=partial(_in_turn, after)))
+        return Walk(x, edges, layers)
+
+
+def _in_turn(functions: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+    for function in functions:
+        x = function(x)
+    return x
+
 
 def _check_codes(codes: Tensor | None, sizes: tuple[int, int], field: str, what: str) -> None:
     if codes is None or codes.ndim != 2 or codes.shape[1] != 2 or codes.is_floating_point():
@@ -285,6 +336,16 @@ class NodeGIN(GraphBackbone):
             if i < len(self.conv_layers) - 1:
                 x = self.dropout(F.leaky_relu(x))
         return x
+
+    def walk(self, x: Tensor, graphs: Any) -> Walk | None:
+        if any(module.training for module in self.modules()):
+            return None
+        layers = []
+        for i, conv in enumerate(self.conv_layers):
+            after: list[Callable[[Tensor], Tensor]] = [cast(nn.Module, conv.nn)]
+            after += [F.leaky_relu] if i < len(self.conv_layers) - 1 else []
+            layers.append(MessageLayer(None, None, None, partial(_in_turn, after)))
+        return Walk(x, add_self_loops(graphs.edge_index, num_nodes=len(x))[0], layers)
 
 
 # --- any module of PyG ----------------------------------------------------------------------------------------------

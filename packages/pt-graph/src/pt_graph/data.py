@@ -17,6 +17,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,7 +30,7 @@ from scipy.sparse import csr_array, eye_array
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from pt_core.data import Split, class_names, read_table
+from pt_core.data import Split, class_names, encode_labels, read_table
 from pt_core.errors import InputError
 from pt_graph import molecules
 
@@ -70,7 +71,7 @@ def binary_labels(
     codes: dict[float, int] = {"zero-one": {0.0: 0, 1.0: 1}, "signed": {-1.0: 0, 0.0: -1, 1.0: 1}}[coding]
     found = []
     for name, cell in zip(names, cells, strict=True):
-        empty = cell is None or (isinstance(cell, float) and np.isnan(cell)) or str(cell).strip().lower() in ("", "nan")
+        empty = _empty(cell)
         try:
             value = None if empty else float(cell)
         except (TypeError, ValueError):
@@ -90,13 +91,20 @@ def binary_labels(
 # --- molecules --------------------------------------------------------------------------------------------------------
 @dataclass
 class Molecules:
-    """Molecules of a table: SMILES, graphs, labels [n, C] in {1, 0, -1}, and their rows in the file (from 1)."""
+    """Molecules of a table: SMILES, graphs, labels [n, C] in {1, 0, -1}, or [n] of the `classes`, and their rows in the file
+    (from 1)."""
 
     smiles: list[str]
     graphs: list[Data]
     labels: Tensor
     rows: list[int]
     skipped: dict[int, str]
+    classes: tuple[str, ...] = ()
+
+    @cached_property
+    def scaffolds(self) -> list[list[int]]:
+        """`scaffold_groups` of the molecules: seconds for thousands, and the same for every seed."""
+        return scaffold_groups(self.smiles)
 
 
 def featurisers() -> dict[str, Callable[[str], Data]]:
@@ -115,6 +123,8 @@ def read_smiles(
     invalid: Literal["refuse", "skip"] = "refuse",
     unlabelled: Literal["refuse", "drop"] = "refuse",
     featuriser: str = "chem",
+    task: Task = "multilabel",
+    classes: Sequence[str] = (),
 ) -> Molecules:
     """Molecules and their labels.
 
@@ -126,12 +136,16 @@ def read_smiles(
         invalid: what to do about SMILES that rdkit or the featuriser refuse; skipped ones are listed in `skipped`.
         unlabelled: what to do about molecules without any label.
         featuriser: "chem" (pretrain-gnns) or "minimol".
+        task: "multilabel": every label column is a binary task; "multiclass": the one label column names a class.
+        classes: names that a class may have; default: those that are there.
 
     Raises:
         InputError: a column is missing, a label is out of range, or what shall be refused is there, with its rows.
     """
     if not labels:
         raise InputError("no label column is named", field="labels", remedy="Name the columns with labels")
+    if task == "multiclass" and len(labels) > 1:
+        raise InputError(f"{len(labels)} label columns for one class", field="labels", remedy="Name one column")
     file, table = None, source
     if isinstance(source, str | Path):
         file = Path(source)
@@ -139,6 +153,10 @@ def read_smiles(
     assert not isinstance(table, str | Path)
     make = featurisers()[featuriser]
     found = Molecules([], [], torch.empty(0), [], {})
+    if task == "multiclass":
+        cells = {number: row[labels[0]] for number, row in enumerate(table, start=1) if not _empty(row[labels[0]])}
+        found.classes = tuple(classes or class_names(cells.values(), file))
+        codes = {number: _class_of(cell, found.classes, labels[0], file, number) for number, cell in cells.items()}
     values: list[list[int]] = []
     bare: list[int] = []
     for number, row in enumerate(table, start=1):
@@ -150,7 +168,10 @@ def read_smiles(
         except InputError as error:
             found.skipped[number] = str(error)
             continue
-        label = binary_labels([row[name] for name in labels], labels, coding, file, number)
+        if task == "multiclass":
+            label = [codes.get(number, -1)]
+        else:
+            label = binary_labels([row[name] for name in labels], labels, coding, file, number)
         if max(label) < 0:
             bare.append(number)
             continue
@@ -177,8 +198,23 @@ def read_smiles(
     if not values:
         raise InputError("no molecule is left", file=file, field=smiles)
     found.skipped |= {number: "no label" for number in bare}
-    found.labels = torch.tensor(values)
+    found.labels = torch.tensor(values)[:, 0] if task == "multiclass" else torch.tensor(values)
     return found
+
+
+def _empty(cell: Any) -> bool:
+    """Whether there is no label in a cell."""
+    return cell is None or (isinstance(cell, float) and np.isnan(cell)) or str(cell).strip().lower() in ("", "nan")
+
+
+def _class_of(cell: Any, classes: Sequence[str], field: str, file: Path | None, row: int) -> int:
+    try:
+        return encode_labels([cell], classes)[0]
+    except InputError as error:
+        shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        raise InputError(
+            f"the label is {cell!r}", file=file, row=row, field=field, remedy=f"Classes: {shown}"
+        ) from error
 
 
 def _shown(rows: Iterable[int]) -> str:
@@ -300,10 +336,11 @@ def read_nodes(source: str | Path) -> Data:
     if missing := [name for name in names if name not in tensors]:
         raise InputError("is missing", file=file, field=missing[0], remedy=f"The file has {', '.join(sorted(tensors))}")
     x, edges, y = (tensors[name] for name in names)
-    if x.ndim != 2 or not x.is_floating_point() or not bool(x.isfinite().all()):
-        raise InputError(
-            f"is {x.dtype} {list(x.shape)}, or not finite", file=file, field="x", remedy="Give floats [n, D]"
-        )
+    if x.ndim != 2 or not x.is_floating_point():
+        raise InputError(f"is {x.dtype} {list(x.shape)}", file=file, field="x", remedy="Give floats [n, D]")
+    if not bool((fine := x.isfinite().all(1)).all()):
+        node = int(fine.int().argmin())
+        raise InputError(f"x[{node}] is NaN or infinite", file=file, row=node + 1, field="x")
     if edges.ndim != 2 or len(edges) != 2 or (edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x)):
         raise InputError(f"is not [2, e] of nodes 0..{len(x) - 1}", file=file, field="edge_index")
     if y.shape != x.shape[:1] or y.is_floating_point() or int(y.min()) < -1:
@@ -486,7 +523,7 @@ class GraphTask:
         if not isinstance(read, Molecules):
             read = read_smiles(read, labels, featuriser=featuriser, **options)
         if split == "scaffold":
-            groups = scaffold_groups(read.smiles)
+            groups = read.scaffolds
             train, validation, test = split_groups(groups)
         else:
             groups, (train, validation, test) = [], random_split(len(read.smiles), seed)
@@ -496,7 +533,8 @@ class GraphTask:
             if not groups:
                 raise InputError("GPF draws scaffold groups", field="few_shot", remedy="Use split: scaffold")
             train = few_shot_gpf(groups, int(shots))
-        spec = GraphSpec(kind="molecules", task="multilabel", labels=tuple(labels), featuriser=featuriser)
+        task: Task = "multiclass" if read.classes else "multilabel"
+        spec = GraphSpec(kind="molecules", task=task, labels=read.classes or tuple(labels), featuriser=featuriser)
         parts = [
             make_split([read.graphs[i] for i in rows], read.labels[rows], [read.rows[i] for i in rows], spec)
             if rows
@@ -533,7 +571,7 @@ class GraphTask:
         """
         rows = [graphs[i] for i in range(len(graphs))]
         check_graphs(rows)
-        many = rows[0].y.numel() > 1 or rows[0].y.is_floating_point()
+        many = rows[0].y.numel() > 1 or any(row.y.is_floating_point() for row in rows)
         if many:
             names = tuple(labels or (f"task {i}" for i in range(rows[0].y.numel())))
             cells = [row.y.reshape(-1).tolist() for row in rows]
@@ -634,6 +672,9 @@ def check_graphs(graphs: Sequence[Data]) -> None:
         if width is not None and x.shape[1] != width:
             raise InputError(f"features of width {x.shape[1]}, {width} in the first graph", row=number, field="x")
         width = x.shape[1]
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            node = int(x.isfinite().all(1).int().argmin())
+            raise InputError(f"x[{node}] is NaN or infinite", row=number, field="x")
         if edges is None or edges.ndim != 2 or len(edges) != 2:
             raise InputError("edges are not [2, e]", row=number, field="edge_index", remedy="Use [2, 0] for none")
         if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):

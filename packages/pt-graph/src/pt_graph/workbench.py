@@ -76,6 +76,7 @@ class GraphData(BaseModel):
     train: str = Field(description=f"file or folder; or {', '.join(DATA_ASSETS)} (inside a published package)")
     labels: tuple[str, ...] = Field((), description="columns with labels (molecules), or names of the classes")
     smiles: str = Field("smiles", description="column with SMILES")
+    multiclass: bool = Field(False, description="of molecules: the one label column names a class, not a binary task")
     coding: Literal["zero-one", "signed"] = Field("zero-one", description="0, 1, empty; or -1, 0 (missing), 1")
     invalid: Literal["refuse", "skip"] = Field("refuse", description="SMILES that cannot be read")
     unlabelled: Literal["refuse", "drop"] = Field("refuse", description="molecules without any label")
@@ -120,6 +121,7 @@ class GraphData(BaseModel):
         if self.kind == "molecules":
             source = DATA_ASSETS[self.train]() if self.train in DATA_ASSETS else self.train
             options = self.model_dump(include={"smiles", "coding", "invalid", "unlabelled"})
+            options["task"] = "multiclass" if self.multiclass else "multilabel"
             return read_smiles(source, self.labels, featuriser=featuriser, **options)
         return read_nodes(self.train) if self.kind == "nodes" else read_tu(self.train)
 
@@ -274,8 +276,11 @@ class Session:
             nodes = [node for node in found if int(graph.y[node]) >= 0]
             return evaluate(self.method, make_split([found[n] for n in nodes], graph.y[nodes], nodes, self.spec))
         self._only_molecules()
-        columns = [label] if len(self.spec.labels) == 1 else list(self.spec.labels)
-        read = read_smiles(file, columns, smiles=text, featuriser=self.spec.featuriser)
+        spec, known = self.spec, {}
+        columns = [label] if len(spec.labels) == 1 else list(spec.labels)
+        if spec.task == "multiclass":
+            columns, known = [label], {"task": "multiclass", "classes": spec.labels}
+        read = read_smiles(file, columns, smiles=text, featuriser=spec.featuriser, **known)  # type: ignore[arg-type]
         return evaluate(self.method, make_split(read.graphs, read.labels, read.rows, self.spec))
 
     def export(self, format: str, folder: Path) -> Path:

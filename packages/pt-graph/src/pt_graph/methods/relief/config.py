@@ -70,7 +70,9 @@ class RELIEFConfig(GraphConfig):
     head_epochs: int = Field(1, ge=1, description="passes of the head an epoch; 1 to 5 by task in run.sh")
     head_batch_size: int = Field(128, ge=1, description="main.py")
     warmup_epochs: int = Field(0, ge=0, description="of the head alone, without prompts, batches of 32; Photo: 100, 50")
-    backbone_dropout: bool = Field(True, description="in the head phase (tasknet_train_mode); BatchNorm stays in eval")
+    backbone_dropout: bool = Field(
+        True, description="while the head is trained (tasknet_train_mode); BatchNorm stays in eval"
+    )
     # protocol
     split_seed: int | None = Field(
         None, ge=0, description="of the members' parts; default: the run's seed, as at node level"

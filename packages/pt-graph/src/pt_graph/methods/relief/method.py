@@ -26,6 +26,7 @@ from pt_graph.methods.relief.policy import ExactCritic, Policies, PooledCritic, 
 from pt_graph.methods.relief.ppo import RewardScaler, advantages, log_std_at, member_parts, remaining, standardise
 from pt_graph.methods.relief.rollout import Episodes, Rollout, build_prompts, roll_out
 from pt_graph.methods.relief.update import best_of_others, minibatch_losses
+from pt_graph.walk import Walk
 
 
 class RELIEF(GraphMethod):
@@ -55,10 +56,11 @@ class RELIEF(GraphMethod):
     - Corrected, and as released under `repo_compat`: BatchNorm stays in eval in the head phase (there, its statistics
       move; they are then this method's own, and the backbone's stay); rewards mask missing labels; an overlap that rounds
       to no graph shares none; float32, or what the backbone is if that is float64 (there: always float64).
-    - Ours: draws come by inverting the distribution function; KL divergences normalise over real nodes, not padding; N of
-      the critic is taken over training and validation graphs (`max_nodes` sets it); graphs without a label are dropped;
-      above `critic_limit` weights the critic is `PooledCritic`, of 2.5 d^2 weights; the best epoch is picked by the run's
-      `monitor` from `first_best_epoch` on, and the test split is not read before the end.
+    - Ours: draws come by inverting the distribution function; a ratio of densities that would overflow is cut; KL
+      divergences normalise over real nodes, not padding; N of the critic is taken over training and validation graphs
+      (`max_nodes` sets it); graphs without a label are dropped; above `critic_limit` weights the critic is `PooledCritic`,
+      of 2.5 d^2 weights; the best epoch is picked by the run's `monitor` from `first_best_epoch` on, and the test split is
+      not read before the end.
     - The run's optimiser, rates, weight decay, schedule and max_grad_norm have no effect: the method names its own.
 
     Reference: Zhu et al. RELIEF: Reinforcement Learning Empowered Graph Feature Prompt Tuning. KDD 2025. arXiv 2408.03195.
@@ -96,6 +98,10 @@ class RELIEF(GraphMethod):
         first = next(self.backbone.parameters(), x)
         return self.backbone.encode(x.to(first.dtype), graphs).to(self.dtype)
 
+    def _walk(self, x: Tensor, graphs: Any) -> Walk | None:
+        first = next(self.backbone.parameters(), x)
+        return None if self.config.repo_compat or first.dtype != x.dtype else self.backbone.walk(x, graphs)
+
     # --- prompts --------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def prompts(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
@@ -117,7 +123,7 @@ class RELIEF(GraphMethod):
 
     def _prompts(self, graphs: Any, uniform: Tensor) -> Tensor:
         x = self.embed(graphs)
-        return build_prompts(Episodes(self.encode, x, graphs), self.policies, uniform.to(x.device))
+        return build_prompts(Episodes(self.encode, x, graphs, self._walk), self.policies, uniform.to(x.device))
 
     def _logits(self, x: Tensor, graphs: Any) -> tuple[Tensor, Tensor]:
         features = self.backbone.readout(self.encode(x, graphs), graphs)
@@ -295,7 +301,7 @@ class RELIEF(GraphMethod):
         """A member's episodes on a batch, with draws of torch's global generator."""
         c, graphs = self.config, batch["graphs"]
         x = self.embed(graphs)
-        episodes = Episodes(self.encode, x, graphs)
+        episodes = Episodes(self.encode, x, graphs, self._walk)
         labels = batch["labels"][episodes.order]
 
         def losses(h: Tensor, k: int) -> Tensor:
@@ -349,17 +355,14 @@ class RELIEF(GraphMethod):
             )
 
     def _warm_up(self, loop: Loop, train: Split, order: Sequence[int]) -> None:
-        """The head alone, on graphs without prompts, with the backbone's dropout, in batches of 32."""
+        """The head alone, on graphs without prompts, in batches of 32."""
         for _ in range(self.config.warmup_epochs):
             for rows in torch.randperm(len(order)).split(32):
-                self._update_head(loop, loop.to_device(train.batch([order[i] for i in rows.tolist()])), dropout=True)
+                self._update_head(loop, loop.to_device(train.batch([order[i] for i in rows.tolist()])))
 
-    def _update_head(
-        self, loop: Loop, batch: Batch, prompts: Tensor | None = None, dropout: bool | None = None
-    ) -> None:
+    def _update_head(self, loop: Loop, batch: Batch, prompts: Tensor | None = None) -> None:
         """One step of the head on graphs with these prompts."""
-        graphs = batch["graphs"]
-        on = self.config.backbone_dropout if dropout is None else dropout
+        graphs, on = batch["graphs"], self.config.backbone_dropout
         with torch.no_grad(), dropping(self.backbone, on), self._drift(on):
             x = self.embed(graphs)
             features = self.backbone.readout(self.encode(x if prompts is None else x + prompts, graphs), graphs)

@@ -70,9 +70,13 @@ class Policies(nn.ModuleList):
     def __iter__(self) -> Iterator[Member]:
         return cast(Iterator[Member], super().__iter__())
 
-    def joint(self, h: Tensor, mask: Tensor) -> Tensor:
-        """Joint probabilities [b, N] of packed node embeddings [n, d], `mask` [b, N] telling where they stand."""
-        return joint_policy(torch.stack([padded_policy(member.logits(h), mask) for member in self]))
+    def logits(self, h: Tensor) -> Tensor:
+        """Of every member, of node embeddings [n, d]: [M, n]."""
+        return torch.stack([member.logits(h) for member in self])
+
+    def joint(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Joint probabilities [b, N] of packed logits [M, n], `mask` [b, N] telling where they stand."""
+        return joint_policy(torch.stack([padded_policy(own, mask) for own in logits]))
 
     def mean(self, h: Tensor) -> Tensor:
         """Mean over members of the mean content, [..., D]."""

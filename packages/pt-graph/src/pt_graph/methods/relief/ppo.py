@@ -64,6 +64,15 @@ def standardise(values: Tensor) -> Tensor:
     return (values - values.mean()) / (values.std() + 1e-8)
 
 
+def ratio(log_ratio: Tensor) -> Tensor:
+    """rho of log rho, which is cut where rho or the squared norm of its gradient would overflow (31 in float32).
+
+    A content of D coordinates whose deviation is small has a density that grows or falls by many orders of magnitude within
+    one pass; where the advantage is negative, rho is not clipped from above.
+    """
+    return log_ratio.clamp(max=0.35 * math.log(torch.finfo(log_ratio.dtype).max)).exp()
+
+
 def clipped(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
     """PPO's loss of each transition, -min(rho A, clip(rho, 1 - eps, 1 + eps) A)."""
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)

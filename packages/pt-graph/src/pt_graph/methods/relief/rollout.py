@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pt_core.errors import InputError
 from pt_graph.methods.relief.policy import Member, Policies, normal_log_prob, padded_policy, sample
+from pt_graph.walk import Walk
 
 Encode = Callable[[Tensor, Any], Tensor]
 Losses = Callable[[Tensor, int], Tensor]
@@ -31,13 +32,16 @@ class Episodes:
         encode: (features [n, D], graphs) -> node embeddings [n, d].
         features: X [n, D] of the graphs.
         graphs: a PyG batch.
+        walk: (features, graphs) -> a `Walk`, if the backbone has one, so that a step computes what its prompt reaches.
 
     Raises:
         InputError: a graph has no nodes.
     """
 
-    def __init__(self, encode: Encode, features: Tensor, graphs: Any) -> None:
-        self.encode = encode
+    def __init__(
+        self, encode: Encode, features: Tensor, graphs: Any, walk: Callable[[Tensor, Any], Walk | None] | None = None
+    ) -> None:
+        self.encode, self._walk = encode, walk
         sizes = torch.bincount(graphs.batch, minlength=graphs.num_graphs)
         if not bool((sizes > 0).all()):
             raise InputError(f"graph {int(sizes.argmin())} of a batch has no nodes", field="graphs")
@@ -79,6 +83,11 @@ class Episodes:
             self._views = {graphs: view}  # once a graph is over it does not come back
         return self._views[graphs]
 
+    def walk(self, x: Tensor) -> Walk | WholePasses:
+        """Embeddings of features x [n, D] that will change at a node of each graph in every step."""
+        found = None if self._walk is None else self._walk(x, self.view(len(self.sizes)))
+        return WholePasses(self, x) if found is None else found
+
     def steps_of(self) -> Iterator[tuple[int, int, int, Tensor]]:
         """For each step t: t, the graphs k that have it, their nodes, and the rows [k] of their transitions."""
         for t, k in enumerate(self._active):
@@ -95,6 +104,20 @@ class Episodes:
     def as_given(self, values: Tensor) -> Tensor:
         """Values of nodes in the order of the batch."""
         return torch.empty_like(values).index_copy_(0, self.nodes, values)
+
+
+class WholePasses:
+    """A `Walk` of a backbone that has none: every change costs a pass over all graphs that go on."""
+
+    def __init__(self, episodes: Episodes, x: Tensor) -> None:
+        self.episodes, self.x = episodes, x.clone()
+        self.h = episodes.encode(x, episodes.view(len(episodes.sizes)))
+
+    def change(self, nodes: Tensor, x: Tensor, among: int) -> slice:
+        """See `Walk.change`; a node of each graph that goes on."""
+        self.x[nodes] = x
+        self.h = self.episodes.encode(self.x[:among], self.episodes.view(len(nodes)))
+        return slice(0, among)
 
 
 @dataclass
@@ -155,8 +178,8 @@ def roll_out(
 ) -> Rollout:
     """A member acts on all graphs of a batch.
 
-    The embedding that gives the reward of a step is the state of the next one, and only the chosen nodes' contents are
-    computed.
+    The embedding that gives the reward of a step is the state of the next one, only the chosen nodes' contents are
+    computed, and embeddings and logits only where the last prompt reaches.
 
     Args:
         std: deviation of the contents.
@@ -169,15 +192,15 @@ def roll_out(
     sizes = e.sizes
     n, squares = len(x), (sizes * sizes).cumsum(0) - sizes * sizes
     base, stride = squares[e.order][e.graph] + e.row, sizes[e.order][e.graph]
-    h = e.encode(x, e.view(len(sizes)))
+    walk = e.walk(x)
+    h, acting = walk.h, member.logits(walk.h)
     states = h.new_empty(int((sizes * sizes).sum()), h.shape[1])
     node, content = torch.empty_like(e.nodes), torch.empty_like(noise)
     log_d, log_c, reward = (h.new_empty(n) for _ in range(3))
     before = losses(h, len(sizes))
     for t, k, stop, rows in e.steps_of():
-        h = h[:stop]
-        states[base[:stop] + t * stride[:stop]] = h
-        log_pi = padded_policy(member.logits(h), e.mask(k), log=True)
+        states[base[:stop] + t * stride[:stop]] = h[:stop]
+        log_pi = padded_policy(acting[:stop], e.mask(k), log=True)
         choice = sample(log_pi.exp(), uniform[rows])
         at = e.numbers(choice)
         mean = member.mean(h[at])
@@ -186,8 +209,10 @@ def roll_out(
         x[at] += z
         node[rows], content[rows] = choice, z
         log_d[rows], log_c[rows] = log_pi.gather(1, choice[:, None])[:, 0], normal_log_prob(z, mean, std)
-        h = e.encode(x[:stop], e.view(k))
-        after = losses(h, k)
+        changed = walk.change(at, x[at], stop)
+        h = walk.h
+        acting[changed] = member.logits(h[changed])
+        after = losses(h[:stop], k)
         reward[rows] = before[:k] - after
         before = after
     return Rollout(sizes, states, node, content, log_d, log_c, reward)
@@ -198,10 +223,12 @@ def build_prompts(episodes: Episodes, policies: Policies, uniform: Tensor) -> Te
     """Prompts P [n, D] of the joint policy: its node is drawn (by `uniform` [n]), its content is the mean one."""
     e, x = episodes, episodes.features.clone()
     prompts = torch.zeros_like(x)
-    for _, k, stop, rows in e.steps_of():
-        h = e.encode(x[:stop], e.view(k))
-        at = e.numbers(sample(policies.joint(h, e.mask(k)), uniform[rows]))
-        content = policies.mean(h[at]).to(x.dtype)
-        prompts[at] += content
-        x[at] = e.features[at] + prompts[at]
+    walk = e.walk(x)
+    acting = policies.logits(walk.h)
+    for t, k, stop, rows in e.steps_of():
+        at = e.numbers(sample(policies.joint(acting[:, :stop], e.mask(k)), uniform[rows]))
+        prompts[at] += policies.mean(walk.h[at]).to(x.dtype)
+        if t + 1 < e.steps:
+            changed = walk.change(at, e.features[at] + prompts[at], stop)
+            acting[:, changed] = policies.logits(walk.h[changed])
     return e.as_given(prompts)

@@ -18,7 +18,7 @@ from pt_graph.methods.relief.policy import (
     normal_log_prob,
     padded_policy,
 )
-from pt_graph.methods.relief.ppo import clipped, kl_estimate
+from pt_graph.methods.relief.ppo import clipped, kl_estimate, ratio
 from pt_graph.methods.relief.rollout import Rollout
 
 
@@ -86,8 +86,8 @@ def minibatch_losses(
     mean = own.mean(rollout.states[at])
     log_c = normal_log_prob(rollout.content[transitions], mean[: len(start)], std) - rollout.log_c[transitions]
 
-    loss_d = clipped(log_d.exp(), advantage, c.eps_d) - entropy_weight * entropy
-    loss_c = clipped(log_c.exp(), advantage, c.eps_c)
+    loss_d = clipped(ratio(log_d), advantage, c.eps_d) - entropy_weight * entropy
+    loss_c = clipped(ratio(log_c), advantage, c.eps_c)
     loss_v = c.critic_weight * F.mse_loss(critic(rollout, packed, mask, transitions), returns[transitions])
     parts = {"entropy": entropy.mean(), "value_loss": loss_v}
     if others is not None:
