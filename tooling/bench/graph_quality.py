@@ -14,22 +14,32 @@ dropout. At most 200 validation and 400 test rows are drawn; each data set has o
 `--full` runs the published epochs, the critic that the size allows, both GINs of the authors, all rows and 5 seeds: days.
 Finished cells are kept in the output folder, so a killed run goes on, and may go on with more seeds. An estimate is printed
 first.
+
+`--why` looks into the finished cells of RELIEF: scores and losses of the same head with prompts and without, how far the node
+policy has moved from drawing uniformly, how many rollouts are too short to learn from, and what the policies gained.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from rich.console import Console
 
-from pt_core import recipe, report, runs
-from pt_graph.methods.relief import setting
+from pt_core import artifacts, recipe, report, runs
+from pt_core.metrics import evaluate_logits
+from pt_graph.method import label_loss
+from pt_graph.methods.relief import RELIEF, setting
+from pt_graph.methods.relief.method import shuffled
+from pt_graph.methods.relief.ppo import member_parts
 from pt_graph.workbench import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +95,48 @@ def changes(name: str, gin: str, full: bool) -> dict[str, Any]:
     return found
 
 
+@torch.no_grad()
+def why(bench: Bench, folder: Path, seed: int) -> Iterator[dict[str, str]]:
+    """What RELIEF's prompts do with the head that was trained along with them: a row for each part of the data."""
+    task, cell = bench.task(seed), folder / "cells" / f"relief-{seed}"
+    method = cast(RELIEF, artifacts.load(cell / "prompt", bench.backbone)).eval()
+    history = [json.loads(line) for line in (cell / "training" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    rewards = [row["reward"] for row in history if "reward" in row]
+    c, sizes, batch = method.config, task.train.lengths or (), bench.recipe.training.batch_size
+    split_seed = seed if c.split_seed is None else c.split_seed
+    parts = member_parts(shuffled(range(len(sizes)), split_seed), c.members, c.overlap)
+    drawn = [[sizes[part[i]] for i in torch.randperm(len(part)).tolist()] for part in parts for _ in range(200)]
+    rollouts = [sum(part[at : at + batch]) for part in drawn for at in range(0, len(part), batch)]
+    short = sum(transitions <= c.minibatch for transitions in rollouts) / len(rollouts)
+    for name, split in {"train": task.train, "validation": task.validation, "test": task.test}.items():
+        assert split is not None
+        logits: dict[str, list[torch.Tensor]] = {"with": [], "without": []}
+        labels, odds = [], []
+        for rows in split.batches(64):
+            graphs = rows["graphs"]
+            x = method.embed(graphs)
+            labels.append(torch.as_tensor(rows["labels"]))
+            for key, prompt in {"with": method.prompts(rows), "without": torch.zeros_like(x)}.items():
+                logits[key].append(method._logits(x + prompt, graphs)[0])
+            h, first = method.encode(x, graphs), graphs.ptr.tolist()
+            for start, stop in pairwise(first):
+                mask = torch.ones(1, stop - start, dtype=torch.bool)
+                odds.append(method.policies.joint(method.policies.logits(h[start:stop]), mask)[0] * (stop - start))
+        low, high = torch.cat(odds).quantile(torch.tensor([0.05, 0.95])).tolist()
+        y, metric = torch.cat(labels), split.metrics[0]
+        row = {"part": name, "rows": str(len(split))}
+        for key, given in logits.items():
+            found = torch.cat(given)
+            total, count = label_loss(found, y, c.task)
+            score = evaluate_logits([metric], split.task, found.float(), y, split.missing)[metric]
+            row |= {f"{metric} {key}": f"{score:.3f}", f"loss {key}": f"{total.sum() / count.sum():.3f}"}
+        yield row | {
+            "n pi": f"{low:.2f} to {high:.2f}",
+            "too short": f"{short:.1%}",
+            "reward": f"{rewards[0]:.3f} to {rewards[-1]:.3f}",
+        }
+
+
 def cells(data: list[str], full: bool) -> Iterator[tuple[str, str]]:
     for name in data:
         for gin in NODES.get(name, ("supervised-contextpred",))[: None if full else 1]:
@@ -97,17 +149,27 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="published settings; days")
+    parser.add_argument("--why", action="store_true", help="look into finished cells of RELIEF")
     parser.add_argument("--output", type=Path, default=Path("runs/graph-quality"))
     chosen = parser.parse_args()
     seeds = max(chosen.seeds, 5) if chosen.full else chosen.seeds
     todo = list(cells(chosen.data, chosen.full))
-    if not chosen.full:
+    if not (chosen.full or chosen.why):
         seconds = len(todo) * seeds * sum(SECONDS.get(method, 9) for method in chosen.methods)
-        console.print(f"{len(todo) * seeds * len(chosen.methods)} cells, about {seconds / 60:.0f} minutes on an idle core")
+        console.print(
+            f"{len(todo) * seeds * len(chosen.methods)} cells, about {seconds / 60:.0f} minutes on an idle core"
+        )
     for name, gin in todo:
         _, checked = recipe.load("graph/relief", changes(name, gin, chosen.full))
         bench = Bench(checked)  # type: ignore[arg-type]
         folder = chosen.output / f"{name}-{gin}{'-full' if chosen.full else ''}"
+        if chosen.why:
+            rows = [row for seed in range(1, seeds + 1) for row in why(bench, folder, seed)]
+            console.print(
+                f"{name}, {gin}; parts in turn for each seed\n| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}"
+            )
+            console.print("\n".join(f"| {' | '.join(row.values())} |" for row in rows))
+            continue
         identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
         outcomes = runs.compare(bench.job, chosen.methods, range(1, seeds + 1), folder, identity, console.print)
         results = [outcome.result for outcome in outcomes]

@@ -205,7 +205,7 @@ class RELIEF(GraphMethod):
         identity = {"train_rows": len(train), "validation_rows": len(validation) if validation is not None else None}
         try:
             loop = Loop(self, config, output_dir, total_steps=total, identity=identity)
-            order = _shuffled(labelled, config.seed if c.split_seed is None else c.split_seed)
+            order = shuffled(labelled, config.seed if c.split_seed is None else c.split_seed)
             parts = member_parts(order, c.members, c.overlap, c.repo_compat)
             self._short: int | None = None
             self.train()
@@ -485,6 +485,7 @@ def _uniform(graphs: Any) -> Tensor:
     return torch.rand(len(graphs.batch), dtype=torch.float64)
 
 
-def _shuffled(rows: Sequence[int], seed: int) -> list[int]:
+def shuffled(rows: Sequence[int], seed: int) -> list[int]:
+    """The rows in the order that `member_parts` cuts."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return [rows[i] for i in order.tolist()]
