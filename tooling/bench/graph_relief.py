@@ -1,4 +1,4 @@
-"""RELIEF: seconds of an epoch and peak memory of a rollout, against the loop written out plainly.
+"""RELIEF: seconds of an epoch and peak memory of its rollouts, against the loop written out plainly.
 
     PT_STUDY_DATA=... uv run python tooling/bench/graph_relief.py [--tasks cora bbbp]
 
@@ -8,7 +8,8 @@ the released programs do: float64, states padded to N, every actor on every slot
 same numbers as the package in float64 (tested to 1e-9), so one run has the same rollouts and updates in both: its epoch is
 timed on one rollout and a few updates and added up to the R rollouts and U updates that an epoch of the package in float64
 had. Epochs of the package are timed whole (the first one). Each variant runs in a process of its own, one after the other,
-on one thread by default: on a shared machine, waiting for a second one distorts both sides.
+on one thread by default: on a shared machine, waiting for a second one distorts both sides. Memory is that of what is rolled
+out at once: plainly one member on the 8 largest graphs, in the package all three members on the 24 largest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from pt_core.training import FitConfig
 from pt_graph.backbones import ChemConfig, GraphBackbone, NodeGINConfig, load_backbone
 from pt_graph.data import collate, few_shot_relief, node_subgraphs, read_nodes, read_smiles, scaffold_split
 from pt_graph.methods.relief import RELIEF, RELIEFConfig, setting
+from pt_graph.methods.relief.ppo import member_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "packages/pt-graph/tests"))
@@ -135,12 +138,13 @@ def measure(task: str, variant: str, updates: int, threads: int) -> dict[str, An
     method, split, config, nodes = load(task, dtype, critic)
     clock = Clock()
     sizes = [graph.num_nodes for graph, _ in split.rows]
-    eight = split.batch(sorted(range(len(sizes)), key=lambda i: -sizes[i])[:8])  # the largest graphs
+    largest = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     found: dict[str, Any] = {"N": nodes, "largest": max(sizes), "mean": sum(sizes) / len(sizes)}
     if kind == "plain":
         plain = PlainRELIEF(method, split, config, nodes)
         plain.std, plain.running = 1.0, []
-        found["memory"] = rollout_memory(lambda: plain.roll_out(0, eight))
+        eight = split.batch(largest[:8])
+        found["memory"] = rollout_memory(lambda: plain.roll_out(0, eight, *plain.draws([eight])[0]))
         clock.around(plain, "roll_out", "rollout")
         clock.around(plain, "learn", "learn")
         clock.around(plain, "loss", "loss", updates)
@@ -158,7 +162,9 @@ def measure(task: str, variant: str, updates: int, threads: int) -> dict[str, An
             "head": time.perf_counter() - start,
         }
         return found
-    found["memory"] = rollout_memory(lambda: method._roll_out(eight, 0, 1.0))
+    members = list(range(method.config.members)) * 8
+    first = split.batch(largest[: len(members)])
+    found["memory"] = rollout_memory(lambda: method._roll_out(first, members, 1.0))
     starts: list[float] = []
     phase = method._policy_phase
 
@@ -181,10 +187,12 @@ def measure(task: str, variant: str, updates: int, threads: int) -> dict[str, An
     clock.around(method, "_roll_out", "rollout")
     with contextlib.suppress(Enough):
         method.fit(split, None, config)
-    found |= {"epoch": starts[1] - starts[0], "rollouts": clock.calls["rollout"], "updates": clock.calls["adam"]}
+    parts = member_parts(range(len(split)), method.config.members, method.config.overlap)
+    rollouts = sum(math.ceil(len(part) / config.batch_size) for part in parts)
+    found |= {"epoch": starts[1] - starts[0], "rollouts": rollouts, "updates": clock.calls["adam"]}
     found |= {
         "adam": clock.seconds["adam"] / clock.calls["adam"],
-        "rollout": clock.seconds["rollout"] / clock.calls["rollout"],
+        "rollout": clock.seconds["rollout"] / rollouts,
     }
     return found
 

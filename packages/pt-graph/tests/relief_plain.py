@@ -74,13 +74,16 @@ class PlainRELIEF:
         self.entropy_weight = c.entropy_weight * left
         self.running: list[float] = []
         made = 0
-        for m, part in enumerate(self.parts):
-            rows = [part[i] for i in torch.randperm(len(part)).tolist()]
-            for start in range(0, len(rows), self.config.batch_size):
+        size = self.config.batch_size
+        orders = [[part[i] for i in torch.randperm(len(part)).tolist()] for part in self.parts]
+        first = self.draws([self.train.batch(rows[:size]) for rows in orders])
+        for m, rows in enumerate(orders):
+            for start in range(0, len(rows), size):
                 if made == rollouts:
                     return
                 made += 1
-                self.learn(m, self.roll_out(m, self.train.batch(rows[start : start + self.config.batch_size])))
+                batch = self.train.batch(rows[start : start + size])
+                self.learn(m, self.roll_out(m, batch, *(self.draws([batch])[0] if start else first[m])))
         for _ in range(c.head_epochs):
             for start in range(0, len(self.order), c.head_batch_size):
                 self.train_head(self.train.batch(self.order[start : start + c.head_batch_size]))
@@ -119,13 +122,18 @@ class PlainRELIEF:
     def draw(pi: Tensor, uniform: Tensor) -> Tensor:
         return torch.tensor([int((row.cumsum(0) <= u * row.sum()).sum()) for row, u in zip(pi, uniform, strict=True)])
 
+    def draws(self, batches: list[Any]) -> list[tuple[Tensor, Tensor]]:
+        """Noise and uniform numbers of some batches, which are drawn before any of them is rolled out."""
+        nodes = [len(batch["graphs"].batch) for batch in batches]
+        noise = torch.randn(sum(nodes), self.gnn.feature_width, dtype=self.dtype)
+        uniform = torch.rand(sum(nodes), dtype=torch.float64)
+        return list(zip(noise.split(nodes), uniform.split(nodes), strict=True))
+
     @torch.no_grad()
-    def roll_out(self, m: int, batch: Any) -> dict[str, Any]:
+    def roll_out(self, m: int, batch: Any, noise: Tensor, uniform: Tensor) -> dict[str, Any]:
         graphs, c = batch["graphs"], self.c
         sizes = torch.bincount(graphs.batch).tolist()
         n, first, steps, count = torch.tensor(sizes), np.cumsum([0, *sizes]), max(sizes), len(sizes)
-        noise = torch.randn(len(graphs.batch), self.gnn.feature_width, dtype=self.dtype)
-        uniform = torch.rand(len(graphs.batch), dtype=torch.float64)
         zeros = lambda *shape: torch.zeros(count, steps, *shape, dtype=self.dtype)  # noqa: E731
         states, content = zeros(self.nodes, self.gnn.width), zeros(self.gnn.feature_width)
         log_d, log_c, done = zeros(), zeros(), zeros()

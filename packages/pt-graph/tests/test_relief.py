@@ -76,7 +76,8 @@ def episode(method: RELIEF, batch: dict[str, Any], std: float = 0.5, seed: int =
 
     draw, shape = generator(seed), (len(graphs.batch), method.backbone.feature_width)
     uniform, noise = torch.rand(shape[0], generator=draw), torch.randn(shape, generator=draw, dtype=method.dtype)
-    return roll_out(made, method.policies[0], std, losses, uniform, noise, changes.get("clamp", False))
+    clamp = changes.get("clamp", False)
+    return roll_out(made, method.policies, [0] * graphs.num_graphs, std, losses, uniform, noise, clamp)
 
 
 def add_up(rollout: Rollout, width: int) -> Tensor:
@@ -133,9 +134,8 @@ def test_losses_of_nine_seven_and_seven_and_a_half_tenths_reward_two_and_minus_h
     graphs = batch["graphs"]
     told = iter([0.9, 0.7, 0.75])
     made = Episodes(method.encode, method.embed(graphs), graphs)
-    rollout = roll_out(
-        made, method.policies[0], 1.0, lambda h, k: torch.tensor([next(told)]), torch.rand(2), torch.randn(2, 6), False
-    )
+    losses, draws = lambda h, k: torch.tensor([next(told)]), (torch.rand(2), torch.randn(2, 6))
+    rollout = roll_out(made, method.policies, [0], 1.0, losses, *draws, False)
     torch.testing.assert_close(rollout.reward, torch.tensor([0.2, -0.05]))
 
 

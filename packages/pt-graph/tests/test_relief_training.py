@@ -70,6 +70,7 @@ LEVELS = {
         {"level": "graph", "task": "multilabel", "z_max": 0.5, "policy_decay": "linear", "split_seed": 3},
     ),
     "far target": ("node-gin", {"task": "multiclass", "target_kl_d": 9.0, "target_kl_c": 1e6}),
+    "two batches a member": ("node-gin", {"task": "multiclass", "overlap": 0.5, "clamp_content": True}),
     "one member": ("node-gin", {"task": "multiclass", "members": 1, "head_epochs": 2, "head_decay": "linear"}),
 }
 
@@ -128,7 +129,7 @@ def test_products_of_real_nodes_are_those_of_the_padded_critic() -> None:
 def test_a_rollout_keeps_a_small_part_of_the_padded_states(make_backbone: Any, make_split: Any) -> None:
     method = RELIEF(make_backbone(), config())
     batch = make_split(SIZES).batch(range(12))
-    rollout = method._roll_out(batch, 0, 0.5)
+    rollout = method._roll_out(batch, [0] * 12, 0.5)
     assert rollout.states.dtype is torch.float32
     assert rollout.states.shape == (sum(n * n for n in SIZES), 8)
     assert [tuple(b.shape) for b in rollout.blocks()] == [(n, n, 8) for n in SIZES]
@@ -174,7 +175,7 @@ def test_computing_what_a_prompt_reaches_gives_what_whole_passes_give(make_backb
 
     def both() -> tuple[Rollout, Tensor]:
         torch.manual_seed(0)
-        return method._roll_out(batch, 0, 0.5), method.prompts(batch)
+        return method._roll_out(batch, [2, 0, 1, 0], 0.5), method.prompts(batch)
 
     rollout, prompts = both()
     method._walk = lambda x, graphs: None  # type: ignore[method-assign]
@@ -182,6 +183,25 @@ def test_computing_what_a_prompt_reaches_gives_what_whole_passes_give(make_backb
     for name in ("states", "node", "content", "log_d", "log_c", "reward"):
         torch.testing.assert_close(getattr(rollout, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(prompts, same, rtol=1e-12, atol=1e-12)
+
+
+def test_members_rolled_out_at_once_give_what_each_gives_alone(make_backbone: Any, make_split: Any) -> None:
+    method, sizes = RELIEF(make_backbone("chem").double(), config(z_max=0.5)), [4, 7, 1, 5, 6]
+    split, who = make_split(sizes, molecule=True), [0, 0, 1, 2, 2]
+    torch.manual_seed(0)
+    noise, uniform = torch.randn(sum(sizes), 12, dtype=torch.float64), torch.rand(sum(sizes), dtype=torch.float64)
+
+    def made(graphs: list[int]) -> Rollout:
+        rows = torch.cat([torch.arange(sum(sizes)).split(sizes)[i] for i in graphs])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn", lambda *given, **options: noise[rows])
+            patch.setattr(torch, "rand", lambda *given, **options: uniform[rows])
+            return method._roll_out(split.batch(graphs), [who[i] for i in graphs], 0.5)
+
+    for graphs, together in zip(([0, 1], [2], [3, 4]), made([*range(5)]).split([2, 1, 2]), strict=True):
+        alone = made(graphs)
+        for name in ("sizes", "states", "node", "content", "log_d", "log_c", "reward"):
+            torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-12, atol=1e-12)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -230,7 +250,7 @@ def test_the_head_warms_up_without_prompts_before_the_first_epoch(make_backbone:
     method._update_head = watch  # type: ignore[method-assign]
     method._roll_out = lambda *given: made.append("rollout") or roll_out(*given)  # type: ignore[method-assign, func-returns-value]
     method.fit(make_split(SIZES), None, run(batch_size=8))
-    epoch = ["rollout"] * 2 + ["head of 12, prompted"] * 2
+    epoch = ["rollout"] + ["head of 12, prompted"] * 2
     assert made == ["head of 12, plain"] * 3 + epoch * 2
 
 

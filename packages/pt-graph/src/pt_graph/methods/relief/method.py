@@ -278,27 +278,38 @@ class RELIEF(GraphMethod):
         return ExactCritic(width, nodes, columns, seed).to(self.dtype)
 
     def _policy_phase(self, loop: Loop, epoch: int, train: Split, parts: list[list[int]]) -> None:
-        """Rollouts and updates of one member after the other; the head and the backbone are constants."""
-        c, scaler = self.config, RewardScaler()
+        """Rollouts and updates of one member after the other; the head and the backbone are constants.
+
+        Nothing that a member's first rollout depends on changes before its turn: those of all members are made at once.
+        Their values, scaled rewards and updates follow in turn, as do a member's later rollouts.
+        """
+        c, size, scaler = self.config, loop.config.batch_size, RewardScaler()
         std = float(
             torch.tensor(log_std_at(epoch, loop.total_steps, c.log_std, c.final_log_std), dtype=torch.float64).exp()
         )
         entropy_weight = c.entropy_weight * remaining(epoch, loop.total_steps)
-        for m, part in enumerate(parts):
-            rows = [part[i] for i in torch.randperm(len(part)).tolist()]
-            for start in range(0, len(rows), loop.config.batch_size):
-                batch = loop.to_device(train.batch(rows[start : start + loop.config.batch_size]))
-                rollout = self._roll_out(batch, m, std)
+        orders = [[part[i] for i in torch.randperm(len(part)).tolist()] for part in parts]
+        batches = [[order[i : i + size] for i in range(0, len(order), size)] for order in orders]
+
+        def roll_out(rows: list[list[int]], members: Sequence[int]) -> list[Rollout]:
+            acting = [m for m, own in zip(members, rows, strict=True) for _ in own]
+            batch = loop.to_device(train.batch([i for own in rows for i in own]))
+            return self._roll_out(batch, acting, std).split([len(own) for own in rows])
+
+        first = roll_out([own[0] for own in batches], range(c.members))
+        for m, own in enumerate(batches):
+            for number, rows in enumerate(own):
+                rollout = roll_out([rows], [m])[0] if number else first[m]
                 with torch.no_grad():
                     values = cast(ExactCritic | PooledCritic, self.critic).all(rollout)
                     gain = advantages(scaler(rollout.reward), values, rollout.sizes.tolist(), c.gamma, c.gae_lambda)
                 if len(rollout) > c.minibatch:
                     self._learn(loop, m, rollout, standardise(gain), gain + values, std, entropy_weight)
                 else:
-                    self._warn_short(len(rollout), len(rows[start : start + loop.config.batch_size]))
+                    self._warn_short(len(rollout), len(rows))
 
-    def _roll_out(self, batch: Batch, m: int, std: float) -> Rollout:
-        """A member's episodes on a batch, with draws of torch's global generator."""
+    def _roll_out(self, batch: Batch, members: Sequence[int], std: float) -> Rollout:
+        """Episodes on a batch, a member on each graph, with draws of torch's global generator."""
         c, graphs = self.config, batch["graphs"]
         x = self.embed(graphs)
         episodes = Episodes(self.encode, x, graphs, self._walk)
@@ -311,7 +322,8 @@ class RELIEF(GraphMethod):
         noise = torch.randn(x.shape, dtype=self.dtype)
         rollout = roll_out(
             episodes,
-            list(self.policies)[m],
+            self.policies,
+            members,
             std,
             losses,
             _uniform(graphs).to(x.device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -66,6 +66,7 @@ class Policies(nn.ModuleList):
 
     def __init__(self, members: int, width: int, feature_width: int, z_max: float, generator: torch.Generator) -> None:
         super().__init__(Member(width, feature_width, z_max, generator) for _ in range(members))
+        self.z_max = z_max
 
     def __iter__(self) -> Iterator[Member]:
         return cast(Iterator[Member], super().__iter__())
@@ -73,6 +74,13 @@ class Policies(nn.ModuleList):
     def logits(self, h: Tensor) -> Tensor:
         """Of every member, of node embeddings [n, d]: [M, n]."""
         return torch.stack([member.logits(h) for member in self])
+
+    def apart(self, function: Callable[[Member, Tensor], Tensor], h: Tensor, owner: Tensor) -> Tensor:
+        """What each of the node embeddings [n, d] gives under the one member `owner` [n] that it belongs to."""
+        order = owner.argsort(stable=True)
+        parts = h[order].split(torch.bincount(owner, minlength=len(self)).tolist())
+        found = torch.cat([function(member, own) for member, own in zip(self, parts, strict=True) if len(own)])
+        return torch.empty_like(found).index_copy_(0, order, found)
 
     def joint(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Joint probabilities [b, N] of packed logits [M, n], `mask` [b, N] telling where they stand."""

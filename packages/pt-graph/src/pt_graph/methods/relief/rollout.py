@@ -1,12 +1,13 @@
 """Episodes on a batch of graphs: a prompt is built step by step, one node a step, as many steps as a graph has nodes.
 
 A batch of graphs with n nodes in all has n transitions; the one of graph i at step t is row first_i + t, where first_i is
-also the number of the graph's first node. Everything that is drawn, kept or returned is in that order.
+also the number of the graph's first node. Everything that is drawn, kept or returned is in that order. The graphs may belong
+to different members: a step is one pass over all of them, in which each graph is acted on by its own member.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -159,6 +160,14 @@ class Rollout:
         """Mean and maximum over the nodes of each state, [n, 2d]."""
         return torch.cat([torch.cat([b.mean(1), b.amax(1)], 1) for b in self.blocks()])
 
+    def split(self, graphs: Sequence[int]) -> list[Rollout]:
+        """Those of the first so many graphs, of the next ones, ...; they share memory."""
+        sizes = self.sizes.split(list(graphs))
+        states = self.states.split([int((n * n).sum()) for n in sizes])
+        values = (self.node, self.content, self.log_d, self.log_c, self.reward)
+        others = [value.split([int(n.sum()) for n in sizes]) for value in values]
+        return [Rollout(*own) for own in zip(sizes, states, *others, strict=True)]
+
     def blocks(self) -> list[Tensor]:
         """States by graph, [n_i, n_i, d] each."""
         sizes = self.sizes.tolist()
@@ -174,14 +183,22 @@ class Rollout:
 
 @torch.no_grad()
 def roll_out(
-    episodes: Episodes, member: Member, std: float, losses: Losses, uniform: Tensor, noise: Tensor, clamp: bool
+    episodes: Episodes,
+    policies: Policies,
+    members: Sequence[int],
+    std: float,
+    losses: Losses,
+    uniform: Tensor,
+    noise: Tensor,
+    clamp: bool,
 ) -> Rollout:
-    """A member acts on all graphs of a batch.
+    """Members act on the graphs of a batch, each on its own ones.
 
     The embedding that gives the reward of a step is the state of the next one, only the chosen nodes' contents are
     computed, and embeddings and logits only where the last prompt reaches.
 
     Args:
+        members: number of the one that acts on each graph, [B].
         std: deviation of the contents.
         losses: (node embeddings, k) -> loss of each of the first k graphs of the episodes.
         uniform: [n], which node is taken.
@@ -189,11 +206,17 @@ def roll_out(
         clamp: contents are cut to z_max; their density is that of the cut content, without correction, as released.
     """
     e, x = episodes, episodes.features.clone()
-    sizes = e.sizes
+    sizes, owner = e.sizes, torch.tensor(members, device=x.device)[e.order][e.graph]
     n, squares = len(x), (sizes * sizes).cumsum(0) - sizes * sizes
     base, stride = squares[e.order][e.graph] + e.row, sizes[e.order][e.graph]
     walk = e.walk(x)
-    h, acting = walk.h, member.logits(walk.h)
+    alone = list(policies)[members[0]] if len(set(members)) == 1 else None
+
+    def act(function: Callable[[Member, Tensor], Tensor], nodes: slice | Tensor) -> Tensor:
+        return function(alone, h[nodes]) if alone else policies.apart(function, h[nodes], owner[nodes])
+
+    h = walk.h
+    acting = act(Member.logits, slice(None))
     states = h.new_empty(int((sizes * sizes).sum()), h.shape[1])
     node, content = torch.empty_like(e.nodes), torch.empty_like(noise)
     log_d, log_c, reward = (h.new_empty(n) for _ in range(3))
@@ -203,15 +226,15 @@ def roll_out(
         log_pi = padded_policy(acting[:stop], e.mask(k), log=True)
         choice = sample(log_pi.exp(), uniform[rows])
         at = e.numbers(choice)
-        mean = member.mean(h[at])
+        mean = act(Member.mean, at)
         z = mean + std * noise[rows]
-        z = z.clamp(-member.z_max, member.z_max) if clamp else z
+        z = z.clamp(-policies.z_max, policies.z_max) if clamp else z
         x[at] += z
         node[rows], content[rows] = choice, z
         log_d[rows], log_c[rows] = log_pi.gather(1, choice[:, None])[:, 0], normal_log_prob(z, mean, std)
         changed = walk.change(at, x[at], stop)
         h = walk.h
-        acting[changed] = member.logits(h[changed])
+        acting[changed] = act(Member.logits, changed)
         after = losses(h[:stop], k)
         reward[rows] = before[:k] - after
         before = after
