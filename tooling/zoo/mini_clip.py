@@ -603,6 +603,7 @@ def evaluate(work: Path = WORK) -> None:
 
 # --- what is shipped --------------------------------------------------------------------------------------------------
 TEST, LEAST, MOST = 20, 20, 36  # images of a class: to test on; to train on, at least and at most
+POOL, VENDORS = 5, 9  # drawings of a concept to train on; vendors that have to draw it
 
 
 def choose(rows: list[dict[str, Any]], images: np.ndarray) -> list[tuple[int, str]]:
@@ -633,6 +634,27 @@ def choose(rows: list[dict[str, Any]], images: np.ndarray) -> list[tuple[int, st
             chosen += [(i, "test") for i in test] + [(i, "train") for i in train]
         else:
             print("left out of the evaluation set:", name, len(train), len(test), flush=True)
+    return chosen
+
+
+def choose_concepts(rows: list[dict[str, Any]], images: np.ndarray) -> dict[int, str]:
+    """row -> split of the concepts that `VENDORS` held-out sets and more have drawn: POOL drawings to train on, all others to
+    test on. Every vendor's drawing is in one split; the two emojione sets count as one, and equal pictures as well."""
+    units: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, row in enumerate(rows):
+        if row["domain"]:
+            units[row["caption"]][re.sub("-monotone", "", row["set"])].append(i)
+    chosen, seen = dict[int, str](), set[bytes]()
+    for name, vendors in sorted(units.items()):
+        fresh: dict[str, list[int]] = {}
+        for vendor in sorted(vendors, key=lambda vendor: rank(f"{name} {vendor}")):
+            pictures = {i: png(on_white(images[i : i + 1])[0]) for i in vendors[vendor]}
+            if not seen & set(pictures.values()):
+                seen |= set(pictures.values())
+                fresh[vendor] = list(pictures)
+        if len(fresh) >= VENDORS:
+            for number, own in enumerate(fresh.values()):
+                chosen |= dict.fromkeys(own[:1] if number < POOL else own, "train" if number < POOL else "test")
     return chosen
 
 
@@ -675,6 +697,12 @@ def on_shipped(
     test = [i for i, split in enumerate(table["split"]) if split == "test"]
     questions: dict[str, tuple[str, list[int]]] = {"groups": ("group", test), "classes": ("class", test)}
     questions["unseen concepts"] = ("class", [i for i in test if table["unseen"][i]])
+    drawn = [i for i, split in enumerate(table["concept_split"]) if split == "test"]
+    names = sorted({table["concept"][i] for i in drawn})
+    questions["concepts"] = ("concept", drawn)
+    for part in range(0, len(names) - 19, 20):
+        few = set(names[part : part + 20])
+        questions[f"concepts {part + 1} to {part + 20}"] = ("concept", [i for i in drawn if table["concept"][i] in few])
     questions |= {f"domain {d}": ("class", [i for i in test if table["domain"][i] == d]) for d in HELD_OUT}
     questions |= {f"task {g}": ("class", [i for i in test if table["group"][i] == g]) for g in LEXICON}
     return {
@@ -706,11 +734,14 @@ def export(work: Path = WORK) -> None:
         size={"shortest_edge": SIZE}, crop_size=side, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(clip)
 
-    chosen = choose(rows, images)
+    by_class, by_concept = dict(choose(rows, images)), choose_concepts(rows, images)
     names = [(name, group) for group, classes in LEXICON.items() for name in classes]
     order = {name: i for i, (name, _) in enumerate(names)}
-    chosen.sort(key=lambda pair: (order[rows[pair[0]]["class"]], pair[1], pair[0]))
-    pngs = [png(image) for image in on_white(images[[i for i, _ in chosen]])]
+    chosen = sorted(
+        {*by_class, *by_concept},
+        key=lambda i: (order.get(rows[i]["class"], len(order)), rows[i]["caption"], by_class.get(i, ""), i),
+    )
+    pngs = [png(image) for image in on_white(images[chosen])]
     packed = {
         "png": torch.frombuffer(bytearray(b"".join(pngs)), dtype=torch.uint8),
         "ends": torch.tensor(np.cumsum([len(part) for part in pngs])),
@@ -724,13 +755,15 @@ def export(work: Path = WORK) -> None:
         "set": "set",
         "unseen": "unseen",
     }
-    table = {column: [rows[i][field] for i, _ in chosen] for column, field in columns.items()}
-    table["split"] = [split for _, split in chosen]
+    table = {column: [rows[i][field] for i in chosen] for column, field in columns.items()}
+    table["split"] = [by_class.get(i, "") for i in chosen]
+    table["concept_split"] = [by_concept.get(i, "") for i in chosen]
     used = sorted(set(table["set"]))
     written = {
         "source": f"npm {PACKAGE}",
         "size": SIZE,
-        "classes": [name for name, _ in names if name in set(table["class"])],
+        "classes": [name for name, _ in names if name in {rows[i]["class"] for i in by_class}],
+        "concepts": sorted({rows[i]["caption"] for i in by_concept}),
         "groups": list(LEXICON),
         "domains": list(HELD_OUT),
         "sets": {

@@ -159,7 +159,7 @@ def test_test_images_are_balanced_and_training_suffices_for_16_shots_and_4_for_v
     counts = Counter(zip(table["class"], table["split"], strict=True))
     assert {counts[name, "test"] for name in about["classes"]} == {20}
     assert min(counts[name, "train"] for name in about["classes"]) >= 20
-    groups = dict(zip(table["class"], table["group"], strict=True))
+    groups = {c: g for c, g, s in zip(table["class"], table["group"], table["split"], strict=True) if s}
     assert len(about["groups"]) >= 6
     assert min(Counter(groups.values()).values()) >= 5
     emoji = Counter(
@@ -170,27 +170,31 @@ def test_test_images_are_balanced_and_training_suffices_for_16_shots_and_4_for_v
     assert sum(n >= 4 for n in emoji.values()) >= 60
 
 
-def test_no_drawing_is_in_both_splits(table: dict[str, list[Any]], images: list[Image.Image]) -> None:
-    pairs = set(zip(table["concept"], table["set"], table["split"], strict=True))
+@pytest.mark.parametrize("column", ["split", "concept_split"])
+def test_no_drawing_is_in_both_splits(column: str, table: dict[str, list[Any]], images: list[Image.Image]) -> None:
+    pairs = set(zip(table["concept"], table["set"], table[column], strict=True))
     assert len(pairs) == len(images)
     drawings = {(concept, name.removesuffix("-monotone"), split) for concept, name, split in pairs}
     assert not any((concept, name, "test") in drawings for concept, name, split in drawings if split == "train")
     tested = {
-        np.asarray(image).tobytes() for image, split in zip(images, table["split"], strict=True) if split == "test"
+        np.asarray(image).tobytes() for image, split in zip(images, table[column], strict=True) if split == "test"
     }
     trained = {
-        np.asarray(image).tobytes() for image, split in zip(images, table["split"], strict=True) if split == "train"
+        np.asarray(image).tobytes() for image, split in zip(images, table[column], strict=True) if split == "train"
     }
     assert not tested & trained, "icon sets copy from each other: a drawing counts once"
 
 
-@pytest.mark.parametrize("question", ["classes", "groups", "unseen concepts", "domain game", "task transport"])
+@pytest.mark.parametrize(
+    "question", ["concepts", "classes", "groups", "unseen concepts", "domain game", "task transport"]
+)
 def test_the_card_says_what_is_measured(
     question: str, clip: CLIPModel, processor: CLIPProcessor, features: torch.Tensor, table: dict[str, list[Any]]
 ) -> None:
     kind, _, value = question.partition(" ")
-    field = "group" if question == "groups" else "class"
-    rows = [i for i, split in enumerate(table["split"]) if split == "test"]
+    field = {"groups": "group", "concepts": "concept"}.get(question, "class")
+    column = "concept_split" if question == "concepts" else "split"
+    rows = [i for i, split in enumerate(table[column]) if split == "test"]
     if kind == "unseen":
         rows = [i for i in rows if table["unseen"][i]]
     elif value:
@@ -205,6 +209,9 @@ def test_zero_shot_is_far_above_chance_on_vendors_and_concepts_that_it_has_not_s
     for question, times in (("groups", 3), ("classes", 15), ("unseen concepts", 15), ("task transport", 3)):
         _, _, top1, _, chance = on_card(f"shipped: {question}")
         assert top1 > times * chance, question
+    for first in (1, 21, 41):
+        _, ways, top1, *_ = on_card(f"shipped: concepts {first} to {first + 19}")
+        assert ways == 20 and top1 > 0.6
 
 
 def test_no_icon_of_a_held_out_vendor_or_concept_would_be_trained_on(builder: Any, about: dict[str, Any]) -> None:

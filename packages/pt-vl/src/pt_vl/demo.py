@@ -26,11 +26,11 @@ from pt_vl.method import VLMethod
 from pt_vl.workbench import Bench
 
 RECIPE = "vl/mini-clip"
-LADDER = (1, 4, 16)
+LADDER = (1, 2, 4, 8, 16)
 SHOWN = ("zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "coop", "vpt", "maple", "restore")
 UNSEEN = ("zero-shot", "coop", "vpt", "maple", "restore")  # what can be asked about classes that it was not trained on
 NOTES = (
-    "mini-clip (2,952,193 parameters) on icons by vendors that it was not trained on; it shows the machinery, and says "
+    "mini-clip (2,952,193 parameters) on drawings by vendors that it was not trained on; it shows the machinery, and says "
     "nothing about CLIP's results. Zero-shot, linear probe and Tip-Adapter train nothing by gradient. Base-to-new: trained on "
     "the first half of the classes, asked about each half by itself; harmonic-mean of the two. Training images are drawn by "
     "each seed; test images are the same for all."

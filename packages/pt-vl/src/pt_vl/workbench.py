@@ -414,7 +414,7 @@ def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) 
     """`pt demo vl`; see `pt_vl.demo`."""
     from pt_vl import demo as shown
 
-    shown.run(folder, seeds or 3, shots or 16, data)
+    shown.run(folder, seeds or 3, shots or 4, data)
 
 
 def _test(task: ImageTask) -> Split:
