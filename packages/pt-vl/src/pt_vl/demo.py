@@ -70,9 +70,7 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
     console.print(report.to_rich(base_to_new, title="base-to-new"))
 
     report.over(points, folder / "shots.png", "accuracy", "shots (images of each class)", title="pt demo vl", log=True)
-    trained = max(
-        (o for o in found if o.artifact is not None and o.history), key=lambda o: o.result.metrics["accuracy"]
-    )
+    trained = next(outcome for outcome in found if outcome.result.method == "coop")
     assert trained.artifact is not None
     after = cast(VLMethod, artifacts.load(trained.artifact, bench.backbone))
     _, checked = recipe.load(RECIPE, changes)
