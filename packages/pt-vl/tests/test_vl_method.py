@@ -115,7 +115,7 @@ def test_training_on_cached_image_features_gives_what_training_on_pixels_gives(
     assert sum(passes) == 9 + 5, "every image passes the tower once"
     passes.clear()
     slow, expected = run(False)
-    assert sum(passes) > 30
+    assert sum(passes) > 9 + 5
     assert_close(fast.context, slow.context, rtol=1e-4, atol=1e-6)
     assert result.metrics == pytest.approx(expected.metrics, rel=1e-4)
 

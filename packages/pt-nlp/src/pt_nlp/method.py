@@ -123,10 +123,11 @@ class TextMethod(Method):
         return self
 
     def forward(self, batch: Mapping[str, Any]) -> Output:
-        """Class logits [b, C], and with a head pooled features [b, d].
+        """Class logits [b, C], and with a head pooled features [b, d]; of a text-to-text task nothing: it is read by `loss` and
+        `generate`.
 
         Raises:
-            InputError: there is neither a head nor label words. Of a text-to-text task `loss` and `generate` are asked.
+            InputError: there is neither a head, nor label words, nor a target text.
         """
         features, logits = None, None
         with self.active():
@@ -135,7 +136,7 @@ class TextMethod(Method):
                 logits = self.head(features.to(self.head.weight.dtype))
             elif "candidates" in batch:
                 logits = self.class_scores(batch)
-        if logits is None:
+        if logits is None and "target_ids" not in batch:
             raise InputError(
                 f"{self.name} has neither a head nor label words to score",
                 remedy="Set num_labels, or use a verbalizer task",
