@@ -9,35 +9,24 @@ import resource
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from pt_core import cli, doctor, registry
+from pt_core import doctor, registry
+from pt_core.testing import Command, command
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = "from pt_core.cli import main; main()"
 HEAVY = {"torch", "numpy", "transformers", "accelerate", "peft", "matplotlib", "huggingface_hub", "pt_nlp"}
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def pt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def pt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """(arguments) -> exit code, stdout, stderr; 100 columns wide."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["pt", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "100")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    monkeypatch.setenv("COLUMNS", "100")
+    return command(monkeypatch, capsys)
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -80,7 +69,7 @@ def test_list_takes_under_a_second() -> None:
     assert seconds(MAIN, "list") < max(1.0, 2 * libraries)
 
 
-def test_list_shows_every_field_of_every_method_whole_at_100_columns(pt: Run) -> None:
+def test_list_shows_every_field_of_every_method_whole_at_100_columns(pt: Command) -> None:
     code, out, _ = pt("list")
     assert code == 0
     lines = out.splitlines()
@@ -95,14 +84,14 @@ def test_list_shows_every_field_of_every_method_whole_at_100_columns(pt: Run) ->
         assert all(part in lines[at + 1] for part in second)
 
 
-def test_list_shows_the_recipes(pt: Run) -> None:
+def test_list_shows_the_recipes(pt: Command) -> None:
     code, out, _ = pt("list", "--recipes")
     assert code == 0
     assert "nlp/bbc-topics" in out and "Topic of a news article" in out
     assert max(map(len, out.splitlines())) <= 100 and "…" not in out
 
 
-def test_the_table_of_the_readme_is_the_one_that_list_prints(pt: Run) -> None:
+def test_the_table_of_the_readme_is_the_one_that_list_prints(pt: Command) -> None:
     code, out, _ = pt("list", "--markdown")
     assert code == 0 and out.count("\n") == len(registry.all_methods()) + 2
     readme = ROOT / "README.md"
@@ -123,7 +112,7 @@ def test_doctor_names_the_set_that_the_workspace_pins() -> None:
     assert pinned == doctor.TESTED
 
 
-def test_doctor_shows_this_machine(pt: Run) -> None:
+def test_doctor_shows_this_machine(pt: Command) -> None:
     code, out, _ = pt("doctor")
     assert code == 0
     for part in (doctor.TESTED["torch"], f"pt-nlp {version('pt-nlp')}", "precision to use for a frozen backbone"):
@@ -173,7 +162,7 @@ def test_doctor_shows_this_machine(pt: Run) -> None:
     ],
 )
 def test_bad_input_ends_in_one_line_and_exit_code_2(
-    pt: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], parts: list[str]
+    pt: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], parts: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -196,13 +185,13 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(
         (["list", "--fast"], "--fast"),
     ],
 )
-def test_wrong_usage_ends_with_exit_code_2(pt: Run, arguments: list[str], part: str) -> None:
+def test_wrong_usage_ends_with_exit_code_2(pt: Command, arguments: list[str], part: str) -> None:
     code, out, err = pt(*arguments)
     assert (code, out) == (2, "")
     assert part in err and "Traceback" not in err
 
 
-def test_a_malformed_recipe_is_refused(pt: Run, tmp_path: Path) -> None:
+def test_a_malformed_recipe_is_refused(pt: Command, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     for text, problem in [
         ("package: nlp\nmethod: [\n", "is not YAML: while parsing"),

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pt_core import cli
-from pt_core.testing import one_thread
+from pt_core.testing import Command, command, one_thread
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `report` of pt-core")
 
 WORDS = "good bad film news sport the a was is great awful Topic : positive negative"
 PNG = b"\x89PNG\r\n\x1a\n"
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -89,21 +86,13 @@ def recipe(backbone: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def pt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """(arguments) -> exit code, stdout, stderr; run in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["pt", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    return command(monkeypatch, capsys)
 
 
 def prompt_of(run: Path) -> bytes:
@@ -111,7 +100,7 @@ def prompt_of(run: Path) -> bytes:
 
 
 # --- train, and what can be done with what it leaves -----------------------------------------------------------------
-def test_train_eval_predict_export(pt: Run, recipe: Path, backbone: Path, tmp_path: Path) -> None:
+def test_train_eval_predict_export(pt: Command, recipe: Path, backbone: Path, tmp_path: Path) -> None:
     code, out, err = pt("train", recipe, "-o", "run")
     assert code == 0, err
     assert "prompt-tuning" in out and "accuracy" in out and "trained prompt: run/prompt" in out
@@ -161,7 +150,7 @@ def test_train_eval_predict_export(pt: Run, recipe: Path, backbone: Path, tmp_pa
     assert torch.equal(rows, load_file(tmp_path / "run" / "prompt" / "prompt.safetensors")["prompt.weight"])
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_prompt(pt: Run, recipe: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on_to_the_same_prompt(pt: Command, recipe: Path, tmp_path: Path) -> None:
     longer = ["--set", "training.max_steps=60", "--set", "training.checkpoint_every=2", "--set", "method.lr=0.02"]
     assert pt("train", recipe, "-o", "whole", *longer)[0] == 0
     # Slowed down at each step, so that the kill meets it in the middle.
@@ -196,7 +185,7 @@ cli.main()
     assert logs[0] == logs[1]
 
 
-def test_a_run_of_another_recipe_or_of_other_rows_does_not_go_on(pt: Run, recipe: Path, tmp_path: Path) -> None:
+def test_a_run_of_another_recipe_or_of_other_rows_does_not_go_on(pt: Command, recipe: Path, tmp_path: Path) -> None:
     assert pt("train", recipe, "-o", "run")[0] == 0
     code, _, err = pt("train", recipe, "-o", "run", "--set", "method.lr=0.1")
     assert code == 2 and "method_config.lr: 0.05 there, 0.1 here" in err
@@ -210,7 +199,7 @@ def test_a_run_of_another_recipe_or_of_other_rows_does_not_go_on(pt: Run, recipe
     assert code == 2 and "run: holds results of something else (rows differ)" in err
 
 
-def test_the_seed_of_the_command_line_wins(pt: Run, recipe: Path, tmp_path: Path) -> None:
+def test_the_seed_of_the_command_line_wins(pt: Command, recipe: Path, tmp_path: Path) -> None:
     runs = {"a": ["--seed", 3], "b": ["--set", "seed=3"], "c": []}
     for name, arguments in runs.items():
         assert pt("train", recipe, "-o", name, "--set", "training.max_steps=2", *arguments)[0] == 0
@@ -222,7 +211,7 @@ def cells(folder: Path) -> dict[str, Any]:
     return {path.stem: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
 
 
-def test_compare_runs_methods_and_seeds_and_keeps_what_is_done(pt: Run, recipe: Path, tmp_path: Path) -> None:
+def test_compare_runs_methods_and_seeds_and_keeps_what_is_done(pt: Command, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "grid"
     code, out, err = pt("compare", recipe, "--seeds", 2, "--methods", "prompt-tuning,short", "-o", "grid")
     assert code == 0, err

@@ -170,8 +170,7 @@ def main() -> None:
             )
             console.print("\n".join(f"| {' | '.join(row.values())} |" for row in rows))
             continue
-        identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
-        outcomes = runs.compare(bench.job, chosen.methods, range(1, seeds + 1), folder, identity, console.print)
+        outcomes = runs.compare_recipe(bench, chosen.methods, range(1, seeds + 1), folder, console.print)
         results = [outcome.result for outcome in outcomes]
         metrics = ["accuracy", "macro-f1"] if name in NODES else ["roc-auc"]
         shown = [*metrics, *(["pcr", "apm"] if "relief" in chosen.methods else [])]

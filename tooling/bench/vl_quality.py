@@ -34,20 +34,8 @@ from pt_vl.methods.mvlpt import MVLPT
 from pt_vl.workbench import Bench
 
 PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "domains", "multi-task")
-METHODS = (
-    "zero-shot",
-    "linear-probe",
-    "tip-adapter",
-    "tip-adapter-f",
-    "coop",
-    "coop-csc",
-    "cocoop",
-    "vpt",
-    "ivlp",
-    "upt",
-    "maple",
-)
-METHODS += ("maple", "restore", "r-amt")
+BOUND = ("linear-probe", "tip-adapter", "tip-adapter-f", "coop-csc")  # trained for their own classes
+METHODS = ("zero-shot", *BOUND, "coop", "cocoop", "vpt", "ivlp", "upt", "maple", "restore", "r-amt")
 SOURCES = ("animal", "food", "transport", "household", "face", "place")
 PROMPTS = {"coop": "text", "vpt": "visual", "upt": "unified"}
 SECONDS = 12  # of a cell with 4 shots of 63 concepts, on one core
@@ -73,9 +61,7 @@ def compare(folder: Path, changes: dict[str, Any], labels: Sequence[str], seeds:
     """The recipe's methods on one of the protocols."""
     _, checked = recipe.load("vl/mini-clip", changes)
     bench = Bench(checked)  # type: ignore[arg-type]
-    identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
-    outcomes = runs.compare(bench.job, labels, seeds, folder, identity, console.print)
-    return [outcome.result for outcome in outcomes]
+    return [outcome.result for outcome in runs.compare_recipe(bench, labels, seeds, folder, console.print)]
 
 
 def show(folder: Path, results: Sequence[Result], metrics: Sequence[str], title: str) -> None:
@@ -113,9 +99,6 @@ def domains(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> None:
     changes = {"data.icons": choice | {"domains": ["emoji"]}, "data.targets": targets, "data.shots": 4}
     results = compare(folder, changes, labels, seeds)
     show(folder, results, ("accuracy", "accuracy/others", *(f"accuracy/{name}" for name in others)), "domains")
-
-
-BOUND = ("linear-probe", "tip-adapter", "tip-adapter-f", "coop-csc")  # trained for their own classes
 
 
 def multi_task(folder: Path, seeds: Sequence[int]) -> None:

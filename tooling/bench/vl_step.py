@@ -1,6 +1,6 @@
 """Training steps of CoOp, CoCoOp and MaPLe: ours against the step written out plainly, in one run.
 
-    uv run tooling/bench/vl_step.py                  # 10, 100 and 1,000 classes: about 8 minutes on 2 idle cores
+    uv run tooling/bench/vl_step.py                  # 10, 100 and 1,000 classes: some minutes a method
     uv run tooling/bench/vl_step.py --quick          # 100 classes only
     uv run tooling/bench/vl_step.py --markdown       # the table as it stands in the README of pt-vl
     uv run tooling/bench/vl_step.py --cpu-time       # one thread and its CPU time: for a machine that others use as well

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from pt_core import InputError, cli, runs
+from pt_core import InputError, runs
+from pt_core.testing import Command, command
 from pt_core.training import evaluate
 from pt_vl.methods.coop import CoOp
 from pt_vl.methods.upt import UPT
@@ -23,7 +23,6 @@ from pt_vl.methods.vpt import VPT
 from pt_vl.workbench import Bench, Recipe
 
 TASKS = {"animals": ("bird", "cat", "dog"), "things": ("big_house", "red car")}
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -59,24 +58,15 @@ def bench(folder: Path, method: dict[str, Any] | None = None, **data: Any) -> Be
 
 
 @pytest.fixture
-def pt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Run:
+def pt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> Command:
     """`pt transfer RECIPE ARGUMENTS` -> exit code, stdout, stderr."""
     recipe = folder / "tasks.yaml"
     recipe.write_text(yaml.safe_dump({"package": "vl", "about": "Two small tasks."} | settings(folder)))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pt", "transfer", str(recipe), *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    return command(monkeypatch, capsys, "transfer", recipe)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-def test_the_command_writes_the_matrix_and_goes_on_where_it_was(pt: Run, folder: Path) -> None:
+def test_the_command_writes_the_matrix_and_goes_on_where_it_was(pt: Command, folder: Path) -> None:
     code, out, _ = pt("--seeds", 2, "-o", folder / "study")
     assert code == 0 and out.startswith("to run: 4 from scratch, 4 transfers; the first ")
     assert "Best source of each target: animals from things, things from animals." in out
@@ -99,7 +89,7 @@ def test_the_command_writes_the_matrix_and_goes_on_where_it_was(pt: Run, folder:
     assert (folder / "study" / "transfer.json").read_bytes() == before
 
 
-def test_two_processes_give_the_same_bits(pt: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_give_the_same_bits(pt: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pt_core.transfer._cores", lambda: 2)
     assert pt("--seeds", 1, "-o", folder / "serial")[0] == 0
     assert pt("--seeds", 1, "--jobs", 2, "-o", folder / "parallel")[0] == 0
@@ -123,14 +113,14 @@ def test_two_processes_give_the_same_bits(pt: Run, folder: Path, monkeypatch: py
     ],
 )
 def test_what_cannot_be_transferred_is_refused_before_training(
-    arguments: list[str], problem: str, pt: Run, folder: Path
+    arguments: list[str], problem: str, pt: Command, folder: Path
 ) -> None:
     code, _, err = pt(*arguments, "-o", folder / "study")
     assert (code, problem in err) == (2, True), err
     assert not (folder / "study").exists()
 
 
-def test_a_package_without_tasks_says_so(monkeypatch: pytest.MonkeyPatch, pt: Run, folder: Path) -> None:
+def test_a_package_without_tasks_says_so(monkeypatch: pytest.MonkeyPatch, pt: Command, folder: Path) -> None:
     monkeypatch.delattr(Bench, "transfer_job")
     code, _, err = pt("-o", folder / "study")
     assert code == 2 and "the package 'vl' has no tasks to transfer between" in err
@@ -138,7 +128,7 @@ def test_a_package_without_tasks_says_so(monkeypatch: pytest.MonkeyPatch, pt: Ru
 
 # --- the bench --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("prompt", "kind"), [("text", CoOp), ("visual", VPT), ("unified", UPT)])
-def test_mvlpt_takes_its_single_task_forms(prompt: str, kind: type, pt: Run, folder: Path) -> None:
+def test_mvlpt_takes_its_single_task_forms(prompt: str, kind: type, pt: Command, folder: Path) -> None:
     method = {"name": "mvlpt", "prompt": prompt, "prompt_length": 2, "hidden": 8, "lr": 0.1}
     code, _, err = pt(
         *[part for key, value in method.items() for part in ("--set", f"method.{key}={value}")],

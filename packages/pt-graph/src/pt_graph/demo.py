@@ -7,8 +7,6 @@ three seeds; then a trained prompt is opened in a fresh process and used, and a 
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,9 +48,8 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
         console.print(
             f"skipped: {len(bench.read.skipped)} rows, {', '.join(map(str, list(bench.read.skipped)[:5]))} ..."
         )
-    identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
     first = checked.seed
-    outcomes = runs.compare(bench.job, checked.labels(), range(first, first + seeds), folder, identity)
+    outcomes = runs.compare_recipe(bench, checked.labels(), range(first, first + seeds), folder)
     results = [outcome.result for outcome in outcomes]
     metrics = ("roc-auc", "pcr", "apm")
     console.print(report.table(results, metrics, title="pt demo graph"))
@@ -71,12 +68,7 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
         more={"Atoms that RELIEF prompts": picture},
     )
     print(f"table, curves, molecules and report: {page}")
-    answer = subprocess.run(
-        [sys.executable, "-c", "from pt_core.cli import main; main()", "predict", str(artifact), "--", ASPIRIN],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    answer = runs.predict_afresh(artifact, ASPIRIN)
     print(f"trained prompt: {artifact}\nin a fresh process, aspirin -> {answer}")
 
 

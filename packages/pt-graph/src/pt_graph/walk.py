@@ -53,9 +53,10 @@ class Walk:
         self.weights = [None if layer.weight is None else layer.weight[order] for layer in layers]
         self.layers = layers
         self.degree = torch.bincount(self.target, minlength=len(x))
-        self.ends = self.degree.cumsum(0)  # edges to the nodes up to each one
+        ends = self.degree.cumsum(0)
+        self.ends: list[int] = ends.tolist()  # edges to the nodes up to each one
         self.read: list[Tensor] = []  # what each layer sums up
-        starts = self.ends - self.degree
+        starts = ends - self.degree
         for layer, weight in zip(layers, self.weights, strict=True):
             self.read.append(x.clone() if layer.before is None else layer.before(x))
             sums = _sums(self.read[-1], self.source, starts, weight)
@@ -72,7 +73,7 @@ class Walk:
         Returns:
             The nodes whose embeddings may have changed.
         """
-        edges = int(self.ends[among - 1])
+        edges = self.ends[among - 1]
         source, target = self.source[:edges], self.target[:edges]
         reached = torch.zeros(among, dtype=torch.bool, device=x.device)
         reached[nodes] = True

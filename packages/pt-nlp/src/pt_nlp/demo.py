@@ -7,8 +7,6 @@ the trained prompt is opened in a fresh process and used.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,9 +57,7 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
     _, checked = recipe.load(RECIPE, settings(shots, data))
     bench = Bench(checked)  # type: ignore[arg-type]
     console.print(f"{checked.about}\nbackbone: {bench.recipe.backbone.name}; {len(bench.rows['train']):,} texts")
-    identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
-    first = checked.seed
-    outcomes = runs.compare(bench.job, checked.labels(), range(first, first + seeds), folder, identity)
+    outcomes = runs.compare_recipe(bench, checked.labels(), range(checked.seed, checked.seed + seeds), folder)
     results = [outcome.result for outcome in outcomes]
     metrics = ("accuracy", "macro-f1")
     console.print(report.table(results, metrics, title="pt demo nlp"))
@@ -71,11 +67,7 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
     print(f"table, curves and report: {page}")
 
     artifact = next(o.artifact for o in outcomes if o.result.method == checked.method.name)
+    assert artifact is not None
     text = HEADLINE if data is None else bench.rows["train"][0]["text"]
-    answer = subprocess.run(
-        [sys.executable, "-c", "from pt_core.cli import main; main()", "predict", str(artifact), "--", text],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    answer = runs.predict_afresh(artifact, text)
     print(f"trained prompt: {artifact}\nin a fresh process, {text[:80]!r} -> {answer}")

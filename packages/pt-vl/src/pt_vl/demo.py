@@ -8,12 +8,11 @@ picture shows what test images were taken for before and after.
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 from torch import Tensor
 
@@ -73,9 +72,8 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
     trained = next(outcome for outcome in found if outcome.result.method == "coop")
     assert trained.artifact is not None
     after = cast(VLMethod, artifacts.load(trained.artifact, bench.backbone))
-    _, checked = recipe.load(RECIPE, changes)
-    zero_shot = bench.job("zero-shot", checked.seed)[0].method
-    test = bench.task(checked.seed).test
+    zero_shot = bench.job("zero-shot", bench.recipe.seed)[0].method
+    test = bench.task(bench.recipe.seed).test
     assert test is not None
     picture = folder / "images.png"
     before_and_after(cast(VLMethod, zero_shot), after, test, picture, trained.result.method)
@@ -96,20 +94,7 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
     print(f"tables, curves, images and report: {page}")
     image = folder / "image.png"
     read_image(cast(ImageRows, test.rows).sources[0]).save(image)
-    answer = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from pt_core.cli import main; main()",
-            "predict",
-            str(trained.artifact),
-            "--",
-            str(image),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    answer = runs.predict_afresh(trained.artifact, str(image))
     print(f"trained prompt: {trained.artifact}\nin a fresh process, {image.name} -> {answer[:200]}")
 
 
@@ -130,15 +115,14 @@ def _compare(
     """Some of the recipe's methods, with every seed."""
     _, checked = recipe.load(RECIPE, changes)
     bench = Bench(checked)  # type: ignore[arg-type]
-    identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
-    return bench, runs.compare(bench.job, labels, range(checked.seed, checked.seed + seeds), folder, identity)
+    return bench, runs.compare_recipe(bench, labels, range(checked.seed, checked.seed + seeds), folder)
 
 
 @torch.no_grad()
 def before_and_after(before: VLMethod, after: VLMethod, test: Split, path: Path, label: str, count: int = 24) -> None:
     """A picture of test images with what two methods took them for; the caption is green where the second is right."""
     rows = sorted(random.Random(0).sample(range(len(test)), min(count, len(test))))
-    batch = test.batch(rows)
+    batch = send_to_device(test.batch(rows), after.backbone.device)
     names = after.config.class_names
     taken = []
     for method in (before, after):

@@ -164,7 +164,8 @@ class Bench:
     def __init__(self, checked: Recipe) -> None:
         self.recipe, self.backbone = checked, checked.backbone.load()
         self._tasks: dict[tuple[str | None, int], ImageTask] = {}
-        self._cached: dict[tuple[str, int], ImageTask] = {}
+        self._halves: dict[int, tuple[ImageTask, ImageTask]] = {}
+        self._featured: dict[int, tuple[Split, Split]] = {}
         self._targets: dict[str, ImageTask] | None = None
 
     @property
@@ -205,13 +206,17 @@ class Bench:
         chosen = self.recipe.with_method(label)
         task, others = self.task(seed), dict[str, tuple[Sequence[str], Split]]()
         if self.recipe.data.protocol == "base-to-new":
-            task, new = task.base_to_new()
+            if seed not in self._halves:
+                self._halves[seed] = task.base_to_new()
+            task, new = self._halves[seed]
             others["new"] = (new.spec.class_names, _test(new))
         for name, target in self.targets().items():
             others[name] = (target.spec.class_names, _test(target))
-        test = tested(_test(task), others, self.recipe.data.protocol) if task.test is not None or others else None
-        config = chosen.training.model_copy(update={"seed": seed})
-        return self._job(self._method(chosen, task, seed), task, test), config
+        method, test = self._method(chosen, task, seed), None
+        if task.test is not None or others:
+            seen = {name: (classes, self._seen(method, split)) for name, (classes, split) in others.items()}
+            test = tested(self._seen(method, _test(task)), seen, self.recipe.data.protocol)
+        return self._job(method, task, test), chosen.training.model_copy(update={"seed": seed})
 
     @property
     def task_names(self) -> list[str]:
@@ -221,8 +226,7 @@ class Bench:
     def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
         """The run of a method on one of the tasks, from its start values or from another task's prompt.
 
-        MVLPT takes its single-task form (CoOp, deep VPT or UPT, as its `prompt` says). Where the image tower is not prompted,
-        the features of images in fixed views are computed once for all runs.
+        MVLPT takes its single-task form (CoOp, deep VPT or UPT, as its `prompt` says).
 
         Args:
             label: of the method.
@@ -235,7 +239,6 @@ class Bench:
                 or to test on; the tensors of the source are of another form.
         """
         chosen, images = self.recipe.with_method(label), self.task(seed, task)
-        config = chosen.training.model_copy(update={"seed": seed})
         where = self.recipe.data.tasks[task]
         for part, there in (("train", where.train or not where.test), ("test", images.test)):
             if not there:
@@ -252,13 +255,8 @@ class Bench:
             )
         if source is not None:
             method.load_trained_state(load_file(source))
-        if not method.trains_image:
-            if (task, seed) not in self._cached:
-                rows = {n: _Featured(s, self.backbone, config.eval_batch_size) for n, s in _splits(images)}
-                splits: dict[str, Any] = {n: replace(s, rows=rows[n]) for n, s in _splits(images)}
-                self._cached[task, seed] = replace(images, **splits)
-            images = self._cached[task, seed]
-        return self._job(method, images, images.test), config
+        test = self._seen(method, _test(images))
+        return self._job(method, images, test), chosen.training.model_copy(update={"seed": seed})
 
     def _method(self, chosen: Recipe, task: ImageTask, seed: int) -> VLMethod:
         """The recipe's method on the classes of a task."""
@@ -271,13 +269,22 @@ class Bench:
         assert isinstance(method, VLMethod)
         return method
 
+    def _seen(self, method: VLMethod, split: Split) -> Split:
+        """What a method sees of a split: where its image tower is the frozen one, features, computed once for all runs."""
+        if method.trains_image:
+            return split
+        if id(split) not in self._featured:
+            rows = _Featured(split, self.backbone, self.recipe.training.eval_batch_size)
+            self._featured[id(split)] = split, replace(split, rows=rows)
+        return self._featured[id(split)][1]
+
     def _job(self, method: VLMethod, task: ImageTask, test: Split | None) -> Job:
         source = self.recipe.backbone
         assert task.train is not None
         return Job(
             method,
-            task.train,
-            task.validation,
+            self._seen(method, task.train),
+            None if task.validation is None else self._seen(method, task.validation),
             test,
             task=task.spec.model_dump(mode="json"),
             backbone_name=None if Path(source.name).is_dir() else source.name,  # a path stays on this machine
@@ -319,8 +326,10 @@ def tested(own: Split, others: Mapping[str, tuple[Sequence[str], Split]], protoc
 
 @torch.no_grad()
 def accuracy_among(method: VLMethod, split: Split, columns: Sequence[int], batch_size: int = 64) -> float:
-    """Accuracy when only some of the method's classes are compared; labels of `split` count within `columns`."""
-    method.eval()
+    """Accuracy when only some of the method's classes are compared; labels of `split` count within `columns`.
+
+    The method is in eval mode, as everywhere within `evaluate`.
+    """
     hits = []
     for batch in split.batches(batch_size):
         logits = method(send_to_device(batch, method.backbone.device)).logits[:, list(columns)]
@@ -329,7 +338,7 @@ def accuracy_among(method: VLMethod, split: Split, columns: Sequence[int], batch
 
 
 class _Featured(Sequence[dict[str, Any]]):
-    """The rows of `cache_features`, computed when the first one is read."""
+    """The rows of `cache_features` (augmented ones stay as they are), computed when the first one is read."""
 
     def __init__(self, split: Split, backbone: DualEncoder, batch_size: int) -> None:
         self.split, self.backbone, self.batch_size = split, backbone, batch_size

@@ -4,7 +4,7 @@ A workbench offers:
 
     Recipe                                          the package's recipe schema (a subclass of pt_core.recipe.Recipe)
     Bench(recipe)                                   loads backbone and data once: `.job(label, seed) -> (Job, FitConfig)`,
-                                                    and `.identity`, what backbone and data are, as JSON
+                                                    `.recipe`, and `.identity`, what backbone and data are, as JSON
     open_artifact(artifact, backbone) -> session    a trained prompt on its backbone: `.inputs(file, text)`,
                                                     `.predict(inputs)`, `.evaluate(file, text, label)`,
                                                     `.export(format, folder)`
@@ -137,9 +137,7 @@ def compare(
     for label in labels:
         checked.with_method(label)
     bench = registry.workbench(package).Bench(checked)
-    identity = bench.identity | checked.model_dump(mode="json", include={"method", "training", "compare"})
-    first = checked.seed
-    outcomes = runs.compare(bench.job, labels, range(first, first + seeds), output, identity)
+    outcomes = runs.compare_recipe(bench, labels, range(checked.seed, checked.seed + seeds), output)
     results = [outcome.result for outcome in outcomes]
     page = report.write_comparison(output, results, runs.histories(outcomes), title=recipe, notes=checked.about)
     _show(report.table(results, title=recipe))

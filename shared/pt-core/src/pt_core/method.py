@@ -109,7 +109,12 @@ class Method(nn.Module):
 
     @classmethod
     def loss_comes_from(cls) -> Literal["output", "batch"] | None:
-        """Whether the loss is given by `loss_of`, by a `loss` that overrides it, or not at all (`loss = Method.loss`)."""
+        """Whether the loss that trains is given by `loss_of` or by a `loss` that overrides it.
+
+        None: there is no such loss, since nothing is trained, or by a protocol of the method's own (`loss = Method.loss`).
+        """
+        if not cls.trains:
+            return None
         for owner in cls.__mro__:
             if owner is Method or vars(owner).get("loss") is Method.loss:
                 break

@@ -9,6 +9,8 @@ A comparison is a grid of cells (method, seed). Every finished cell is kept, so 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -146,6 +148,20 @@ def compare(
         shown = ", ".join(f"{name} {value:.3f}" for name, value in outcome.result.metrics.items())
         announce(f"{label}, seed {seed}: {shown} ({outcome.result.extra['seconds']} s)")
     return outcomes
+
+
+def compare_recipe(
+    bench: Any, labels: Sequence[str], seeds: Sequence[int], folder: str | Path, announce: Callable[[str], None] = print
+) -> list[Outcome]:
+    """`compare` for methods of a recipe, by its package's `Bench`: kept cells count for the same recipe and data only."""
+    settings = bench.recipe.model_dump(mode="json", include={"method", "training", "compare"})
+    return compare(bench.job, labels, seeds, folder, bench.identity | settings, announce)
+
+
+def predict_afresh(artifact: Path, text: str) -> str:
+    """What `pt predict` prints for one input, in a process that has seen nothing of the training."""
+    command = [sys.executable, "-c", "from pt_core.cli import main; main()", "predict", str(artifact), "--", text]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def histories(outcomes: Sequence[Outcome]) -> dict[str, list[list[dict[str, Any]]]]:

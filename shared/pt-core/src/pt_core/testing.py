@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pt_core import cli
 from pt_core.attachment import Forward, Handle, Rows, attach, register_family
 from pt_core.data import Split
 from pt_core.errors import InputError
@@ -161,7 +162,7 @@ def gradients_reach_what_is_trained_and_nothing_else(case: Case, folder: Path) -
     backbone, method = case.make(0)
     case.skip_untrained(method)
     trained = {id(p) for _, p in method.trainable()}
-    if _has_loss(method):
+    if method.loss_comes_from():
         method.train()
         torch.autograd.backward(method.loss(_batch(case)).total)
         for name, parameter in [*_own_parameters(backbone), *method.named_parameters()]:
@@ -271,7 +272,7 @@ def batch_mates_do_not_change_a_row(case: Case, folder: Path) -> None:
 def the_loss_is_a_sum_over_rows(case: Case, folder: Path) -> None:
     """Totals and counts of single rows add up to those of their batch, so that accumulation equals the large batch."""
     _, method = case.make(0)
-    if not _has_loss(method):
+    if method.loss_comes_from() is None:
         case.skip("it is not trained by a loss of a batch")
     if case.random_loss or case.mixes_rows:
         case.skip("its loss is random" if case.random_loss else "rows of its batches influence each other by design")
@@ -362,8 +363,22 @@ def stopped_after(steps: float) -> Iterator[list[int]]:
         yield begun
 
 
-def _has_loss(method: Method) -> bool:
-    return method.trains and method.loss_comes_from() is not None
+# --- the command line --------------------------------------------------------------------------------------------------
+Command = Callable[..., tuple[int, str, str]]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *first: object) -> Command:
+    """(arguments) -> exit code, stdout and stderr of `pt FIRST ... ARGUMENTS ...`, run in this process."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["pt", *map(str, (*first, *arguments))])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 def _own_parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

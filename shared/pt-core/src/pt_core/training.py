@@ -759,11 +759,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
 
 
-def _has_loss(method: Method) -> bool:
-    """Whether a method is trained by a loss of a batch (and not by a protocol of its own, or not at all)."""
-    return method.trains and method.loss_comes_from() is not None
-
-
 @torch.no_grad()
 def evaluate(
     method: Method,
@@ -791,6 +786,7 @@ def evaluate(
     was_training = method.training
     method.eval()
     on_logits = bool(split.metrics) and split.scorer is None
+    source = method.loss_comes_from()
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     total, count = 0.0, 0.0
@@ -798,10 +794,8 @@ def evaluate(
     for batch in split.batches(batch_size, rows if accelerator is None else _part(rows, accelerator)):
         batch = send_to_device(batch, device)
         output = method(batch) if on_logits else None
-        if _has_loss(method):
-            loss = None
-            if output is not None and method.loss_comes_from() == "output":
-                loss = method.loss_of(output, batch)
+        if source is not None:
+            loss = method.loss_of(output, batch) if source == "output" and output is not None else None
             loss = method.loss(batch) if loss is None else loss
             total, count = total + float(loss.total), count + float(loss.count)
         if output is not None:
@@ -891,7 +885,7 @@ def check_fit(method: Method, train: Split, validation: Split | None, config: Fi
         raise InputError("the training rows have no lengths", remedy="Leave bucket_by_length off", field="lengths")
     if config.monitor is None or validation is None:
         return
-    known = {*validation.metrics} | ({"loss"} if _has_loss(method) else set())
+    known = {*validation.metrics} | ({"loss"} if method.loss_comes_from() else set())
     if config.monitor not in known and validation.scorer is not None:  # a scorer's names are known by trying
         known |= validation.scorer(method, validation.subset([0])).keys()
     if config.monitor not in known:
