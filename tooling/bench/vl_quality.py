@@ -13,6 +13,10 @@ Icons that ship with pt-vl, by vendors that the mini-clip was not trained on:
 
 The transfer matrix of single tasks is `pt transfer vl/mini-clip`. Finished cells are kept in the output folder, so a
 killed run goes on. An estimate is printed first.
+
+`--why` looks for causes where a method does not beat what its paper says it beats, with more cells in the same folder: in
+base-to-new RESTORE without its surgery blocks, and without its shift term; in multi-task a start from one seed's
+shared prompt in the place of the average, and how good each start is before it is trained on a target.
 """
 
 from __future__ import annotations
@@ -20,17 +24,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
 from pt_core import artifacts, recipe, report, runs
 from pt_core.report import Result
 from pt_core.runs import Job, Outcome
-from pt_core.training import FitConfig
+from pt_core.training import FitConfig, evaluate
 from pt_vl import MVLPTConfig, average, union
 from pt_vl.icons import IconChoice, shipped
+from pt_vl.method import VLConfig, VLMethod
 from pt_vl.methods.mvlpt import MVLPT
+from pt_vl.methods.zero_shot import ZeroShot
 from pt_vl.workbench import Bench
 
 PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "domains", "multi-task")
@@ -38,6 +44,10 @@ BOUND = ("linear-probe", "tip-adapter", "tip-adapter-f", "coop-csc")  # trained 
 METHODS = ("zero-shot", *BOUND, "coop", "cocoop", "vpt", "ivlp", "upt", "maple", "restore", "r-amt")
 SOURCES = ("animal", "food", "transport", "household", "face", "place")
 PROMPTS = {"coop": "text", "vpt": "visual", "upt": "unified"}
+WHY: dict[str, dict[str, Any]] = {  # what is taken from RESTORE
+    "restore-no-surgery": {"alpha_text": 0, "alpha_image": 0, "growth_text": 0, "growth_image": 0},
+    "restore-no-shift-term": {"gamma": 0},
+}
 SECONDS = 12  # of a cell with 4 shots of 63 concepts, on one core
 console = Console(width=140)
 
@@ -77,8 +87,16 @@ def few_shot(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> None:
     console.print(report.to_markdown(report.over_grid(points, "accuracy", "shots"), title="few-shot"), markup=False)
 
 
-def base_to_new(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> None:
-    results = compare(folder, {"data.protocol": "base-to-new"}, [x for x in labels if x not in BOUND], seeds)
+def base_to_new(folder: Path, labels: Sequence[str], seeds: Sequence[int], why: bool = False) -> None:
+    changes: dict[str, Any] = {"data.protocol": "base-to-new"}
+    labels = [x for x in labels if x not in BOUND]
+    if why:
+        labels = ["maple", "restore", *WHY]
+        own = recipe.load("vl/mini-clip")[1].compare["restore"]
+        assert own is not None
+        whole = own.model_dump(exclude_unset=True) | {"method": "restore"}
+        changes |= {f"compare.{name}": whole | less for name, less in WHY.items()}
+    results = compare(folder / "why" if why else folder, changes, labels, seeds)
     show(folder, results, ("base", "new", "harmonic-mean"), "base-to-new")
 
 
@@ -101,7 +119,7 @@ def domains(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> None:
     show(folder, results, ("accuracy", "accuracy/others", *(f"accuracy/{name}" for name in others)), "domains")
 
 
-def multi_task(folder: Path, seeds: Sequence[int]) -> None:
+def multi_task(folder: Path, seeds: Sequence[int], why: bool = False) -> None:
     _, checked = recipe.load(
         "vl/mini-clip", {"data.shots": 4, "method": {"name": "coop", "position": "middle", "lr": 0.005}}
     )
@@ -131,35 +149,49 @@ def multi_task(folder: Path, seeds: Sequence[int]) -> None:
     identity = bench.identity | checked.model_dump(mode="json", include={"training", "compare"})
     trained = runs.compare(source, list(PROMPTS.values()), seeds, folder / "sources", identity, console.print)
 
-    def starts(prompt: str) -> MVLPT:
-        """The shared prompt of all seeds (Shen et al. average theirs)."""
-        made = [artifacts.load(o.artifact, backbone) for o in trained if o.result.method == prompt and o.artifact]
-        states = [method.trained_state() for method in made]
-        first = made[0]
-        assert isinstance(first, MVLPT)
-        first.load_trained_state(average(states))
-        return first
+    def starts(prompt: str) -> dict[int, MVLPT]:
+        """The shared prompt of all seeds as seed 0 (Shen et al. average theirs), and that of each seed."""
+        kept = {o.result.seed: o.artifact for o in trained if o.result.method == prompt and o.artifact}
+        made = {seed: artifacts.load(path, backbone) for seed, path in kept.items()}
+        mean = artifacts.load(kept[seeds[0]], backbone)
+        mean.load_trained_state(average([method.trained_state() for method in made.values()]))
+        return cast(dict[int, MVLPT], {0: mean, **made})
 
     shared = {prompt: starts(prompt) for prompt in PROMPTS.values()}
     results: dict[tuple[str, int], dict[str, float]] = {}
+
+    def kind(label: str) -> str:
+        return label.removesuffix("-of-one-seed").removeprefix("m")
+
+    def start(label: str, seed: int, target: str) -> VLMethod:
+        """A target's method before it is trained: from scratch, or from the shared prompt."""
+        prompt, names = PROMPTS[kind(label)], tasks[target, seed].spec.class_names
+        if not label.startswith("m"):
+            return MVLPT(backbone, config(prompt, seed, {target: names})).for_target(names)
+        return shared[prompt][seed if label.endswith("-of-one-seed") else 0].for_target(names)
+
     for target in targets:
 
         def job(label: str, seed: int, target: str = target) -> tuple[Job, FitConfig]:
             task = tasks[target, seed]
-            prompt = PROMPTS[label.removeprefix("m")]
-            names = task.spec.class_names
-            fresh = MVLPT(backbone, config(prompt, seed, {target: names}))
-            begin = shared[prompt] if label.startswith("m") else fresh
             assert task.train is not None
-            return Job(begin.for_target(names), task.train, None, task.test), settings(prompt).model_copy(
-                update={"seed": seed}
-            )
+            begin = start(label, seed, target)
+            return Job(begin, task.train, None, task.test), settings(PROMPTS[kind(label)]).model_copy(update={"seed": seed})
 
-        labels = [name for label in PROMPTS for name in (label, f"m{label}")]
+        labels = [name for label in PROMPTS for name in (label, f"m{label}", *([f"m{label}-of-one-seed"] if why else []))]
         outcomes: list[Outcome] = runs.compare(job, labels, seeds, folder / target, identity, console.print)
         for outcome in outcomes:
-            cell = results.setdefault((outcome.result.method, outcome.result.seed), {})
-            cell[f"accuracy/{target}"] = outcome.result.metrics["accuracy"]
+            found = {outcome.result.method: outcome.result.metrics["accuracy"]}
+            seed, test = outcome.result.seed, tasks[target, outcome.result.seed].test
+            if why and test is not None:
+                begin = start(outcome.result.method, seed, target)
+                found[f"{outcome.result.method}, untrained"] = evaluate(begin, test)["accuracy"]
+            for label, accuracy in found.items():
+                results.setdefault((label, seed), {})[f"accuracy/{target}"] = accuracy
+        task = tasks[target, seeds[0]]
+        assert task.test is not None
+        plain = ZeroShot(backbone, VLConfig(class_names=task.spec.class_names, templates=task.spec.templates))
+        results.setdefault(("zero-shot", 0), {})[f"accuracy/{target}"] = evaluate(plain, task.test)["accuracy"]
     rows = [
         Result(label, seed, {"accuracy/targets": sum(cell.values()) / len(cell)} | cell)
         for (label, seed), cell in results.items()
@@ -173,17 +205,20 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/vl-quality"))
+    parser.add_argument("--why", action="store_true", help="look for causes, in base-to-new and multi-task")
     chosen = parser.parse_args()
     seeds = range(1, chosen.seeds + 1)
     weights = {"few-shot": 1.8, "base-to-new": 0.5, "cross-dataset": 1.5, "domains": 1.2, "multi-task": 1.0}
     trained = sum(name not in ("zero-shot", "linear-probe", "tip-adapter") for name in chosen.methods)
     seconds = SECONDS * chosen.seeds * trained * sum(weights[name] for name in chosen.protocols)
     console.print(f"about {seconds / 60:.0f} minutes on one core; finished cells in {chosen.output} are kept")
-    run = {"few-shot": few_shot, "base-to-new": base_to_new, "cross-dataset": cross_dataset, "domains": domains}
+    run = {"few-shot": few_shot, "cross-dataset": cross_dataset, "domains": domains}
     for name in chosen.protocols:
         if name == "multi-task":
-            multi_task(chosen.output / name, seeds)
-        else:
+            multi_task(chosen.output / name, seeds, chosen.why)
+        elif name == "base-to-new":
+            base_to_new(chosen.output / name, chosen.methods, seeds, chosen.why)
+        elif not chosen.why:
             run[name](chosen.output / name, chosen.methods, seeds)
 
 

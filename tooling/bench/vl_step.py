@@ -419,7 +419,11 @@ def main(
             cases = [(name, count, batch)]
             while cases:
                 case = cases.pop()
-                found = apart(*case, device, dtype, rounds, seconds, limit, cpu_time)
+                try:
+                    found = apart(*case, device, dtype, rounds, seconds, limit, cpu_time)
+                except subprocess.CalledProcessError as error:
+                    notes.append(f"{name}, {case[1]:,} classes, batch {case[2]}: its process ended with {error.returncode}.")
+                    continue
                 for row in rows(*case, found):
                     table.add_row(*row)
                     print(" | ".join(row), file=sys.stderr)  # a run that is cut off has not been in vain

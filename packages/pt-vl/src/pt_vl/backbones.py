@@ -30,6 +30,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
@@ -39,7 +40,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import InterpolationMode, v2
 
 from pt_core.attachment import Forward, Rows, register_family
@@ -570,38 +570,38 @@ class DualEncoder(nn.Module):
         # Several chunks read the same keys; a single one runs through the blocks together with the prefix.
         keys = self._prefix_keys(front, deep, at) if shared and front is not None and step < classes else None
 
-        def part(start: int, stop: int) -> Tensor:
-            rows = embeddings[start:stop]
-            count = len(rows)
-            rows = rows.expand(groups, -1, -1, -1).flatten(0, 1)
-            slots = (eot[start:stop] - (p if shared else 0)).repeat(groups).to(rows.device)
-            if shared and front is not None:
+        given = [*deep.values()] if keys is None else [x for pair in keys for x in pair]
+        if keys is None and front is not None:
+            given.append(front)
+
+        def part(slots: Tensor, rows: Tensor, *given: Tensor) -> Tensor:
+            """Features [G, c, d] of c classes, from all tensors that may want gradients."""
+            count, rows = len(rows), rows.expand(groups, -1, -1, -1).flatten(0, 1)
+            slots = (slots - (p if shared else 0)).repeat(groups).to(rows.device)
+            if keys is not None:
+                pairs = list(zip(given[::2], given[1::2], strict=True))
+                pooled = self._behind(rows + tower.positions[p : p + n].to(rows), pairs, count, slots)
+            elif shared:
                 rows = rows + tower.positions[p : p + n].to(rows)
-                if keys is not None:
-                    pooled = self._behind(rows, keys, count, slots)
-                else:
-                    pooled = self._together(front, deep, at, rows, slots)
+                pooled = self._together(given[-1], dict(zip(deep, given, strict=False)), at, rows, slots)
             else:
                 if front is not None:
-                    rows = torch.cat([front[:, None].expand(-1, count, -1, -1).flatten(0, 1), rows], dim=1)
-                mine = {l: r[start:stop].repeat(groups, 1, 1) if r.ndim == 3 else r for l, r in deep.items()}
+                    rows = torch.cat([given[-1][:, None].expand(-1, count, -1, -1).flatten(0, 1), rows], dim=1)
+                mine = {l: r.repeat(groups, 1, 1) if r.ndim == 3 else r for l, r in zip(deep, given, strict=False)}
                 hidden = self._whole(rows + tower.positions[: n + p].to(rows), mine, at, after)
                 pooled = hidden[torch.arange(len(hidden), device=hidden.device), slots]
             return tower.read(pooled).unflatten(0, (groups, count))
 
         bounds = [(i, min(i + step, classes)) for i in range(0, classes, step)]
-        if len(bounds) == 1:
-            features = part(0, classes)
-        elif torch.is_grad_enabled():
-            features = torch.cat(
-                [
-                    cast(Tensor, checkpoint(part, i, j, use_reentrant=False, preserve_rng_state=False))
-                    for i, j in bounds
-                ],
-                dim=1,
-            )
-        else:
-            features = torch.cat([part(i, j) for i, j in bounds], dim=1)
+        again = torch.is_grad_enabled() and len(bounds) > 1
+        trained = [x for x in self.parameters() if x.requires_grad] if again else []  # of a tower that somebody adapts
+        found = []
+        for i, j in bounds:
+            own = [x[i:j] if x.ndim == 3 and x is not front and keys is None else x for x in given]
+            run = partial(part, eot[i:j])
+            tensors = [embeddings[i:j], *own]
+            found.append(_Recomputed.apply(run, len(tensors), *tensors, *trained) if again else run(*tensors))
+        features = torch.cat(found, dim=1)
         return features if prefix is not None and prefix.ndim == 3 else features[0]
 
     def _check_text(self, length: int, deep: Mapping[int, Tensor], at: int) -> None:
@@ -804,6 +804,32 @@ class _Call(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         return getattr(self.encoder, self.name)(*args, **options)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Runs a function unrecorded, and again in the backward pass, recorded: only one run's activations are held at a time.
+
+    `torch.utils.checkpoint` keeps the nodes of all runs, small blocks between the large ones that it frees; glibc before 2.38
+    does not use an aligned block again that lies between others, so that many runs took the memory of all together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
+        """`tensors`: `count` arguments of `run`, then the parameters that it uses by itself."""
+        ctx.run, ctx.count, kind = run, count, tensors[0].device.type
+        ctx.cast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.save_for_backward(*tensors)
+        return run(*tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        wanted, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+        arguments = [x.detach().requires_grad_(w) for x, w in zip(saved[: ctx.count], wanted, strict=False)]
+        asked = [x for x, w in zip([*arguments, *saved[ctx.count :]], wanted, strict=True) if w]
+        with torch.enable_grad(), ctx.cast:
+            made = ctx.run(*arguments)
+        found = iter(torch.autograd.grad(made, asked, gradient, allow_unused=True))
+        return None, None, *(next(found) if w else None for w in wanted)
 
 
 def _spread(shared: Tensor, count: int) -> Tensor:
