@@ -11,6 +11,8 @@ RELIEF has 30 epochs with at most 3 PPO passes a rollout (published: 50 to 100 e
 and a warm-up of its head without prompts that makes up for its one to three updates an epoch; fine-tuning keeps its
 dropout. At most 200 validation and 400 test rows are drawn; each data set has one GIN and 3 seeds.
 
+`--critic exact` has RELIEF's published critic in the place of the size-free one (`--methods relief` leaves out the rest).
+
 `--full` runs the published epochs, the critic that the size allows, both GINs of the authors, all rows and 5 seeds: days.
 Finished cells are kept in the output folder, so a killed run goes on, and may go on with more seeds. An estimate is printed
 first.
@@ -55,8 +57,8 @@ SECONDS = {"relief": 95, "fine-tuning": 15, "linear-probe": 2}  # processor time
 console = Console(width=140)
 
 
-def changes(name: str, gin: str, full: bool) -> dict[str, Any]:
-    """Changes to the recipe graph/relief for a data set and a backbone."""
+def changes(name: str, gin: str, full: bool, critic: str) -> dict[str, Any]:
+    """Changes to the recipe graph/relief for a data set and a backbone; `critic` where the run is not a full one."""
     if name in NODES:
         found = {
             "setting": f"{name}-{SETTINGS[gin]}",
@@ -82,7 +84,7 @@ def changes(name: str, gin: str, full: bool) -> dict[str, Any]:
         found |= {
             "data.max_validation": 200,
             "data.max_test": 400,
-            "method.critic": "pooled",
+            "method.critic": critic,
             "method.ppo_passes": 3,
             "method.backbone_dropout": False,
             "method.warmup_epochs": round((UPDATES - EPOCHS * each) / math.ceil(rows / 32)),
@@ -150,6 +152,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="published settings; days")
     parser.add_argument("--why", action="store_true", help="look into finished cells of RELIEF")
+    parser.add_argument(
+        "--critic", choices=("pooled", "exact"), default="pooled", help="of RELIEF: size-free, or published"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/graph-quality"))
     chosen = parser.parse_args()
     seeds = max(chosen.seeds, 5) if chosen.full else chosen.seeds
@@ -160,9 +165,10 @@ def main() -> None:
             f"{len(todo) * seeds * len(chosen.methods)} cells, about {seconds / 60:.0f} minutes on an idle core"
         )
     for name, gin in todo:
-        _, checked = recipe.load("graph/relief", changes(name, gin, chosen.full))
+        _, checked = recipe.load("graph/relief", changes(name, gin, chosen.full, chosen.critic))
         bench = Bench(checked)  # type: ignore[arg-type]
-        folder = chosen.output / f"{name}-{gin}{'-full' if chosen.full else ''}"
+        kind = "-full" if chosen.full else "-exact" if chosen.critic == "exact" else ""
+        folder = chosen.output / f"{name}-{gin}{kind}"
         if chosen.why:
             rows = [row for seed in range(1, seeds + 1) for row in why(bench, folder, seed)]
             console.print(

@@ -1,6 +1,6 @@
 """Prompt learning on the mini-clip side by side: the field's four protocols, and MVLPT's multi-task start.
 
-    uv run python tooling/bench/vl_quality.py [--protocols few-shot base-to-new cross-dataset domains multi-task] [--seeds 3]
+    uv run python tooling/bench/vl_quality.py [--protocols few-shot ... transfer] [--seeds 3]
 
 Icons that ship with pt-vl, by vendors that the mini-clip was not trained on:
 
@@ -11,8 +11,9 @@ Icons that ship with pt-vl, by vendors that the mini-clip was not trained on:
 - multi-task: one prompt is trained on the union of six groups (4 shots), averaged over seeds, and is the start on each of the
   five others; beside the same prompt from scratch. `mcoop`, `mvpt` and `mupt` are MVLPT's names of these.
 
-The transfer matrix of single tasks is `pt transfer vl/mini-clip`. Finished cells are kept in the output folder, so a
-killed run goes on. An estimate is printed first.
+- transfer: MVLPT's study of single tasks (`pt transfer`), CoOp on six groups, 16 shots, each the start of each other.
+
+Finished cells are kept in the output folder, so a killed run goes on. An estimate is printed first.
 
 `--why` looks for causes where a method does not beat what its paper says it beats, with more cells in the same folder: in
 base-to-new RESTORE without its surgery blocks, and without its shift term; in multi-task a start from one seed's
@@ -23,26 +24,28 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 
-from pt_core import artifacts, recipe, report, runs
+from pt_core import artifacts, recipe, report, runs, transfer
 from pt_core.report import Result
 from pt_core.runs import Job, Outcome
 from pt_core.training import FitConfig, evaluate
 from pt_vl import MVLPTConfig, average, union
 from pt_vl.icons import IconChoice, shipped
-from pt_vl.method import VLConfig, VLMethod
+from pt_vl.method import VLMethod
 from pt_vl.methods.mvlpt import MVLPT
-from pt_vl.methods.zero_shot import ZeroShot
+from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
 from pt_vl.workbench import Bench
 
-PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "domains", "multi-task")
+PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "domains", "multi-task", "transfer")
 BOUND = ("linear-probe", "tip-adapter", "tip-adapter-f", "coop-csc")  # trained for their own classes
 METHODS = ("zero-shot", *BOUND, "coop", "cocoop", "vpt", "ivlp", "upt", "maple", "restore", "r-amt")
 SOURCES = ("animal", "food", "transport", "household", "face", "place")
+PAIRED = ("weather", "nature", "sport", "media", "face", "office")
 PROMPTS = {"coop": "text", "vpt": "visual", "upt": "unified"}
 WHY: dict[str, dict[str, Any]] = {  # what is taken from RESTORE
     "restore-no-surgery": {"alpha_text": 0, "alpha_image": 0, "growth_text": 0, "growth_image": 0},
@@ -133,18 +136,20 @@ def multi_task(folder: Path, seeds: Sequence[int], why: bool = False) -> None:
         for s in seeds
     }  # type: ignore[arg-type]
 
-    def settings(prompt: str) -> FitConfig:
-        label = next(name for name, kind in PROMPTS.items() if kind == prompt)
-        return checked.with_method(label).training
+    of_kind = {kind: checked.with_method(label) for label, kind in PROMPTS.items()}  # run and rate of each prompt
+
+    def settings(prompt: str, seed: int) -> FitConfig:
+        return of_kind[prompt].training.model_copy(update={"seed": seed})
 
     def config(prompt: str, seed: int, of: dict[str, tuple[str, ...]]) -> MVLPTConfig:
-        return MVLPTConfig.model_validate({"tasks": of, "prompt": prompt, "seed": seed, "lr": 0.005})
+        rate = (of_kind[prompt].method.model_extra or {})["lr"]
+        return MVLPTConfig.model_validate({"tasks": of, "prompt": prompt, "seed": seed, "lr": rate})
 
     def source(prompt: str, seed: int) -> tuple[Job, FitConfig]:
         of = {group: tasks[group, seed] for group in SOURCES}
         method = MVLPT(backbone, config(prompt, seed, {g: task.spec.class_names for g, task in of.items()}))
         train = union({g: task.train for g, task in of.items()})  # type: ignore[misc]
-        return Job(method, train), settings(prompt).model_copy(update={"seed": seed})
+        return Job(method, train), settings(prompt, seed)
 
     identity = bench.identity | checked.model_dump(mode="json", include={"training", "compare"})
     trained = runs.compare(source, list(PROMPTS.values()), seeds, folder / "sources", identity, console.print)
@@ -176,9 +181,11 @@ def multi_task(folder: Path, seeds: Sequence[int], why: bool = False) -> None:
             task = tasks[target, seed]
             assert task.train is not None
             begin = start(label, seed, target)
-            return Job(begin, task.train, None, task.test), settings(PROMPTS[kind(label)]).model_copy(update={"seed": seed})
+            return Job(begin, task.train, None, task.test), settings(PROMPTS[kind(label)], seed)
 
-        labels = [name for label in PROMPTS for name in (label, f"m{label}", *([f"m{label}-of-one-seed"] if why else []))]
+        labels = [
+            name for label in PROMPTS for name in (label, f"m{label}", *([f"m{label}-of-one-seed"] if why else []))
+        ]
         outcomes: list[Outcome] = runs.compare(job, labels, seeds, folder / target, identity, console.print)
         for outcome in outcomes:
             found = {outcome.result.method: outcome.result.metrics["accuracy"]}
@@ -190,13 +197,30 @@ def multi_task(folder: Path, seeds: Sequence[int], why: bool = False) -> None:
                 results.setdefault((label, seed), {})[f"accuracy/{target}"] = accuracy
         task = tasks[target, seeds[0]]
         assert task.test is not None
-        plain = ZeroShot(backbone, VLConfig(class_names=task.spec.class_names, templates=task.spec.templates))
+        plain = ZeroShot(backbone, ZeroShotConfig(class_names=task.spec.class_names, templates=task.spec.templates))
         results.setdefault(("zero-shot", 0), {})[f"accuracy/{target}"] = evaluate(plain, task.test)["accuracy"]
     rows = [
         Result(label, seed, {"accuracy/targets": sum(cell.values()) / len(cell)} | cell)
         for (label, seed), cell in results.items()
     ]
     show(folder, rows, ("accuracy/targets", *(f"accuracy/{target}" for target in targets)), "multi-task")
+
+
+def transfer_matrix(folder: Path, seeds: Sequence[int]) -> None:
+    _, checked = recipe.load("vl/mini-clip", {"data.shots": 16, "training.epochs": 10})
+    identity = checked.model_dump(mode="json", include={"method", "training"})
+    study = transfer.run(
+        partial(Bench, checked),  # type: ignore[arg-type]
+        "coop",
+        folder,
+        PAIRED,
+        seeds,
+        identity=identity,
+        announce=console.print,
+    )
+    transfer.write_report(study, folder)
+    console.print(report.to_markdown(transfer.gains_grid(study), title="transfer"), markup=False)
+    console.print(transfer.in_words(study), markup=False)
 
 
 def main() -> None:
@@ -208,18 +232,22 @@ def main() -> None:
     parser.add_argument("--why", action="store_true", help="look for causes, in base-to-new and multi-task")
     chosen = parser.parse_args()
     seeds = range(1, chosen.seeds + 1)
+    # transfer says its own
     weights = {"few-shot": 1.8, "base-to-new": 0.5, "cross-dataset": 1.5, "domains": 1.2, "multi-task": 1.0}
     trained = sum(name not in ("zero-shot", "linear-probe", "tip-adapter") for name in chosen.methods)
-    seconds = SECONDS * chosen.seeds * trained * sum(weights[name] for name in chosen.protocols)
+    seconds = SECONDS * chosen.seeds * trained * sum(weights.get(name, 0) for name in chosen.protocols)
     console.print(f"about {seconds / 60:.0f} minutes on one core; finished cells in {chosen.output} are kept")
-    run = {"few-shot": few_shot, "cross-dataset": cross_dataset, "domains": domains}
+    of_methods = {"few-shot": few_shot, "cross-dataset": cross_dataset, "domains": domains}
     for name in chosen.protocols:
-        if name == "multi-task":
-            multi_task(chosen.output / name, seeds, chosen.why)
-        elif name == "base-to-new":
-            base_to_new(chosen.output / name, chosen.methods, seeds, chosen.why)
-        elif not chosen.why:
-            run[name](chosen.output / name, chosen.methods, seeds)
+        folder = chosen.output / name
+        if name == "base-to-new":
+            base_to_new(folder, chosen.methods, seeds, chosen.why)
+        elif name == "multi-task":
+            multi_task(folder, seeds, chosen.why)
+        elif name == "transfer":
+            transfer_matrix(folder, seeds)
+        else:
+            of_methods[name](folder, chosen.methods, seeds)
 
 
 if __name__ == "__main__":

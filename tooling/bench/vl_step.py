@@ -422,7 +422,9 @@ def main(
                 try:
                     found = apart(*case, device, dtype, rounds, seconds, limit, cpu_time)
                 except subprocess.CalledProcessError as error:
-                    notes.append(f"{name}, {case[1]:,} classes, batch {case[2]}: its process ended with {error.returncode}.")
+                    notes.append(
+                        f"{name}, {case[1]:,} classes, batch {case[2]}: its process ended with {error.returncode}."
+                    )
                     continue
                 for row in rows(*case, found):
                     table.add_row(*row)

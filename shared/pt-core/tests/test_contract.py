@@ -72,7 +72,8 @@ class PolicyPrompt(Method):
 
     @torch.no_grad()
     def roll_out(self, batch):
-        z = self.mean + self.config.std * torch.randn(batch["x"].shape, generator=self.generator)
+        noise = torch.randn(batch["x"].shape, generator=self.generator).to(self.mean)
+        z = self.mean + self.config.std * noise
         before, after = self.backbone(batch["x"]), self.backbone(batch["x"] + z)
         reward = F.cross_entropy(before, batch["labels"], reduction="none")
         reward = reward - F.cross_entropy(after, batch["labels"], reduction="none")

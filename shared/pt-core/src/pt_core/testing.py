@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from pt_core import cli
 from pt_core.attachment import Forward, Handle, Rows, attach, register_family
 from pt_core.data import Split
+from pt_core.elsewhere import elsewhere
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
@@ -253,6 +254,17 @@ def bf16_keeps_what_is_trained_in_float32(case: Case, folder: Path) -> None:
         assert bool(torch.isfinite(tensor.float()).all()), f"{name} is not finite"
 
 
+def a_run_on_another_device_comes_to_the_same(case: Case, folder: Path) -> None:
+    """A run whose tensors may not stay on the CPU (`pt_core.elsewhere`) mixes no devices, and ends as one on the CPU does."""
+    here = case.fit()
+    with elsewhere():
+        there = case.fit(device="auto")
+        placed = {name for name, tensor in there.method.trained_state().items() if tensor.device.type != "cpu"}
+    assert placed == here.method.trained_state().keys(), "it was not placed on the device"
+    # Not the tensors themselves: where only noise moves them (biases of keys), sums in another order are another noise.
+    assert there.result.metrics == pytest.approx(here.result.metrics, rel=1e-3, abs=1e-4)
+
+
 def batch_mates_do_not_change_a_row(case: Case, folder: Path) -> None:
     """A row gets the same outputs alone as among others, however it is padded there."""
     if case.mixes_rows:
@@ -334,6 +346,7 @@ def contract_checks() -> list[Any]:
         the_seed_decides_the_result,
         a_killed_run_goes_on_to_the_same_result,
         bf16_keeps_what_is_trained_in_float32,
+        a_run_on_another_device_comes_to_the_same,
         batch_mates_do_not_change_a_row,
         the_loss_is_a_sum_over_rows,
         removing_restores_the_backbone,
@@ -549,7 +562,7 @@ class TinyPrompt(Method):
         if self.training:
             self.rows_seen += len(wanted)
             drawn = random.random() + float(np.random.rand())
-            logits = logits + self.config.noise * (drawn * logits + torch.randn(logits.shape))
+            logits = logits + self.config.noise * (drawn * logits + torch.randn(logits.shape).to(logits))
         count = (wanted != 0).sum()
         total = F.cross_entropy(logits[wanted != 0].float(), wanted[wanted != 0], reduction="sum")
         return Loss(total, count, {"twice": 2 * total})
