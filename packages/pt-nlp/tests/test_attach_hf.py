@@ -597,8 +597,9 @@ def test_a_quantised_backbone_trains_the_prompt(tiny: Build, bits: int, tmp_path
     assert gradient.dtype == torch.float32
     assert float(gradient.abs().max()) > 0
     real = batch["attention_mask"].bool()
-    # 8 bits are rounded by rows of a batch, so that a row's own numbers depend on how it is computed
-    assert gap(model(**batch).logits[real], expected[real]) < 0.05
+    # With 8 bits inputs are rounded as well, outliers by columns of the whole batch: the order of rows shows in the numbers.
+    difference = (model(**batch).logits - expected)[real].norm() / expected[real].norm()
+    assert float(difference) < {8: 0.05, 4: 1e-5}[bits]
     handle.remove()
     assert torch.equal(model(**batch).logits, before)
 
