@@ -36,22 +36,28 @@ class _There(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> _There:
-        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        made: _There = Tensor._make_wrapper_subclass(cls, held.shape, device=DEVICE, **layout)  # type: ignore[attr-defined]
+        made: _There = Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
+        )
         made.held = held
         return made
 
     def tolist(self) -> Any:
         return self.held.tolist()
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operations that make tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,7 +80,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not goes:
         return result
     result = tree_map_only(Tensor, _There, result)
-    return return_and_correct_aliasing(func, args, kwargs, result) if any(there) else result
+    return return_and_correct_aliasing(func, args, kwargs, result) if any(there) else result  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -101,7 +107,7 @@ def elsewhere() -> Iterator[None]:
     def new_tensor(like: Tensor, data: Any, *, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:
         return torch.tensor(data, dtype=dtype or like.dtype, device=device or like.device, **options)
 
-    patches = [
+    patches: list[contextlib.AbstractContextManager[Any]] = [
         mock.patch.object(Accelerator, "device", DEVICE),
         mock.patch.object(torch, "tensor", built(torch.tensor)),
         mock.patch.object(torch, "as_tensor", built(torch.as_tensor)),
@@ -117,5 +123,5 @@ def elsewhere() -> Iterator[None]:
             stack.enter_context(patch)
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the object that others hold
-        stack.enter_context(_Mode())
+        stack.enter_context(_Mode())  # type: ignore[no-untyped-call]
         yield
