@@ -10,7 +10,6 @@ Icons that ship with pt-vl, by vendors that the mini-clip was not trained on:
 - domains: 4 emoji of each class; the five other styles with the same classes.
 - multi-task: one prompt is trained on the union of six groups (4 shots), averaged over seeds, and is the start on each of the
   five others; beside the same prompt from scratch. `mcoop`, `mvpt` and `mupt` are MVLPT's names of these.
-
 - transfer: MVLPT's study of single tasks (`pt transfer`), CoOp on six groups, 16 shots, each the start of each other.
 
 Finished cells are kept in the output folder, so a killed run goes on. An estimate is printed first.
@@ -24,13 +23,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 
-from pt_core import artifacts, recipe, report, runs, transfer
+from pt_core import artifacts, cli, recipe, report, runs
 from pt_core.report import Result
 from pt_core.runs import Job, Outcome
 from pt_core.training import FitConfig, evaluate
@@ -206,23 +204,6 @@ def multi_task(folder: Path, seeds: Sequence[int], why: bool = False) -> None:
     show(folder, rows, ("accuracy/targets", *(f"accuracy/{target}" for target in targets)), "multi-task")
 
 
-def transfer_matrix(folder: Path, seeds: Sequence[int]) -> None:
-    _, checked = recipe.load("vl/mini-clip", {"data.shots": 16, "training.epochs": 10})
-    identity = checked.model_dump(mode="json", include={"method", "training"})
-    study = transfer.run(
-        partial(Bench, checked),  # type: ignore[arg-type]
-        "coop",
-        folder,
-        PAIRED,
-        seeds,
-        identity=identity,
-        announce=console.print,
-    )
-    transfer.write_report(study, folder)
-    console.print(report.to_markdown(transfer.gains_grid(study), title="transfer"), markup=False)
-    console.print(transfer.in_words(study), markup=False)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
@@ -245,7 +226,8 @@ def main() -> None:
         elif name == "multi-task":
             multi_task(folder, seeds, chosen.why)
         elif name == "transfer":
-            transfer_matrix(folder, seeds)
+            settings = [f"seed={seeds[0]}", "data.shots=16", "training.epochs=10"]
+            cli.transfer("vl/mini-clip", ",".join(PAIRED), len(seeds), settings=settings, output=folder)
         else:
             of_methods[name](folder, chosen.methods, seeds)
 

@@ -570,9 +570,8 @@ class DualEncoder(nn.Module):
         # Several chunks read the same keys; a single one runs through the blocks together with the prefix.
         keys = self._prefix_keys(front, deep, at) if shared and front is not None and step < classes else None
 
-        given = [*deep.values()] if keys is None else [x for pair in keys for x in pair]
-        if keys is None and front is not None:
-            given.append(front)
+        whole = [*deep.values(), *([] if front is None else [front])]
+        inputs = whole if keys is None else [x for pair in keys for x in pair]
 
         def part(slots: Tensor, rows: Tensor, *given: Tensor) -> Tensor:
             """Features [G, c, d] of c classes, from all tensors that may want gradients."""
@@ -597,7 +596,7 @@ class DualEncoder(nn.Module):
         trained = [x for x in self.parameters() if x.requires_grad] if again else []  # of a tower that somebody adapts
         found = []
         for i, j in bounds:
-            own = [x[i:j] if x.ndim == 3 and x is not front and keys is None else x for x in given]
+            own = [x[i:j] if x.ndim == 3 and x is not front and keys is None else x for x in inputs]
             run = partial(part, eot[i:j])
             tensors = [embeddings[i:j], *own]
             found.append(_Recomputed.apply(run, len(tensors), *tensors, *trained) if again else run(*tensors))
@@ -809,8 +808,8 @@ class _Call(nn.Module):
 class _Recomputed(torch.autograd.Function):
     """Runs a function unrecorded, and again in the backward pass, recorded: only one run's activations are held at a time.
 
-    `torch.utils.checkpoint` keeps the nodes of all runs, small blocks between the large ones that it frees; glibc before 2.38
-    does not use an aligned block again that lies between others, so that many runs took the memory of all together.
+    `torch.utils.checkpoint` keeps the nodes of all runs, small blocks between the large ones that it frees, and glibc (2.36)
+    then does not use these again, so that many runs took the memory of all together.
     """
 
     @staticmethod
