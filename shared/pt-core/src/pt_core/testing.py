@@ -438,11 +438,14 @@ def _look(backbone: nn.Module, probe: Callable[[nn.Module], Tensor] | None) -> t
     output = None
     if probe is not None:
         modes = [(module, module.training) for module in backbone.modules()]
-        backbone.eval()
+        wanted = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
+        backbone.eval().requires_grad_(False)  # torch chooses between its matrix products by that flag as well
         with torch.no_grad():
             output = probe(backbone)
         for module, mode in modes:
             module.training = mode
+        for parameter, want in wanted:
+            parameter.requires_grad = want
     parts = [
         f"{name}: {type(module).__qualname__}, {sorted(module.__dict__)}, "
         f"hooks {sum(len(v) for k, v in module.__dict__.items() if k.endswith('_hooks'))}"
