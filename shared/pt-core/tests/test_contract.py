@@ -88,7 +88,7 @@ class PolicyPrompt(Method):
             batch = loop.to_device(train.batch(plan.batch(step - 1)))
             z, old, reward = self.roll_out(batch)
             for _ in range(self.config.passes):
-                with loop.autocast():
+                with loop.passes():
                     value = self.critic(batch["x"])[:, 0]
                     ratio, advantage = (self.log_density(z) - old).exp(), reward - value.detach()
                     gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)

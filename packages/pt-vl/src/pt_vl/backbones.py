@@ -42,6 +42,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
+from pt_core import packing
 from pt_core.attachment import Forward, Rows, register_family
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
@@ -816,6 +817,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, run: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
         """`tensors`: `count` arguments of `run`, then the parameters that it uses by itself."""
         ctx.run, ctx.count, kind = run, count, tensors[0].device.type
+        ctx.packed = packing.current()
         ctx.cast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(*tensors)
         return run(*tensors[:count])
@@ -825,7 +827,7 @@ class _Recomputed(torch.autograd.Function):
         wanted, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
         arguments = [x.detach().requires_grad_(w) for x, w in zip(saved[: ctx.count], wanted, strict=False)]
         asked = [x for x, w in zip([*arguments, *saved[ctx.count :]], wanted, strict=True) if w]
-        with torch.enable_grad(), ctx.cast:
+        with torch.enable_grad(), ctx.cast, ctx.packed:
             made = ctx.run(*arguments)
         found = iter(torch.autograd.grad(made, asked, gradient, allow_unused=True))
         return None, None, *(next(found) if w else None for w in wanted)

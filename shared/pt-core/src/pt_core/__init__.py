@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pt_core.errors import InputError
     from pt_core.frozen import FeatureCache, fingerprint, freeze
     from pt_core.method import Loss, Method, MethodConfig, Output
+    from pt_core.packing import packed
     from pt_core.prompts import DeepPrompt, KeyValuePrompt, LowRankOffset, Prompt, SoftPrompt
     from pt_core.training import FitConfig, FitResult, Loop, evaluate, fit
 
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "load_artifact",
     "off",
+    "packed",
     "push",
     "route",
 ]
@@ -53,6 +55,7 @@ _ROOMS = {
     "errors": ("InputError",),
     "frozen": ("FeatureCache", "fingerprint", "freeze"),
     "method": ("Loss", "Method", "MethodConfig", "Output"),
+    "packing": ("packed",),
     "prompts": ("DeepPrompt", "KeyValuePrompt", "LowRankOffset", "Prompt", "SoftPrompt"),
     "training": ("FitConfig", "FitResult", "Loop", "evaluate", "fit"),
 }

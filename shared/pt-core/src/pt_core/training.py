@@ -31,7 +31,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ from pt_core.files import write
 from pt_core.frozen import fingerprint
 from pt_core.method import Batch, Loss, Method
 from pt_core.metrics import evaluate_logits, higher_is_better
+from pt_core.packing import packed
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "epoch-cosine"]
 
@@ -99,6 +100,11 @@ class FitConfig(BaseModel):
     log_every: int = Field(default=10, ge=1)
     precision: Literal["float32", "bf16"] = Field(default="float32", description="autocast; prompts stay float32")
     device: Literal["auto", "cpu"] = Field(default="auto", description="`auto`: what accelerate finds")
+    packed_gib: float = Field(
+        default=2.0,
+        ge=0,
+        description="on a CPU, memory for copies of frozen weights in the order of its matrix kernels (exact, faster); 0: none",
+    )
     bucket_by_length: bool = Field(default=False, description="batches of rows of like length: less padding")
     seed: int = Field(default=0, ge=0, description="of the batches and of all random numbers of the run")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -272,6 +278,7 @@ class Loop:
         self.folder = Path(output_dir) if output_dir is not None else None
         self.accelerator, self.device = _accelerator(config, self.folder)
         method.place(self.device)
+        self._packed = packed(method.backbone, config.packed_gib)
         self._seed(0)
         self.optimisers = method.optimisers(config)
         self._base_lr = {name: [g["lr"] for g in optimiser.param_groups] for name, optimiser in self.optimisers.items()}
@@ -347,11 +354,12 @@ class Loop:
             self.checkpoint()
         self._warn_if_flat()
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context of the passes: bf16 autocast if the run asks for it."""
-        if self.config.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Context of the passes: bf16 autocast if the run asks for it, and packed frozen weights."""
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if bf16 else nullcontext(), self._packed:
+            yield
 
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on this process's device."""
@@ -458,7 +466,7 @@ class Loop:
     # --- evaluation and early stopping --------------------------------------------------------------------------
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics on a split in the run's precision; each process computes its share of the rows (see `evaluate`)."""
-        with self.autocast():
+        with self.passes():
             return evaluate(self.method, split, self.config.eval_batch_size, self.device, self.accelerator)
 
     def record(self, metrics: Mapping[str, float], larger_is_better: bool | None = None) -> None:
@@ -874,7 +882,7 @@ def backward(loop: Loop, train: Split, rows: list[int]) -> None:
     """Add the gradient of the method's loss on `rows` of the global batch: this process's share, in micro-batches."""
     for part in loop.share(rows):
         batch = loop.to_device(train.batch(part))
-        with loop.autocast():
+        with loop.passes():
             loss = loop.method.loss(batch)
         loop.backward(loss, batch)
 

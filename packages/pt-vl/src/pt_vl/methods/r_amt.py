@@ -185,9 +185,9 @@ class RAMT(VLMethod):
         def step(loop: Loop, number: int, rows: list[int]) -> None:
             batch = loop.to_device(train.batch(rows))
             masks = list(self.masks)
-            with torch.no_grad(), loop.autocast():
+            with torch.no_grad(), loop.passes():
                 teacher = self.backbone.image(batch["pixels"]) if kept is None else loop.to_device(kept[rows])
-            with loop.autocast():
+            with loop.passes():
                 logits = cast(Tensor, self(batch).logits)
                 loss = self.task_loss(logits, batch["labels"])
             other: Sequence[Tensor] = ()

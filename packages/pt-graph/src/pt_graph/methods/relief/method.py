@@ -378,7 +378,7 @@ class RELIEF(GraphMethod):
         with torch.no_grad(), dropping(self.backbone, on), self._drift(on):
             x = self.embed(graphs)
             features = self.backbone.readout(self.encode(x if prompts is None else x + prompts, graphs), graphs)
-        with loop.autocast():
+        with loop.passes():
             logits = cast(nn.Module, self.head)(features)
         total, count = label_loss(logits, batch["labels"], self.config.task)
         loop.backward(Loss(total.sum(), count.sum(), {"head_loss": total.detach().sum()}), batch)
