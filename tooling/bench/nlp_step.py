@@ -6,17 +6,19 @@
     uv run tooling/bench/nlp_step.py --cpu-time       # one thread and its CPU time: for a machine that others use as well
     uv run tooling/bench/nlp_step.py --device cuda --long-texts
 
-For each cell (prompt length, text length, batch) it alternates between four training steps of the same loss in the same
+For each cell (prompt length, text length, batch) it alternates between five training steps of the same loss in the same
 dtype with the same attention kernel, and prints the median and the range of the ratio over the rounds (fewer rounds in
 cells that take long), as Markdown:
 
-    ours        shared prefix, logits at labels only
+    ours        shared prefix, logits at labels only, packed copies of frozen weights: what `fit` does
+    unpacked    the same without these copies (pt_core.packing), or on a GPU, where there are none
     peft        PeftModelForCausalLM with labels
     peft-lean   peft's base model with logits at labels only, so that the gain is not all in the language model head
     floor       the same model and batch without a prompt: forward, and backward to the input embeddings, logits at labels
 
 The predicted ceiling is arithmetic: multiply-adds of peft's step over those of ours (linear layers, attention, head), and
-so is the least that ours can cost over the floor. Memory is the peak of one step beyond the model, in a process of its own.
+so is the least that ours can cost over the floor. Memory is the peak of one step beyond the model and its packed copies (below
+the table), in a process of its own.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pt_core.attachment import attach, route
+from pt_core.packing import packed
 from pt_core.prompts import SoftPrompt
 from pt_nlp import assets
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
@@ -123,11 +126,16 @@ class Cell:
         self.peft = get_peft_model(clone, PeftConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompt))
         self.peft.eval()
         self.weight = self.peft.prompt_encoder.default.embedding.weight
+        self.packed = packed(model)
         with torch.no_grad():
             self.method.prompt.weight.copy_(start)
             self.weight.copy_(start)
 
     def ours(self) -> torch.Tensor:
+        with self.packed:
+            return self.unpacked()
+
+    def unpacked(self) -> torch.Tensor:
         self.method.prompt.weight.grad = None
         batch = {"input_ids": self.ids, "attention_mask": self.mask, "target_ids": self.targets}
         loss = self.method.loss(batch).value
@@ -231,7 +239,7 @@ def _measure_memory(arguments: str) -> None:
     name, prompt, text, batch, step, device_name, dtype = json.loads(arguments)
     device = torch.device(device_name)
     cell = Cell(MODELS[name](device, getattr(torch, dtype)), prompt, text, batch)
-    run = {"ours": cell.ours, "peft": cell.peft_step}[step]
+    run = {"ours": cell.unpacked, "peft": cell.peft_step}[step]
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -264,14 +272,23 @@ def training(name: str, cells: list[tuple[int, int, int]], timing: Timing, dtype
     model = MODELS[name](device, dtype)
     kind = str(dtype).removeprefix("torch.")
     table = Table(
-        *("prompt", "text", "batch", "rounds", "peft / ours", "range", "ceiling", "share", "lean / ours"),
-        *("ours / floor", "least", "ours s", "peft s", "gradient diff", *(("MiB ours", "MiB peft") if memory else ())),
+        *("prompt", "text", "batch", "rounds", "peft / ours", "range", "ceiling", "share", "peft / unpacked"),
+        *(
+            "lean / ours",
+            "ours / floor",
+            "least",
+            "ours s",
+            "peft s",
+            "gradient diff",
+            *(("MiB ours", "MiB peft") if memory else ()),
+        ),
         box=box.MARKDOWN,
     )
     for prompt, text, batch in cells:
         cell = Cell(model, prompt, text, batch)
         difference = cell.gradient_difference()
-        steps = {"ours": cell.ours, "peft": cell.peft_step, "lean": cell.peft_lean, "floor": cell.floor}
+        steps = {"ours": cell.ours, "unpacked": cell.unpacked, "peft": cell.peft_step}
+        steps |= {"lean": cell.peft_lean, "floor": cell.floor}
         times = alternate(steps, timing)
         cell.close()
         ours = multiply_adds(model.config, batch, text, prompt, shared=True)
@@ -285,13 +302,15 @@ def training(name: str, cells: list[tuple[int, int, int]], timing: Timing, dtype
         table.add_row(
             *(str(prompt), str(text), str(batch), str(len(times["ours"]))),
             *(f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{ceiling:.2f}", f"{ratio / ceiling:.0%}"),
-            *(f"{ratios(times, 'lean', 'ours')[0]:.2f}", f"{ratios(times, 'ours', 'floor')[0]:.2f}", f"{least:.2f}"),
+            *(f"{ratios(times, a, b)[0]:.2f}" for a, b in (("peft", "unpacked"), ("lean", "ours"), ("ours", "floor"))),
+            f"{least:.2f}",
             *(f"{statistics.median(times[step]):.3f}" for step in ("ours", "peft")),
             *(f"{difference:.1e}", *peaks),
         )
         print(f"{name} {prompt} x {text} x {batch} done", file=sys.stderr)
     console.print(f"\nTraining step, {name}, {kind}, {device.type}:")
     console.print(table)
+    console.print(f"Packed copies: {packed(model).nbytes / 2**20:.0f} MiB.")
 
 
 def generation(name: str, timing: Timing, dtype: torch.dtype) -> None:
@@ -310,9 +329,18 @@ def generation(name: str, timing: Timing, dtype: torch.dtype) -> None:
         with route(model, handles):
             return model.generate(**left, **options)
 
+    def one() -> Any:
+        return cell.method.generate(left, **options)
+
+    def of_packed(run: Callable[[], Any]) -> Any:
+        with cell.packed:
+            return run()
+
     steps = {
-        "one stored prompt": lambda: cell.method.generate(left, **options),
+        "one stored prompt": one,
         "16 stored prompts": many,
+        "one stored prompt, packed weights": lambda: of_packed(one),
+        "16 stored prompts, packed weights": lambda: of_packed(many),
         "peft": lambda: cell.peft.generate(**left, **options),
     }
     with torch.no_grad():

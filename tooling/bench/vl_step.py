@@ -20,9 +20,11 @@ three lines:
 
 `operations` are those of the plain step over ours (torch.utils.flop_counter: matrix products, attention, convolutions; what
 is recomputed counts again), `share` is how much of them the measured ratio of times reached: median of rounds that alternate
-between the steps. Memory is the peak of one step beyond model and inputs. Each cell runs in a process of its own. A plain step
-that does not fit into memory, or has more operations than --limit, is not run: the line says so, its operations are still
-exact (they are linear in the classes), and a smaller cell follows: 250 classes; for CoCoOp also one image, its published batch.
+between the steps. Ours reads packed copies of the frozen weights, as every run of ours does on a CPU (pt_core.packing;
+--gib 0: without). Memory is the peak of one step beyond model, inputs and these copies, whose size is below the table. Each
+cell runs in a process of its own. A plain step that does not fit into memory, or has more operations than --limit, is not
+run: the line says so, its operations are still exact (they are linear in the classes), and a smaller cell follows: 250
+classes; for CoCoOp also one image, its published batch.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
+from pt_core.packing import packed
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import VLMethod, written
 from pt_vl.methods.cocoop import CoCoOp, CoCoOpConfig
@@ -190,6 +193,7 @@ class Cell:
         self.model, self.method = model, kind(backbone, config(**options)).to(model.device)
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
         self.plain = Plain(self.method, model, words)
+        self.packed = packed(model, 0)
         generator, size = torch.Generator().manual_seed(0), model.vision_model.config.image_size
         pixels = torch.randn(batch, 3, size, size, generator=generator).to(model.device, model.dtype)
         labels = torch.randint(0, classes, (batch,), generator=generator).to(model.device)
@@ -200,11 +204,15 @@ class Cell:
     def steps(self) -> dict[str, Callable[[], None]]:
         """Forward and backward, by name."""
         return {
-            "ours": lambda: self.step(self.method.loss(self.augmented).value),
+            "ours": lambda: self.step(self.ours(self.augmented)),
             "plain": lambda: self.step(self.plain.loss(self.augmented)),
-            "ours-fixed": lambda: self.step(self.method.loss(self.fixed).value),
+            "ours-fixed": lambda: self.step(self.ours(self.fixed)),
             "plain-fixed": lambda: self.step(self.plain.loss(self.fixed)),
         }
+
+    def ours(self, batch: Mapping[str, Any]) -> Tensor:
+        with self.packed:  # as `fit` does
+            return self.method.loss(batch).value
 
     def step(self, loss: Tensor) -> None:
         for parameter in self.trained:
@@ -290,6 +298,7 @@ def measure(
     seconds: float,
     limit: float,
     cpu_time: bool,
+    gib: float,
 ) -> dict[str, Any]:
     """All numbers of one cell, in this process."""
     if cpu_time:
@@ -313,6 +322,12 @@ def measure(
 
     cell = Cell(model, name, classes, batch)
     steps = {kind: step for kind, step in cell.steps().items() if kind in kinds and (runs or "plain" not in kind)}
+    for kind in [kind for kind in steps if "ours" in kind]:
+        found["operations"][kind] = operations(steps[kind])
+    cell.packed = packed(model, gib)
+    found["packed"] = cell.packed.nbytes
+    if gib:
+        steps["ours"]()  # makes the copies, which are there once and not in each step
 
     def once(kind: str) -> float:
         if where.type == "cuda":
@@ -331,8 +346,6 @@ def measure(
     if runs:
         found["difference"] = float((gradients["ours"] - gradients["plain"]).norm() / gradients["plain"].norm())
     warm = time.perf_counter() - began
-    for kind in [kind for kind in steps if "ours" in kind]:
-        found["operations"][kind] = operations(steps[kind])
     if runs or warm < seconds:  # a step that takes this long by itself is not run again
         found["seconds"] = {kind: [] for kind in steps}
         for round_ in range(rounds):
@@ -393,6 +406,7 @@ def main(
     ] = None,
     quick: Annotated[bool, typer.Option(help="100 classes only")] = False,
     cpu_time: Annotated[bool, typer.Option(help="one thread, and its CPU time")] = False,
+    gib: Annotated[float, typer.Option(help="memory for packed copies of frozen weights, as in a run; 0: none")] = 2,
     markdown: Annotated[bool, typer.Option(help="print the table as Markdown")] = False,
     cell: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -405,13 +419,15 @@ def main(
     threads = 1 if cpu_time else torch.get_num_threads()
     place = torch.cuda.get_device_name() if device == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
     clock = "CPU time" if cpu_time else "wall time"
-    console.print(f"torch {torch.__version__}, {place}, {dtype}, {clock}; CLIP ViT-B/32, random weights")
+    console.print(
+        f"torch {torch.__version__}, {place}, {dtype}, {clock}; CLIP ViT-B/32, random weights; packed: {gib} GiB"
+    )
     table = Table(
         *("method", "images", "classes", "batch", "rounds", "plain / ours", "range", "operations", "share"),
         *("ours s", "plain s", "ours GFLOP", "plain GFLOP", "diff", "MiB ours", "MiB plain"),
         box=box.MARKDOWN if markdown else box.SIMPLE,
     )
-    notes, began = [], time.perf_counter()
+    copies, notes, began = [], [], time.perf_counter()
     for name in methods.split(","):
         for count in [100] if quick else [int(c) for c in classes.split(",")]:
             # Where the plain step is too large: at most 250 classes; for CoCoOp one image, the published batch.
@@ -420,12 +436,13 @@ def main(
             while cases:
                 case = cases.pop()
                 try:
-                    found = apart(*case, device, dtype, rounds, seconds, limit, cpu_time)
+                    found = apart(*case, device, dtype, rounds, seconds, limit, cpu_time, gib)
                 except subprocess.CalledProcessError as error:
                     notes.append(
                         f"{name}, {case[1]:,} classes, batch {case[2]}: its process ended with {error.returncode}."
                     )
                     continue
+                copies.append(found["packed"])
                 for row in rows(*case, found):
                     table.add_row(*row)
                     print(" | ".join(row), file=sys.stderr)  # a run that is cut off has not been in vain
@@ -439,6 +456,8 @@ def main(
                         cases.append(smaller)
                 print(f"{case} done, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     console.print(table)
+    if copies:
+        console.print(f"packed copies of frozen weights: at most {max(copies) / 2**20:,.0f} MiB")
     for note in notes:
         console.print(note, soft_wrap=True)
 
