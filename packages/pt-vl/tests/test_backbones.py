@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.tokens import Tokens, real
+from pt_vl import backbones
 from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
 
 FAMILIES = ["clip", "clip-legacy", "siglip", "open-clip"]
@@ -338,11 +339,20 @@ def with_gradient(
 
 @pytest.mark.parametrize("blocks", [[], [1], [1, 2]])
 @pytest.mark.parametrize("groups", [(), (2,)])
-@pytest.mark.parametrize("chunk", [None, 2, 100])
+@pytest.mark.parametrize(("chunk", "one"), [(None, True), (None, False), (2, False), (100, False)])
 @pytest.mark.parametrize("family", ["clip", "open-clip"])
 def test_the_shared_prefix_gives_the_values_and_gradients_of_the_plain_path(
-    family: str, chunk: int | None, groups: tuple[int, ...], blocks: list[int], make_encoder: Make
+    family: str,
+    chunk: int | None,
+    one: bool,
+    groups: tuple[int, ...],
+    blocks: list[int],
+    make_encoder: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    masks, among = list[Tensor](), backbones._visible_among
+    monkeypatch.setattr(backbones, "_visible_among", lambda *a: (masks.append(among(*a)), masks[-1])[1])
+    monkeypatch.setattr(backbones, "ONE_ATTENTION", 160 if one else 0)
     backbone = make_encoder(family)
     prefix, deep = random(*groups, 5, 16), {l: random(3, 16, seed=l) for l in blocks}
     assert backbone.shares_prefix(prefix, deep)
@@ -351,6 +361,7 @@ def test_the_shared_prefix_gives_the_values_and_gradients_of_the_plain_path(
     )
     assert fast[0].shape == (*groups, 3, 8)
     same(fast[0], slow[0])
+    assert len(masks) == one, "one attention among all rows, or one for each part"
     assert len(fast[1]) == len(slow[1]) == 1 + len(blocks)
     for a, b in zip(fast[1], slow[1], strict=True):
         assert b.abs().max() > 1e-3

@@ -49,6 +49,9 @@ from pt_core.prompts import Prompt
 from pt_core.tokens import BlockPrompt, Tokens, insert, real, run
 
 ZOO = Path(__file__).parent / "zoo"  # what ships with this package
+# Rows of all sentences together up to which a masked attention among all of them takes less time than one for each part:
+# most of its scores are masked out, but each call costs more than they do.
+ONE_ATTENTION = 160
 Place = Literal["before-ln-pre", "after-cls"]
 After = Callable[[int, Tokens], Tokens]
 KeyValue = tuple[Tensor, Tensor]
@@ -683,20 +686,31 @@ class DualEncoder(nn.Module):
             places = (torch.arange(groups)[:, None] * p + at + torch.arange(m)).flatten().to(hidden.device)
             return hidden.index_copy(1, places, deep[index].to(hidden).repeat(groups, 1)[None])
 
-        for index in range(tower.num_blocks - 1):
+        last, own = tower.num_blocks - 1, torch.arange(sentences, device=slots.device)
+        places = groups * p + own * n + slots
+        if hidden.shape[1] <= ONE_ATTENTION:
+            among = _visible_among(groups, p, count, n, hidden.device)
+            for index in range(last):
+                hidden = over(index)
+                attended = F.scaled_dot_product_attention(*tower.open_block(index, hidden), attn_mask=among)
+                hidden = tower.close_block(index, hidden, attended.transpose(1, 2).flatten(2))
+            hidden = over(last)
+            q, k, v = tower.open_block(last, hidden)
+            attended = F.scaled_dot_product_attention(q[:, :, places], k, v, attn_mask=among[places])
+            return tower.close_block(last, hidden[:, places], attended.transpose(1, 2).flatten(2))[0]
+
+        for index in range(last):
             hidden = over(index)
             (q, k, v), (queries, keys, values) = open_block(index)
             first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             behind = _attend(queries, keys, values, (k, v), count, visible)
             attended = torch.cat([x.transpose(1, 2).flatten(2).flatten(0, 1) for x in (first, behind)])[None]
             hidden = tower.close_block(index, hidden, attended)
-        last = tower.num_blocks - 1
         hidden = over(last)
         (_, k, v), (queries, keys, values) = open_block(last)
-        own = torch.arange(sentences, device=slots.device)
         queries = queries[own, :, slots][:, :, None]
         attended = _attend(queries, keys, values, (k, v), count, visible[slots][:, None, None])
-        pooled = hidden[0, groups * p + own * n + slots][:, None]
+        pooled = hidden[0, places][:, None]
         return tower.close_block(last, pooled, attended.transpose(1, 2).flatten(2))[:, 0]
 
     def encode_text(self, texts: Sequence[str], chunk: int | None = None) -> Tensor:
@@ -842,6 +856,16 @@ def _visible(hidden: Tensor, p: int) -> Tensor:
     """[n, p + n] bool: what slots [b, n, d] behind p others attend to."""
     n = hidden.shape[1]
     return torch.ones(n, p + n, dtype=torch.bool, device=hidden.device).tril(p)
+
+
+def _visible_among(groups: int, p: int, count: int, n: int, device: torch.device) -> Tensor:
+    """[t, t] bool, t = groups * (p + count * n): what rows of prefixes and then of sentences attend to, all in one sequence."""
+    prefixes, sentences = torch.arange(groups * p, device=device), torch.arange(groups * count * n, device=device)
+    group = torch.cat([prefixes // p, sentences // (count * n)])
+    sentence = torch.cat([torch.full_like(prefixes, -1), sentences // n])
+    position = torch.cat([prefixes % p, p + sentences % n])
+    shared = (sentence == -1) | (sentence[:, None] == sentence)  # [rows, what they look at]
+    return (group[:, None] == group) & shared & (position[:, None] >= position)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, front: KeyValue, count: int, visible: Tensor) -> Tensor:
