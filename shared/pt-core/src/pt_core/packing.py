@@ -151,6 +151,10 @@ class _Layout:
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
         self.weight, self._transpose = weight, transpose
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.blocks, bias, "none", [], "")
+        return made
+
     @property
     def transpose(self) -> _Layout:
         if self._transpose is None:
@@ -164,8 +168,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: _Layout, bias: Tensor | None) -> Tensor:
         ctx.layout = layout
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), layout.blocks, bias, "none", [], "")
-        return made
+        return layout.product(x, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -173,6 +176,8 @@ class _Product(torch.autograd.Function):
 
 
 def _apply(x: Tensor, layout: _Layout, bias: Tensor | None) -> Tensor:
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return layout.product(x, bias)
     made: Tensor = _Product.apply(x, layout, bias)  # type: ignore[no-untyped-call]
     return made
 
