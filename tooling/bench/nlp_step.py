@@ -10,8 +10,8 @@ For each cell (prompt length, text length, batch) it alternates between five tra
 dtype with the same attention kernel, and prints the median and the range of the ratio over the rounds (fewer rounds in
 cells that take long), as Markdown:
 
-    ours        shared prefix, logits at labels only, packed copies of frozen weights: what `fit` does
-    unpacked    the same without these copies (pt_core.packing), or on a GPU, where there are none
+    ours        shared prefix, logits at labels only, packed copies of frozen weights (`packed_gib`)
+    unpacked    the same without these copies (pt_core.packing): what `fit` does by default
     peft        PeftModelForCausalLM with labels
     peft-lean   peft's base model with logits at labels only, so that the gain is not all in the language model head
     floor       the same model and batch without a prompt: forward, and backward to the input embeddings, logits at labels

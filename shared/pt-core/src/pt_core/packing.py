@@ -7,7 +7,9 @@
 A matrix product on a CPU first copies the weight into blocks of its kernel's own order. For few rows - a short prompt, a
 small batch, a token that is generated - that takes about as long as the product itself. A frozen weight never changes, so
 here oneDNN's order of it, and in training that of its transpose, is kept beside it. Values and gradients are those of
-`torch.nn.functional.linear`, up to the order of sums. The model and its weights stay as they are; `fit` does this by itself.
+`torch.nn.functional.linear`, up to the order of sums; the model and its weights stay as they are. `fit` does this where
+`packed_gib` is set. What it gains depends on the machine (tooling/bench/): much on CPUs that MKL serves badly, nothing or
+less on others and on small models.
 """
 
 from __future__ import annotations

@@ -101,9 +101,9 @@ class FitConfig(BaseModel):
     precision: Literal["float32", "bf16"] = Field(default="float32", description="autocast; prompts stay float32")
     device: Literal["auto", "cpu"] = Field(default="auto", description="`auto`: what accelerate finds")
     packed_gib: float = Field(
-        default=2.0,
+        default=0.0,
         ge=0,
-        description="on a CPU, memory for copies of frozen weights in the order of its matrix kernels (exact, faster); 0: none",
+        description="on a CPU, memory for copies of frozen weights in the order of its matrix kernels; 0: none (`packing`)",
     )
     bucket_by_length: bool = Field(default=False, description="batches of rows of like length: less padding")
     seed: int = Field(default=0, ge=0, description="of the batches and of all random numbers of the run")
