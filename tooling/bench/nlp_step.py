@@ -10,15 +10,15 @@ For each cell (prompt length, text length, batch) it alternates between five tra
 dtype with the same attention kernel, and prints the median and the range of the ratio over the rounds (fewer rounds in
 cells that take long), as Markdown:
 
-    ours        shared prefix, logits at labels only, packed copies of frozen weights (`packed_gib`)
-    unpacked    the same without these copies (pt_core.packing): what `fit` does by default
+    ours        shared prefix, logits at labels only
+    packed      the same with packed copies of frozen weights, as a run with `packed_gib: 2` (on a CPU; pt_core.packing)
     peft        PeftModelForCausalLM with labels
     peft-lean   peft's base model with logits at labels only, so that the gain is not all in the language model head
     floor       the same model and batch without a prompt: forward, and backward to the input embeddings, logits at labels
 
 The predicted ceiling is arithmetic: multiply-adds of peft's step over those of ours (linear layers, attention, head), and
-so is the least that ours can cost over the floor. Memory is the peak of one step beyond the model and its packed copies (below
-the table), in a process of its own.
+so is the least that ours can cost over the floor. Memory is the peak of one step of ours and of peft beyond the model, in a
+process of its own; what packed copies take stands below the table.
 """
 
 from __future__ import annotations
@@ -131,11 +131,11 @@ class Cell:
             self.method.prompt.weight.copy_(start)
             self.weight.copy_(start)
 
-    def ours(self) -> torch.Tensor:
+    def ours_packed(self) -> torch.Tensor:
         with self.packed:
-            return self.unpacked()
+            return self.ours()
 
-    def unpacked(self) -> torch.Tensor:
+    def ours(self) -> torch.Tensor:
         self.method.prompt.weight.grad = None
         batch = {"input_ids": self.ids, "attention_mask": self.mask, "target_ids": self.targets}
         loss = self.method.loss(batch).value
@@ -239,7 +239,7 @@ def _measure_memory(arguments: str) -> None:
     name, prompt, text, batch, step, device_name, dtype = json.loads(arguments)
     device = torch.device(device_name)
     cell = Cell(MODELS[name](device, getattr(torch, dtype)), prompt, text, batch)
-    run = {"ours": cell.unpacked, "peft": cell.peft_step}[step]
+    run = {"ours": cell.ours, "peft": cell.peft_step}[step]
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -272,22 +272,15 @@ def training(name: str, cells: list[tuple[int, int, int]], timing: Timing, dtype
     model = MODELS[name](device, dtype)
     kind = str(dtype).removeprefix("torch.")
     table = Table(
-        *("prompt", "text", "batch", "rounds", "peft / ours", "range", "ceiling", "share", "peft / unpacked"),
-        *(
-            "lean / ours",
-            "ours / floor",
-            "least",
-            "ours s",
-            "peft s",
-            "gradient diff",
-            *(("MiB ours", "MiB peft") if memory else ()),
-        ),
+        *("prompt", "text", "batch", "rounds", "peft / ours", "range", "ceiling", "share", "ours / packed"),
+        *("lean / ours", "ours / floor", "least", "ours s", "peft s", "gradient diff"),
+        *(("MiB ours", "MiB peft") if memory else ()),
         box=box.MARKDOWN,
     )
     for prompt, text, batch in cells:
         cell = Cell(model, prompt, text, batch)
         difference = cell.gradient_difference()
-        steps = {"ours": cell.ours, "unpacked": cell.unpacked, "peft": cell.peft_step}
+        steps = {"ours": cell.ours, "packed": cell.ours_packed, "peft": cell.peft_step}
         steps |= {"lean": cell.peft_lean, "floor": cell.floor}
         times = alternate(steps, timing)
         cell.close()
@@ -302,7 +295,7 @@ def training(name: str, cells: list[tuple[int, int, int]], timing: Timing, dtype
         table.add_row(
             *(str(prompt), str(text), str(batch), str(len(times["ours"]))),
             *(f"{ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{ceiling:.2f}", f"{ratio / ceiling:.0%}"),
-            *(f"{ratios(times, a, b)[0]:.2f}" for a, b in (("peft", "unpacked"), ("lean", "ours"), ("ours", "floor"))),
+            *(f"{ratios(times, a, b)[0]:.2f}" for a, b in (("ours", "packed"), ("lean", "ours"), ("ours", "floor"))),
             f"{least:.2f}",
             *(f"{statistics.median(times[step]):.3f}" for step in ("ours", "peft")),
             *(f"{difference:.1e}", *peaks),

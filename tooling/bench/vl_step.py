@@ -20,8 +20,8 @@ three lines:
 
 `operations` are those of the plain step over ours (torch.utils.flop_counter: matrix products, attention, convolutions; what
 is recomputed counts again), `share` is how much of them the measured ratio of times reached: median of rounds that alternate
-between the steps. Ours reads packed copies of the frozen weights, as a run with `packed_gib: 2` does (pt_core.packing;
---gib 0: without). Memory is the peak of one step beyond model, inputs and these copies, whose size is below the table. Each
+between the steps. With --gib 2 ours reads packed copies of the frozen weights, as a run with `packed_gib: 2` does
+(pt_core.packing). Memory is the peak of one step beyond model, inputs and these copies, whose size is below the table. Each
 cell runs in a process of its own. A plain step that does not fit into memory, or has more operations than --limit, is not
 run: the line says so, its operations are still exact (they are linear in the classes), and a smaller cell follows: 250
 classes; for CoCoOp also one image, its published batch.
@@ -406,7 +406,7 @@ def main(
     ] = None,
     quick: Annotated[bool, typer.Option(help="100 classes only")] = False,
     cpu_time: Annotated[bool, typer.Option(help="one thread, and its CPU time")] = False,
-    gib: Annotated[float, typer.Option(help="memory for packed copies of frozen weights; 0: none")] = 2,
+    gib: Annotated[float, typer.Option(help="memory for packed copies of frozen weights, as `packed_gib`")] = 0,
     markdown: Annotated[bool, typer.Option(help="print the table as Markdown")] = False,
     cell: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -456,7 +456,7 @@ def main(
                         cases.append(smaller)
                 print(f"{case} done, {time.perf_counter() - began:.0f} s", file=sys.stderr)
     console.print(table)
-    if copies:
+    if any(copies):
         console.print(f"packed copies of frozen weights: at most {max(copies) / 2**20:,.0f} MiB")
     for note in notes:
         console.print(note, soft_wrap=True)

@@ -4,12 +4,11 @@
         loss = method.loss(batch)
         loss.total.backward()
 
-A matrix product on a CPU first copies the weight into blocks of its kernel's own order. For few rows - a short prompt, a
-small batch, a token that is generated - that takes about as long as the product itself. A frozen weight never changes, so
+A matrix product on a CPU may first copy the weight into blocks of its kernel's own order. For few rows - a short prompt, a
+small batch, a token that is generated - that is a good part of its time. A frozen weight never changes, so
 here oneDNN's order of it, and in training that of its transpose, is kept beside it. Values and gradients are those of
 `torch.nn.functional.linear`, up to the order of sums; the model and its weights stay as they are. `fit` does this where
-`packed_gib` is set. What it gains depends on the machine (tooling/bench/): much on CPUs that MKL serves badly, nothing or
-less on others and on small models.
+`packed_gib` is set. What it gains depends on machine and model, and may be less than nothing: tooling/bench/ measures it.
 """
 
 from __future__ import annotations
