@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
-from pt_core.attachment import Handle, attach, off
+from pt_core.attachment import Handle, attach, off, route
 from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
 from pt_nlp import backbones
@@ -89,11 +89,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def with_gradient(
-    model: nn.Module, prompt: SoftPrompt | KeyValuePrompt, batch: dict[str, Tensor]
+    model: nn.Module, prompt: SoftPrompt | KeyValuePrompt, batch: dict[str, Tensor], **options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient of the prompt and logits of the real tokens."""
     prompt.zero_grad()
-    result = model(**batch, labels=labels_of(batch))
+    result = model(**batch, labels=labels_of(batch), **options)
     result.loss.backward()
     assert prompt.weight.grad is not None
     return result.loss.detach(), prompt.weight.grad.clone(), result.logits.detach()[batch["attention_mask"].bool()]
@@ -267,6 +267,53 @@ def test_the_shared_prefix_equals_the_plain_path(
     for fast, plain in zip(shared, with_gradient(model, prompt, batch), strict=True):
         assert gap(fast, plain) < 1e-5
     assert gap(shared[1], torch.zeros_like(shared[1])) > 1e-3
+
+
+def rows_and_tokens(model: nn.Module) -> list[tuple[int, ...]]:
+    """What the first block reads in each pass from now on: [rows, tokens]."""
+    passes: list[tuple[int, ...]] = []
+    block = backbones.decoder_blocks(model.base_model)[0]
+    block.register_forward_pre_hook(lambda _, arguments: passes.append(tuple(arguments[0].shape[:2])))
+    return passes
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", SHARED)
+def test_few_tokens_in_one_row_equal_the_plain_path(
+    tiny: Build, kind: str, side: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt, batch = tiny(kind, attn_implementation=attention), soft(), texts(side)
+    attach(model, prompt)
+    passes = rows_and_tokens(model)
+    one_row = with_gradient(model, prompt, batch, use_cache=False)
+    assert passes == [(1, M + batch["input_ids"].numel())]
+    every = model(**batch, use_cache=False).logits.detach()
+    plain_only(monkeypatch)
+    for fast, plain in zip(one_row, with_gradient(model, prompt, batch, use_cache=False), strict=True):
+        assert gap(fast, plain) < 1e-5
+    assert gap(every, model(**batch, use_cache=False).logits) < 1e-5  # padding included
+
+
+def test_one_row_is_for_few_tokens_one_prompt_and_training(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny("Llama"), texts()
+    first, second = (attach(model, soft(seed), always=False) for seed in (1, 2))
+    passes = rows_and_tokens(model)
+
+    def step(handles: list[Handle | None], **options) -> bool:
+        passes.clear()
+        with route(model, handles):
+            model(**batch, **options)
+        return passes == [(1, M + batch["input_ids"].numel())]
+
+    assert step([first], use_cache=False)
+    assert not step([first])  # its keys and values are asked for
+    assert not step([first, second, *[None] * (len(batch["input_ids"]) - 2)], use_cache=False)
+    assert not step([first], use_cache=False, output_hidden_states=True)
+    with torch.no_grad():
+        assert not step([first], use_cache=False)  # stored keys and values cost nothing
+    monkeypatch.setattr(backbones, "ONE_ROW", M + batch["input_ids"].numel() - 1)
+    assert not step([first], use_cache=False)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -8,6 +8,8 @@ the forward of the base model only, so that heads, losses, `generate`, pipelines
   prompt in every row. This is done only for model types on which it is tested (`SHARED_PREFIX`) and only where nothing
   forbids it (sliding windows, recurrence, active dropout, gradient checkpointing); else the plain path concatenates the
   prompt to the input embeddings and drops its rows from the output, with the same numbers, and says so once.
+- Where prompt and texts of a training step are few tokens (`ONE_ROW`), they pass the model as one row whose mask keeps the
+  texts apart: as exact, and half as many matrix products of twice the size.
 - Encoders and encoder-decoders are bidirectional where the prompt enters: they always take the plain path.
 - Keys and values (prefix tuning, P-tuning v2) enter as a filled cache; causal models and encoder-decoders put them in front
   of the decoder's self-attention, BERT-like encoders in front of every layer's.
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 Model = Any  # a transformers model: what its class has, nn.Module's annotations do not know
 
 SHARED_PREFIX = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # the types the exact shortcut is tested on
+ONE_ROW = 320  # up to so many tokens of prompt and texts are trained as one row
 KEY_VALUE_ENCODERS = {"bert", "roberta"}
 RELATIVE_POSITIONS = {"t5", "mt5", "umt5"}  # encoder-decoders in which only distances count
 ATTENTION_LAYERS = {
@@ -543,6 +546,8 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
     if refused is None or keys_given:
         wanted = arguments.get("use_cache")
         wanted = cache is not None or (base.config.use_cache if wanted is None else wanted)
+        if not (keys_given or wanted) and _fits_one_row(base, arguments, carried, mask):
+            return _in_one_row(base, original, arguments, carried, mask)
         cache = DynamicCache() if cache is None else cache
         cache.layers = _prefix_layers(base, original, carried, batch, base.get_input_embeddings().weight.dtype)
         _mark(cache, carried)
@@ -562,6 +567,42 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
     if cache is None and output.get(slot) is not None:
         _mark(output[slot], carried)
     return _trim(output, carried.longest)
+
+
+def _fits_one_row(base: Model, arguments: dict[str, Any], carried: Carried, mask: Tensor) -> bool:
+    """Whether prompt and texts of a training step are few enough to pass the model as one row (`_in_one_row`)."""
+    if not torch.is_grad_enabled() or carried.index is not None or carried.longest + mask.numel() > ONE_ROW:
+        return False
+    masks = base.config._attn_implementation in {"sdpa", "eager"}  # others take no mask of queries and keys
+    inner = {"output_hidden_states", "output_attentions"}
+    asked = any(arguments.get(name) or getattr(base.config, name, False) for name in inner)
+    known = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", *inner}
+    others = any(value is not None for name, value in arguments.items() if name not in known)
+    return masks and not asked and not others
+
+
+def _in_one_row(base: Model, original: Forward, arguments: dict[str, Any], carried: Carried, mask: Tensor) -> Any:
+    """One call on [prompt, text 1, text 2, ...] as a single row in which texts do not see each other.
+
+    Exact as the shared prefix is, and for few tokens faster: each matrix product runs once, on all of them, where the
+    prefix has a pass of its own; but attention grows with the square of all tokens.
+    """
+    embeds = _embeds(base, arguments)
+    (batch, n, dim), length, device = embeds.shape, carried.longest, embeds.device
+    owner = torch.cat([torch.full((length,), -1, device=device), torch.arange(batch * n, device=device) // n])
+    read = torch.cat([mask.new_ones(length), mask.flatten()]).bool()  # padding is not read, but reads, as everywhere
+    visible = (((owner[:, None] == owner) | (owner < 0)).tril() & read)[None, None]
+    if base.config._attn_implementation == "eager":
+        least = torch.finfo(embeds.dtype).min
+        visible = torch.zeros_like(visible, dtype=embeds.dtype).masked_fill(~visible, least)
+    if arguments.get("position_ids") is not None:
+        positions = arguments["position_ids"].expand(batch, -1).reshape(-1)
+        arguments["position_ids"] = torch.cat([torch.arange(length, device=device), positions])[None]
+    together = torch.cat([_token_rows(carried, embeds)[0], embeds.reshape(-1, dim)])
+    arguments |= {"inputs_embeds": together[None], "attention_mask": visible, "past_key_values": None}
+    output = original(**arguments)
+    output.last_hidden_state = output.last_hidden_state[0, length:].unflatten(0, (batch, n))
+    return output
 
 
 def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: Carried, mask: Tensor) -> None:
