@@ -669,16 +669,9 @@ class DualEncoder(nn.Module):
             slots: [G * count].
         """
         tower, (groups, p), (sentences, n) = self.text_tower, prefix.shape[:2], rows.shape[:2]
-        count, parts, visible = sentences // groups, [groups * p, sentences * n], _visible(rows, p)
+        count = sentences // groups
         prefix = prefix + tower.positions[:p].to(prefix)
         hidden = torch.cat([prefix.flatten(0, 1), rows.flatten(0, 1)])[None]
-
-        def open_block(index: int) -> tuple[list[Tensor], list[Tensor]]:
-            """Queries, keys and values of the prefix, [G, heads, p, d_h] each, and of what follows."""
-            split = [x[0].split(parts, dim=1) for x in tower.open_block(index, hidden)]
-            return [x.unflatten(1, (groups, p)).transpose(0, 1) for x, _ in split], [
-                x.unflatten(1, (sentences, n)).transpose(0, 1) for _, x in split
-            ]
 
         def over(index: int) -> Tensor:
             if index not in deep:
@@ -699,6 +692,15 @@ class DualEncoder(nn.Module):
             q, k, v = tower.open_block(last, hidden)
             attended = F.scaled_dot_product_attention(q[:, :, places], k, v, attn_mask=among[places])
             return tower.close_block(last, hidden[:, places], attended.transpose(1, 2).flatten(2))[0]
+
+        visible = _visible(rows, p)
+
+        def open_block(index: int) -> tuple[list[Tensor], list[Tensor]]:
+            """Queries, keys and values of the prefix, [G, heads, p, d_h] each, and of what follows."""
+            split = [x[0].split([groups * p, sentences * n], dim=1) for x in tower.open_block(index, hidden)]
+            return [x.unflatten(1, (groups, p)).transpose(0, 1) for x, _ in split], [
+                x.unflatten(1, (sentences, n)).transpose(0, 1) for _, x in split
+            ]
 
         for index in range(last):
             hidden = over(index)
