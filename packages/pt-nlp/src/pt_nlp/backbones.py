@@ -588,7 +588,7 @@ def _in_one_row(base: Model, original: Forward, arguments: dict[str, Any], carri
     prefix has a pass of its own; but attention grows with the square of all tokens.
     """
     embeds = _embeds(base, arguments)
-    (batch, n, dim), length, device = embeds.shape, carried.longest, embeds.device
+    (batch, n, dim), length, device = embeds.shape, carried.longest, mask.device
     owner = torch.cat([torch.full((length,), -1, device=device), torch.arange(batch * n, device=device) // n])
     read = torch.cat([mask.new_ones(length), mask.flatten()]).bool()  # padding is not read, but reads, as everywhere
     visible = (((owner[:, None] == owner) | (owner < 0)).tril() & read)[None, None]
