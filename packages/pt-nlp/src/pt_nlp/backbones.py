@@ -9,7 +9,7 @@ the forward of the base model only, so that heads, losses, `generate`, pipelines
   forbids it (sliding windows, recurrence, active dropout, gradient checkpointing); else the plain path concatenates the
   prompt to the input embeddings and drops its rows from the output, with the same numbers, and says so once.
 - Where prompt and texts of a training step are few tokens (`ONE_ROW`), they pass the model as one row whose mask keeps the
-  texts apart: as exact, and half as many matrix products of twice the size.
+  texts apart: as exact, with half as many matrix products, each larger.
 - Encoders and encoder-decoders are bidirectional where the prompt enters: they always take the plain path.
 - Keys and values (prefix tuning, P-tuning v2) enter as a filled cache; causal models and encoder-decoders put them in front
   of the decoder's self-attention, BERT-like encoders in front of every layer's.
