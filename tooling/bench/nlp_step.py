@@ -10,7 +10,7 @@ For each cell (prompt length, text length, batch) it alternates between five tra
 dtype with the same attention kernel, and prints the median and the range of the ratio over the rounds (fewer rounds in
 cells that take long), as Markdown:
 
-    ours        shared prefix, logits at labels only
+    ours        shared prefix (few tokens: prompt and texts in one row), logits at labels only
     packed      the same with packed copies of frozen weights, as a run with `packed_gib: 2` (on a CPU; pt_core.packing)
     peft        PeftModelForCausalLM with labels
     peft-lean   peft's base model with logits at labels only, so that the gain is not all in the language model head

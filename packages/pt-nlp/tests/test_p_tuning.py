@@ -106,7 +106,7 @@ def test_folding_gives_prompt_tuning_with_equal_outputs(settings: dict) -> None:
 
 # --- fast == plain ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
-@pytest.mark.parametrize("one_row", [0, 320])
+@pytest.mark.parametrize("one_row", [0, backbones.ONE_ROW])
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_shared_prefix_equals_plain_path_in_loss_and_gradient(
     encoder: str, padding: str, one_row: int, monkeypatch: pytest.MonkeyPatch

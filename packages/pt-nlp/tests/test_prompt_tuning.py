@@ -136,7 +136,7 @@ def test_left_and_right_padding_give_equal_states_of_real_tokens(make) -> None:
 
 # --- fast == plain ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("one_row", [0, 320])
+@pytest.mark.parametrize("one_row", [0, backbones.ONE_ROW])
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("reading", ["tokens", "head"])
 def test_shared_prefix_equals_plain_path_in_loss_and_prompt_gradient(
