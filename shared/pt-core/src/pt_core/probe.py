@@ -6,9 +6,15 @@ Needs scikit-learn, which the packages that probe bring along.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+
+from pt_core.metrics import evaluate_logits
+
+if TYPE_CHECKING:
+    from pt_core.data import Split
 
 Array = np.ndarray[Any, Any]
 
@@ -33,6 +39,14 @@ def fit_probe(
     held, wanted = validation
     fits = [regression(features, labels, strength, max_iter) for strength in sorted(strengths)]
     return max(fits, key=lambda fit: agreement(held @ fit[0].T + fit[1], wanted))
+
+
+def probe_metrics(split: Split, fit: tuple[Array, Array], rows: tuple[Array, Array]) -> dict[str, float]:
+    """Metrics of a split, of what `fit_probe` gave on the split's features and labels."""
+    weight, bias = fit
+    features, labels = rows
+    logits = torch.from_numpy(features @ weight.T + bias).float()
+    return evaluate_logits(split.metrics, split.task, logits, torch.from_numpy(labels), split.missing)
 
 
 def regression(features: Array, labels: Array, strength: float, max_iter: int) -> tuple[Array, Array]:

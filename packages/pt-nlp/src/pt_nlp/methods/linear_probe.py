@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from pt_core.errors import InputError
-from pt_core.metrics import evaluate_logits
-from pt_core.probe import Array, fit_probe
+from pt_core.probe import Array, fit_probe, probe_metrics
 from pt_core.training import FitConfig, FitResult
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.zero_shot import on_run_device
@@ -105,10 +104,7 @@ class LinearProbe(TextMethod):
             held = self._read(validation, config)
             held = (held[0] - mean) / std, held[1]
         weight, bias = fit_probe((features - mean) / std, labels, self.config.C, self.config.max_iter, held)
-        metrics = {}
-        if validation is not None and held is not None:
-            logits, wanted = (torch.from_numpy(part) for part in (held[0] @ weight.T + bias, held[1]))
-            metrics = evaluate_logits(validation.metrics, validation.task, logits.float(), wanted, validation.missing)
+        metrics = probe_metrics(validation, (weight, bias), held) if validation is not None and held is not None else {}
         weight, bias = weight / std, bias - (weight / std) @ mean
         self.load_trained_state(
             {"head.weight": torch.from_numpy(weight).float(), "head.bias": torch.from_numpy(bias).float()}

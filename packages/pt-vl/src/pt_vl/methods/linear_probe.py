@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.method import Batch, MethodConfig, Output
-from pt_core.metrics import evaluate_logits
-from pt_core.probe import Array, fit_probe
+from pt_core.probe import Array, fit_probe, probe_metrics
 from pt_core.training import FitConfig, FitResult
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import VLConfig, VLMethod, cache_features, place_for
@@ -100,10 +99,7 @@ class LinearProbe(VLMethod):
 
         held = None if validation is None else self._read(validation, config)
         weight, bias = fit_probe(features, labels, self.config.C, self.config.max_iter, held)
-        metrics = {}
-        if validation is not None and held is not None:
-            logits, wanted = (torch.from_numpy(part) for part in (held[0] @ weight.T + bias, held[1]))
-            metrics = evaluate_logits(validation.metrics, validation.task, logits.float(), wanted, validation.missing)
+        metrics = probe_metrics(validation, (weight, bias), held) if validation is not None and held is not None else {}
         self.load_trained_state(
             {"head.weight": torch.from_numpy(weight).float(), "head.bias": torch.from_numpy(bias).float()}
         )
