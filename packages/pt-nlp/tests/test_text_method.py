@@ -192,6 +192,41 @@ def test_the_shortcut_for_one_token_projects_the_label_words_only(tiny: Build) -
     assert calls == []
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 3, 2)])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "OPT", "T5"])
+def test_the_loss_of_the_right_word_is_read_from_the_scores(
+    tiny: Build, kind: str, lengths: tuple[int, ...], normalised: bool
+) -> None:
+    made, labels, words = method(tiny(kind)), torch.tensor([1, 0, 2, 1]), candidates(lengths)
+    batch = sources("right" if kind == "T5" else "left") | words | {"length_normalised": normalised, "labels": labels}
+    batch["target_ids"] = words["candidates"].masked_fill(words["candidate_mask"] == 0, -100)[labels]
+
+    def of_output() -> Tensor:
+        return made.loss_of(made(batch), batch).total
+
+    def naive() -> Tensor:
+        scores = naive_scores(made, words | sources("right" if kind == "T5" else "left"))  # sums over tokens
+        return -scores[torch.arange(4), labels].sum()
+
+    assert (
+        made.loss(batch).count == made.loss_of(made(batch), batch).count == words["candidate_mask"].sum(1)[labels].sum()
+    )
+    agree(made, of_output, naive)
+    agree(made, lambda: made.loss(batch).total, naive)
+
+
+def test_a_word_of_one_token_is_trained_without_reading_it(tiny: Build) -> None:
+    made, shapes = method(tiny("Llama")), []
+    block = backbones.decoder_blocks(made.backbone.model)[0]
+    block.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    words, labels = candidates((1, 1, 1)), torch.tensor([1, 0, 2, 1])
+    target = {"labels": labels, "target_ids": words["candidates"][labels]}
+    with torch.no_grad():  # not as one row, whose shape says less
+        made.loss(sources() | words | target)
+    assert shapes == [(1, M), (4, 7)]
+
+
 def test_the_source_is_read_once_for_all_label_words(tiny: Build) -> None:
     made, shapes = method(tiny("Llama")), []
     block = backbones.decoder_blocks(made.backbone.model)[0]

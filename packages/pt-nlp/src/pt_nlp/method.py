@@ -145,7 +145,11 @@ class TextMethod(Method):
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         """The class loss of a head or verbalizer, or the cross-entropy of target tokens (sum over tokens)."""
-        if self.head is None and "target_ids" in batch:
+        if (
+            self.head is None
+            and "target_ids" in batch
+            and not (self._scores_words(batch) and self._ends_at_source(batch))
+        ):
             if "candidates" in batch and is_causal(self.backbone):
                 batch = _written_out(batch)
             with self.active():
@@ -157,9 +161,25 @@ class TextMethod(Method):
 
     def loss_of(self, output: Output, batch: Mapping[str, Any]) -> Loss | None:
         by_tokens = self.head is None and "target_ids" in batch
-        if by_tokens or "labels" not in batch:
+        if "labels" not in batch or (by_tokens and not self._scores_words(batch)):
             return None
-        return self.class_loss(cast(Tensor, output.logits), batch["labels"])
+        logits = cast(Tensor, output.logits)
+        labels = batch["labels"].to(logits.device)
+        if not by_tokens:
+            return self.class_loss(logits, labels)
+        tokens = batch["candidate_mask"].sum(-1).to(labels)[labels]
+        right = logits.float().gather(1, labels[:, None])[:, 0]
+        total = (right * tokens if batch.get("length_normalised", False) else right).sum()
+        return Loss(-total, int(tokens.sum()))
+
+    def _scores_words(self, batch: Mapping[str, Any]) -> bool:
+        """Whether class scores hold the log-probability of each row's target, its label word."""
+        return {"candidates", "target_ids", "labels"} <= batch.keys()
+
+    def _ends_at_source(self, batch: Mapping[str, Any]) -> bool:
+        """Whether the last state of the source has all that label words are scored by."""
+        one_token = "candidates" in batch and batch["candidates"].shape[1] == 1
+        return one_token and is_causal(self.backbone) and self.backbone.config.model_type in LINEAR_HEADS
 
     def class_loss(self, logits: Tensor, labels: Tensor) -> Loss:
         """Cross-entropy (sum over rows), or for multi-label heads binary cross-entropy (sum over cells)."""
@@ -246,14 +266,17 @@ class TextMethod(Method):
         """Log-probability of every label word after every source, [b, C].
 
         Label words of one token each are read from the source's last hidden state through their own rows of the head: the
-        scores are then logits, whose differences are those of the log-probabilities.
+        scores are then logits, whose differences are those of the log-probabilities. Where the word's tokens are what
+        trains, the whole head is read, and scores are log-probabilities.
         """
         words, mask = batch["candidates"], batch["candidate_mask"]
         if self.backbone.config.is_encoder_decoder:
             scores = self._seq2seq_scores(batch, words)
-        elif words.shape[1] == 1 and self.backbone.config.model_type in LINEAR_HEADS:
+        elif self._ends_at_source(batch):
             states = self.hidden(batch)[:, -1]
-            return _to_words(self.model, states, words[:, 0])
+            if "target_ids" not in batch:
+                return _to_words(self.model, states, words[:, 0])
+            return _to_words(self.model, states).float().log_softmax(-1)[:, words[:, 0]]
         else:
             scores = self._causal_scores(batch, words)
         scores = scores.masked_fill(mask[None] == 0, 0.0).sum(-1)
