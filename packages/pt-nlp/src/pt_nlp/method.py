@@ -145,11 +145,8 @@ class TextMethod(Method):
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         """The class loss of a head or verbalizer, or the cross-entropy of target tokens (sum over tokens)."""
-        if (
-            self.head is None
-            and "target_ids" in batch
-            and not (self._scores_words(batch) and self._ends_at_source(batch))
-        ):
+        by_tokens = self.head is None and "target_ids" in batch
+        if by_tokens and not (self._scores_words(batch) and self._ends_at_source(batch)):
             if "candidates" in batch and is_causal(self.backbone):
                 batch = _written_out(batch)
             with self.active():
