@@ -10,14 +10,15 @@ For each cell (prompt length, text length, batch) it alternates between five tra
 dtype with the same attention kernel, and prints the median and the range of the ratio over the rounds (fewer rounds in
 cells that take long), as Markdown:
 
-    ours        shared prefix (few tokens: prompt and texts in one row), logits at labels only
+    ours        prompt and texts as one row without padding, logits at labels only
     packed      the same with packed copies of frozen weights, as a run with `packed_gib: 2` (on a CPU; pt_core.packing)
     peft        PeftModelForCausalLM with labels
     peft-lean   peft's base model with logits at labels only, so that the gain is not all in the language model head
     floor       the same model and batch without a prompt: forward, and backward to the input embeddings, logits at labels
 
-The predicted ceiling is arithmetic: multiply-adds of peft's step over those of ours (linear layers, attention, head), and
-so is the least that ours can cost over the floor. Memory is the peak of one step of ours and of peft beyond the model, in a
+Texts have 70 to 100 % of a cell's length and are padded to it; ours leaves padding out, all others compute it. The predicted
+ceiling is arithmetic: multiply-adds of peft's step over those of ours (linear layers, attention, head), and so is the least
+that ours can cost over the floor. Memory is the peak of one step of ours and of peft beyond the model, in a
 process of its own; what packed copies take stands below the table.
 """
 
@@ -81,10 +82,11 @@ def smollm2(device: torch.device, dtype: torch.dtype) -> Any:
 MODELS = {"small-llama": small_llama, "smollm2-135m": smollm2}
 
 
-def multiply_adds(config: Any, rows: int, tokens: int, prompt: int, shared: bool) -> float:
+def multiply_adds(config: Any, lengths: list[int], prompt: int, shared: bool) -> float:
     """Multiply-adds of one forward pass; the backward pass to the inputs costs as much again and cancels in ratios.
 
     Args:
+        lengths: tokens of each row.
         shared: the prompt is computed once for the batch, and logits only at the labels.
     """
     d, heads = config.hidden_size, config.num_attention_heads
@@ -93,12 +95,12 @@ def multiply_adds(config: Any, rows: int, tokens: int, prompt: int, shared: bool
     linear = config.num_hidden_layers * (d * (2 * q + 2 * kv) + 3 * d * config.intermediate_size)
     attention = config.num_hidden_layers * 2 * q
     if shared:
-        positions = rows * tokens + prompt
-        pairs = rows * tokens * (prompt + tokens) + prompt * prompt
-        read = rows * LABELS
+        positions = sum(lengths) + prompt
+        pairs = sum(n * (prompt + n) for n in lengths) + prompt * prompt
+        read = len(lengths) * LABELS
     else:
-        positions = rows * (tokens + prompt)
-        pairs = rows * (tokens + prompt) ** 2
+        positions = sum(n + prompt for n in lengths)
+        pairs = sum((n + prompt) ** 2 for n in lengths)
         read = positions
     return float(positions * linear + pairs * attention + read * d * config.vocab_size)
 
@@ -284,9 +286,10 @@ def training(name: str, cells: list[tuple[int, int, int]], timing: Timing, dtype
         steps |= {"lean": cell.peft_lean, "floor": cell.floor}
         times = alternate(steps, timing)
         cell.close()
-        ours = multiply_adds(model.config, batch, text, prompt, shared=True)
-        ceiling = multiply_adds(model.config, batch, text, prompt, shared=False) / ours
-        least = ours / multiply_adds(model.config, batch, text, 0, shared=True)
+        real, padded = cell.mask.sum(1).tolist(), [text] * batch
+        ours = multiply_adds(model.config, real, prompt, shared=True)
+        ceiling = multiply_adds(model.config, padded, prompt, shared=False) / ours
+        least = ours / multiply_adds(model.config, padded, 0, shared=True)
         ratio, low, high = ratios(times, "peft", "ours")
         peaks = [
             f"{peak_memory(name, (prompt, text, batch), step, device.type, kind):.0f}"

@@ -6,12 +6,14 @@ import inspect
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pt_core.attachment import Handle, attach, off, route
 from pt_core.errors import InputError
@@ -277,43 +279,98 @@ def rows_and_tokens(model: nn.Module) -> list[tuple[int, ...]]:
     return passes
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [soft, keys])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", SHARED)
-def test_few_tokens_in_one_row_equal_the_plain_path(
-    tiny: Build, kind: str, side: str, attention: str, monkeypatch: pytest.MonkeyPatch
+def test_one_row_without_padding_equals_the_plain_path(
+    tiny: Build, kind: str, side: str, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, prompt, batch = tiny(kind, attn_implementation=attention), soft(), texts(side)
+    model, batch = tiny(kind), texts(side)
+    prompt = soft() if make is soft else keys(model)
     attach(model, prompt)
-    passes = rows_and_tokens(model)
-    one_row = with_gradient(model, prompt, batch, use_cache=False)
-    assert passes == [(1, M + batch["input_ids"].numel())]
-    every = model(**batch, use_cache=False).logits.detach()
-    plain_only(monkeypatch)
-    for fast, plain in zip(one_row, with_gradient(model, prompt, batch, use_cache=False), strict=True):
-        assert gap(fast, plain) < 1e-5
-    assert gap(every, model(**batch, use_cache=False).logits) < 1e-5  # padding included
+    passes, tokens, ahead = rows_and_tokens(model), int(batch["attention_mask"].sum()), M if make is soft else 0
+    real = batch["attention_mask"].bool()
+    with backbones.padding_unread():
+        trained = with_gradient(model, prompt, batch, use_cache=False)
+        with torch.no_grad():
+            read, again = (model(**batch, use_cache=False).logits[real] for _ in range(2))
+    of_prompt = [(1, M)] if make is soft else []  # at inference its keys and values are computed once
+    assert passes == [(1, ahead + tokens), *of_prompt, (1, tokens), (1, tokens)]
+    assert torch.equal(read, again)
+    if make is soft:
+        plain_only(monkeypatch)
+    plain = with_gradient(model, prompt, batch, use_cache=False)  # of keys and values: a filled cache
+    for fast, expected in zip((*trained, read), (*plain, plain[2]), strict=True):
+        assert gap(fast, expected) < 1e-5
+    assert passes[-1] == (len(real), ahead + real.shape[1])
+    assert gap(trained[1], torch.zeros_like(trained[1])) > 1e-3
 
 
-def test_one_row_is_for_few_tokens_one_prompt_and_training(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_has_its_states_unless_nobody_reads_them(tiny: Build) -> None:
+    model, batch = tiny("Llama"), texts("left")
+    attach(model, soft())
+    padding = batch["attention_mask"] == 0
+    assert model.base_model(**batch, use_cache=False).last_hidden_state[padding].all(-1).all()
+    with backbones.padding_unread():
+        states = model.base_model(**batch, use_cache=False).last_hidden_state
+    assert not states[padding].any() and states[~padding].all(-1).all()
+
+
+def test_one_row_is_for_one_prompt_and_without_cache(tiny: Build) -> None:
     model, batch = tiny("Llama"), texts()
     first, second = (attach(model, soft(seed), always=False) for seed in (1, 2))
     passes = rows_and_tokens(model)
 
-    def step(handles: list[Handle | None], **options) -> bool:
+    def step(handles: list[Handle | None], batch: dict[str, Tensor] = batch, **options) -> bool:
         passes.clear()
-        with route(model, handles):
+        with route(model, handles), backbones.padding_unread():
             model(**batch, **options)
-        return passes == [(1, M + batch["input_ids"].numel())]
+        return passes == [(1, M + int(batch["attention_mask"].sum()))]
 
     assert step([first], use_cache=False)
     assert not step([first])  # its keys and values are asked for
     assert not step([first, second, *[None] * (len(batch["input_ids"]) - 2)], use_cache=False)
     assert not step([first], use_cache=False, output_hidden_states=True)
-    with torch.no_grad():
-        assert not step([first], use_cache=False)  # stored keys and values cost nothing
-    monkeypatch.setattr(backbones, "ONE_ROW", M + batch["input_ids"].numel() - 1)
+    full = {name: values[:1] for name, values in batch.items()}
+    passes.clear()
+    with first.active():
+        model(**full, use_cache=False)  # without padding: no matter who reads it
+    assert passes == [(1, M + full["input_ids"].numel())]
+    holes = batch["attention_mask"].clone()
+    holes[0, 2] = 0  # positions that are not read are no padding: they have states
+    assert not step([first], batch | {"attention_mask": holes}, use_cache=False)
+    assert step([first], use_cache=False)
+    model.set_attn_implementation("eager")
     assert not step([first], use_cache=False)
+
+
+def test_attention_of_another_kind_is_noticed_and_takes_two_passes(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt, batch = tiny("Llama"), soft(), {"input_ids": texts()["input_ids"].clamp(min=3)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    attach(model, prompt)
+    one_row = with_gradient(model, prompt, batch, use_cache=False)
+    passes = rows_and_tokens(model)
+
+    def other(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        if mask is None:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        return ALL_ATTENTION_FUNCTIONS["eager-by-hand"](module, query, key, value, mask, **options)
+
+    def by_hand(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Any:
+        groups = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(groups, 1).mT * options["scaling"]
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "eager-by-hand", by_hand)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", other)
+    for _ in range(2):
+        for a, b in zip(with_gradient(model, prompt, batch, use_cache=False), one_row, strict=True):
+            assert gap(a, b) < 1e-5
+    shape = tuple(batch["input_ids"].shape)
+    assert passes == [(1, M + batch["input_ids"].numel()), (1, M), shape, (1, M), shape]  # tried once
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

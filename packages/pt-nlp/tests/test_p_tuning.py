@@ -106,13 +106,13 @@ def test_folding_gives_prompt_tuning_with_equal_outputs(settings: dict) -> None:
 
 # --- fast == plain ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
-@pytest.mark.parametrize("one_row", [0, backbones.ONE_ROW])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # one row; two passes
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_shared_prefix_equals_plain_path_in_loss_and_gradient(
-    encoder: str, padding: str, one_row: int, monkeypatch: pytest.MonkeyPatch
+    encoder: str, padding: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbones, "ONE_ROW", one_row)
     method, batch = p_tuning(llama().double(), encoder=encoder, hidden_dim=8).double(), ragged(padding)
+    method.backbone.model.set_attn_implementation(attention)
     parameters = [p for _, p in method.trainable()]
     fast = method.loss(batch).value
     gradients = torch.autograd.grad(fast, parameters)

@@ -136,14 +136,14 @@ def test_left_and_right_padding_give_equal_states_of_real_tokens(make) -> None:
 
 # --- fast == plain ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("one_row", [0, backbones.ONE_ROW])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # one row; two passes
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("reading", ["tokens", "head"])
 def test_shared_prefix_equals_plain_path_in_loss_and_prompt_gradient(
-    kv_heads: int, padding: str, reading: str, one_row: int, monkeypatch: pytest.MonkeyPatch
+    kv_heads: int, padding: str, reading: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbones, "ONE_ROW", one_row)
     method = prompt(llama(kv_heads).double(), num_labels=3 if reading == "head" else None).double()
+    method.backbone.model.set_attn_implementation(attention)
     batch = ragged(padding)
     batch["labels"] = torch.tensor([0, 2, 1])
     if reading == "tokens":

@@ -106,6 +106,18 @@ def test_the_token_loss_projects_labelled_positions_only(tiny: Build) -> None:
     assert shapes == [(9, 48)]
 
 
+@pytest.mark.parametrize("kind", ["Llama", "OPT"])
+def test_the_first_token_of_a_text_is_no_target_on_whichever_side_the_padding_is(tiny: Build, kind: str) -> None:
+    made, losses, left = method(tiny(kind)), [], sources("left")
+    lengths = left["attention_mask"].sum(1).tolist()
+    right = {k: torch.stack([row.roll(n) for row, n in zip(v, lengths, strict=True)]) for k, v in left.items()}
+    for batch in (left, right):
+        targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        losses.append(made.loss(batch | {"target_ids": targets}))
+    assert losses[0].count == losses[1].count == sum(lengths) - len(lengths)
+    assert gap(losses[0].total, losses[1].total) < 1e-5 * float(losses[0].total)
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Bert", "T5"])
 @pytest.mark.parametrize("multilabel", [False, True])
 def test_the_loss_of_a_head_is_that_of_its_logits(tiny: Build, kind: str, multilabel: bool) -> None:
@@ -222,9 +234,9 @@ def test_a_word_of_one_token_is_trained_without_reading_it(tiny: Build) -> None:
     block.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
     words, labels = candidates((1, 1, 1)), torch.tensor([1, 0, 2, 1])
     target = {"labels": labels, "target_ids": words["candidates"][labels]}
-    with torch.no_grad():  # not as one row, whose shape says less
-        made.loss(sources() | words | target)
-    assert shapes == [(1, M), (4, 7)]
+    batch = sources() | words | target
+    made.loss(batch)
+    assert shapes == [(1, M + int(batch["attention_mask"].sum()))]
 
 
 def test_the_source_is_read_once_for_all_label_words(tiny: Build) -> None:

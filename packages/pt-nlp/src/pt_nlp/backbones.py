@@ -8,8 +8,8 @@ the forward of the base model only, so that heads, losses, `generate`, pipelines
   prompt in every row. This is done only for model types on which it is tested (`SHARED_PREFIX`) and only where nothing
   forbids it (sliding windows, recurrence, active dropout, gradient checkpointing); else the plain path concatenates the
   prompt to the input embeddings and drops its rows from the output, with the same numbers, and says so once.
-- Where prompt and texts of a training step are few tokens (`ONE_ROW`), they pass the model as one row whose mask keeps the
-  texts apart: as exact, with half as many matrix products, each larger.
+- Where neither the cache nor states at padding are asked for (`padding_unread`, as methods do in training), prompt and texts
+  pass such a model as one row without padding (pt_nlp.one_row).
 - Encoders and encoder-decoders are bidirectional where the prompt enters: they always take the plain path.
 - Keys and values (prefix tuning, P-tuning v2) enter as a filled cache; causal models and encoder-decoders put them in front
   of the decoder's self-attention, BERT-like encoders in front of every layer's.
@@ -29,6 +29,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +40,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pt_core.attachment import Forward, Handle, Rows, register_family
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
+from pt_nlp.one_row import NotPlain, SharedPrefixAttention, Texts
 
 log = logging.getLogger(__name__)
 
 Model = Any  # a transformers model: what its class has, nn.Module's annotations do not know
 
 SHARED_PREFIX = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # the types the exact shortcut is tested on
-# Up to so many tokens of prompt and texts are trained as one row. On 2 CPU cores that took less time than two passes at 212 and
-# 292 tokens (SmolLM2-135M, a small Llama), and no less at 436: the scores of texts that do not see each other outweigh it.
-ONE_ROW = 320
 KEY_VALUE_ENCODERS = {"bert", "roberta"}
 RELATIVE_POSITIONS = {"t5", "mt5", "umt5"}  # encoder-decoders in which only distances count
 ATTENTION_LAYERS = {
@@ -293,6 +292,19 @@ def _source(mask: Tensor) -> Tensor:
         return mask
     source = source.to(mask).repeat_interleave(len(mask) // len(source), 0)
     return nn.functional.pad(source, (0, mask.shape[1] - source.shape[1])) * mask
+
+
+_PADDING_UNREAD: ContextVar[bool] = ContextVar("pt_nlp_padding_unread", default=False)
+
+
+@contextmanager
+def padding_unread() -> Iterator[None]:
+    """In this context nobody reads states at padding, so that they need not be computed: they may be zero."""
+    token = _PADDING_UNREAD.set(True)
+    try:
+        yield
+    finally:
+        _PADDING_UNREAD.reset(token)
 
 
 def _keywords(original: Forward) -> list[str]:
@@ -548,8 +560,10 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
     if refused is None or keys_given:
         wanted = arguments.get("use_cache")
         wanted = cache is not None or (base.config.use_cache if wanted is None else wanted)
-        if not (keys_given or wanted) and _fits_one_row(base, arguments, carried, mask):
-            return _in_one_row(base, original, arguments, carried, mask)
+        if not wanted and _may_be_one_row(base, arguments, carried):
+            output = _in_one_row(base, original, arguments, carried, mask, keys_given)
+            if output is not None:
+                return output
         cache = DynamicCache() if cache is None else cache
         cache.layers = _prefix_layers(base, original, carried, batch, base.get_input_embeddings().weight.dtype)
         _mark(cache, carried)
@@ -571,39 +585,54 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
     return _trim(output, carried.longest)
 
 
-def _fits_one_row(base: Model, arguments: dict[str, Any], carried: Carried, mask: Tensor) -> bool:
-    """Whether prompt and texts of a training step are few enough to pass the model as one row (`_in_one_row`)."""
-    if not torch.is_grad_enabled() or carried.index is not None or carried.longest + mask.numel() > ONE_ROW:
+def _may_be_one_row(base: Model, arguments: dict[str, Any], carried: Carried) -> bool:
+    """Whether this call may pass the model as one row (pt_nlp.one_row), as far as one can tell before."""
+    if carried.index is not None or base.config._attn_implementation != "sdpa" or base in _NOT_ONE_ROW:
         return False
-    masks = base.config._attn_implementation in {"sdpa", "eager"}  # others take no mask of queries and keys
     inner = {"output_hidden_states", "output_attentions"}
     asked = any(arguments.get(name) or getattr(base.config, name, False) for name in inner)
     known = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", *inner}
     others = any(value is not None for name, value in arguments.items() if name not in known)
-    return masks and not asked and not others
+    return not (asked or others or torch.compiler.is_compiling())
 
 
-def _in_one_row(base: Model, original: Forward, arguments: dict[str, Any], carried: Carried, mask: Tensor) -> Any:
-    """One call on [prompt, text 1, text 2, ...] as a single row in which texts do not see each other.
+_NOT_ONE_ROW: WeakSet[nn.Module] = WeakSet()  # whose attention turned out to be another
 
-    Exact as the shared prefix is, and for few tokens faster: each matrix product runs once, on all of them, where the
-    prefix has a pass of its own; but attention grows with the square of all tokens.
+
+def _in_one_row(
+    base: Model, original: Forward, arguments: dict[str, Any], carried: Carried, mask: Tensor, keys_given: bool
+) -> Any:
+    """One call on prompt and texts as a single row without padding; None where that can't be.
+
+    In training the prompt's rows are in it; keys and values that are given, or stored at inference, take their place.
     """
-    embeds = _embeds(base, arguments)
-    (batch, n, dim), length, device = embeds.shape, carried.longest, mask.device
-    owner = torch.cat([torch.full((length,), -1, device=device), torch.arange(batch * n, device=device) // n])
-    read = torch.cat([mask.new_ones(length), mask.flatten()]).bool()  # padding is not read, but reads, as everywhere
-    visible = (((owner[:, None] == owner) | (owner < 0)).tril() & read)[None, None]
-    if base.config._attn_implementation == "eager":
-        least = torch.finfo(embeds.dtype).min
-        visible = torch.zeros_like(visible, dtype=embeds.dtype).masked_fill(~visible, least)
-    if arguments.get("position_ids") is not None:
-        positions = arguments["position_ids"].expand(batch, -1).reshape(-1)
-        arguments["position_ids"] = torch.cat([torch.arange(length, device=device), positions])[None]
-    together = torch.cat([_token_rows(carried, embeds)[0], embeds.reshape(-1, dim)])
-    arguments |= {"inputs_embeds": together[None], "attention_mask": visible, "past_key_values": None}
-    output = original(**arguments)
-    output.last_hidden_state = output.last_hidden_state[0, length:].unflatten(0, (batch, n))
+    texts = Texts.of(mask)
+    if texts is None or not (texts.real is None or _PADDING_UNREAD.get()):
+        return None
+    embeds, length = _embeds(base, dict(arguments)), carried.longest
+    rows, prompt = texts.take(embeds), None
+    positions = arguments.get("position_ids")
+    if positions is not None:
+        positions = texts.take(positions.expand(len(mask), -1))
+    if keys_given or not torch.is_grad_enabled():
+        prompt = _key_values(base, original, carried.handles[0], decoder_blocks(base), embeds.dtype)
+    else:
+        rows = torch.cat([_token_rows(carried, embeds)[0], rows])
+        if positions is not None:
+            positions = torch.cat([torch.arange(length, device=positions.device), positions])
+    arguments = arguments | {"input_ids": None, "inputs_embeds": rows[None], "past_key_values": None}
+    arguments |= {"attention_mask": mask.new_ones(1, len(rows)), "use_cache": False}
+    if positions is not None:
+        arguments["position_ids"] = positions[None]
+    try:
+        with SharedPrefixAttention(texts, length, prompt) as attention:
+            output = original(**arguments)
+        if attention.layers != len(decoder_blocks(base)):
+            raise NotPlain
+    except NotPlain:
+        _NOT_ONE_ROW.add(base)
+        return None
+    output.last_hidden_state = texts.give(output.last_hidden_state[0, -texts.count :])
     return output
 
 

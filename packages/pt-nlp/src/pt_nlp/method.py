@@ -29,6 +29,7 @@ from pt_nlp.backbones import (
     checkpoints_blocks,
     is_causal,
     keep_checkpointing,
+    padding_unread,
     shape_of,
     source_tokens,
 )
@@ -198,14 +199,15 @@ class TextMethod(Method):
 
     # --- reading ------------------------------------------------------------------------------------------------
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
-        """Last hidden states of the real tokens, [b, n, d]."""
+        """Last hidden states of the real tokens, [b, n, d]; whatever at padding."""
         arguments = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if is_causal(self.backbone):
             arguments |= {"position_ids": _positions(batch["attention_mask"]), "use_cache": False}
         base = base_of(self.model)
         if self.backbone.config.is_encoder_decoder:
             base = self.model.get_encoder()
-        states: Tensor = base(**arguments).last_hidden_state
+        with padding_unread():
+            states: Tensor = base(**arguments).last_hidden_state
         return states
 
     def features(self, batch: Mapping[str, Any]) -> Tensor:
@@ -226,7 +228,11 @@ class TextMethod(Method):
         return states[rows, mask.argmax(1)]
 
     def token_loss(self, batch: Mapping[str, Any]) -> Loss:
-        """Cross-entropy of the tokens in `target_ids`; logits are computed at those positions only."""
+        """Cross-entropy of the tokens in `target_ids`; logits are computed at those positions only.
+
+        A causal model predicts a token from the one before it: the first token of a text is no target, on whichever side the
+        padding is.
+        """
         targets = batch["target_ids"]
         if self.backbone.config.is_encoder_decoder:
             decoder_ids = self.backbone.prepare_decoder_input_ids_from_labels(labels=targets)
@@ -240,7 +246,7 @@ class TextMethod(Method):
             picked, gold = logits[wanted], targets[wanted]
         else:
             with source_tokens(batch.get("source_mask", targets == -100)):
-                wanted = targets[:, 1:] != -100
+                wanted = (targets[:, 1:] != -100) & batch["attention_mask"][:, :-1].bool()
                 gold = targets[:, 1:][wanted]
                 picked = self._logits_at(batch, wanted)
         return Loss(F.cross_entropy(picked.float(), gold.to(picked.device), reduction="sum"), len(gold))

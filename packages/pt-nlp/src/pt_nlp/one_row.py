@@ -1,0 +1,230 @@
+"""Prompt and texts of a batch as one row of a causal model, without padding.
+
+    [prompt, text 1, text 2, ...]    l + n_1 + n_2 + ... tokens instead of b * (l + n)
+
+Linear layers, norms and rotations treat tokens one by one: they run once, on all of them. Attention has two parts, each text
+on itself and all texts on the prompt, whose outputs are summed by their shares of the softmax: no mask, no copy of the
+prompt for each text, and grouped keys are not repeated. Values and gradients are those of a prompt in every row, up to the
+order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
+
+KeyValues = list[tuple[Tensor, Tensor]]  # keys and values of a prompt for each layer, [h_kv, l, d] each
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class NotPlain(Exception):
+    """The model's attention is no plain call of `scaled_dot_product_attention`: it can't be computed here."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Where the T real tokens of a padded batch [b, n] are.
+
+    Args:
+        shape: (b, n).
+        count: T.
+        real: [T] their places in the flattened batch; None where there is no padding.
+        width: m, tokens of the longest text.
+        place: [T] their places in a flattened batch [b, m] with all padding on the right; None where that has none.
+    """
+
+    shape: tuple[int, int]
+    count: int
+    real: Tensor | None
+    width: int
+    place: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Texts | None:
+        """The texts under a mask [b, n] of ones and zeros; None if one has holes, or all are empty."""
+        batch, n = mask.shape
+        real = mask.bool()
+        lengths = real.sum(1, keepdim=True)
+        slots = torch.arange(n, device=mask.device)
+        begins = real.long().argmax(1, keepdim=True)
+        total, width = int(lengths.sum()), int(lengths.max())
+        if not total or not torch.equal(real, (slots >= begins) & (slots < begins + lengths)):
+            return None
+        place = (slots[:width] < lengths).flatten().nonzero()[:, 0] if total < batch * width else None
+        return cls((batch, n), total, real.flatten().nonzero()[:, 0] if total < batch * n else None, width, place)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The real tokens of a batch, [b, n, ...] -> [T, ...]."""
+        x = x.flatten(0, 1)
+        return x if self.real is None else x.index_select(0, self.real.to(x.device))
+
+    def give(self, x: Tensor) -> Tensor:
+        """The batch of these tokens, [T, ...] -> [b, n, ...]; zeros at padding."""
+        if self.real is not None:
+            padded = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+            x = padded.index_copy(0, self.real.to(x.device), x)
+        return x.unflatten(0, self.shape)
+
+    def pad(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """One row for each text, [1, h, T, ...] -> [b, h, m, ...], with `fill` on its right."""
+        x = x[0].transpose(0, 1)
+        if self.place is not None:
+            padded = x.new_full((self.shape[0] * self.width, *x.shape[1:]), fill)
+            x = padded.index_copy(0, self.place.to(x.device), x)
+        return x.unflatten(0, (self.shape[0], self.width)).transpose(1, 2)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Back again, [b, h, m, ...] -> [1, h, T, ...]."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        if self.place is not None:
+            x = x.index_select(0, self.place.to(x.device))
+        return x.transpose(0, 1)[None]
+
+
+class SharedPrefixAttention(TorchFunctionMode):
+    """While entered, causal attention of this thread is that of texts behind a shared prompt.
+
+    Args:
+        texts: what stands in the row.
+        length: l, positions of the prompt: the first of the row, unless its keys and values are given.
+        prompt: keys and values of a prompt that is not in the row, for each layer.
+
+    Raises:
+        NotPlain: attention is asked for in another way than causal, over one row, without mask or dropout.
+    """
+
+    def __init__(self, texts: Texts, length: int, prompt: KeyValues | None = None) -> None:
+        super().__init__()
+        self.texts, self.length, self.prompt = texts, length, prompt
+        self.layers = 0  # that were computed
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if attn_mask is not None or dropout_p or not is_causal or len(query) != 1 or query.shape[2] != key.shape[2]:
+            raise NotPlain
+        if torch.is_autocast_enabled(query.device.type):
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if self.prompt is not None:
+            k, v = self.prompt[self.layers]
+            if len(k) != key.shape[1]:
+                raise NotPlain
+            key, value = torch.cat([k.to(key)[None], key], dim=2), torch.cat([v.to(value)[None], value], dim=2)
+        self.layers += 1
+        if _takes_flash(query, key, value):
+            made: Tensor = _InParts.apply(query, key, value, self.texts, self.length, scale)  # type: ignore[no-untyped-call]
+            return made
+        return with_mask(query, key, value, self.texts, self.length, scale)
+
+
+def _takes_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch would take its flash attention for CPUs here, as it stands and as the caller's contexts allow."""
+    if query.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return False
+    chosen: int = torch._fused_sdp_choice(query, key, value, None, 0.0, False, enable_gqa=True)
+    return chosen == SDPBackend.FLASH_ATTENTION.value
+
+
+def with_mask(query: Tensor, key: Tensor, value: Tensor, texts: Texts, length: int, scale: float | None) -> Tensor:
+    """The same attention as torch has it: the prompt's keys in front of those of each text, and a mask.
+
+    Args:
+        query: [1, h, T, d], or [1, h, l + T, d] with those of the prompt in front.
+        key, value: [1, h_kv, l + T, d].
+        texts: the T tokens.
+        length: l.
+        scale: of the scores; None for 1 / sqrt(d).
+
+    Returns:
+        As `query`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    ahead = query.shape[2] + length - key.shape[2]
+    keys, values = (
+        torch.cat([x[:, :, :length].expand(texts.shape[0], -1, -1, -1), texts.pad(x[:, :, length:])], 2)
+        for x in (key, value)
+    )
+    visible = torch.ones(texts.width, length + texts.width, dtype=torch.bool, device=query.device).tril(length)
+    own = F.scaled_dot_product_attention(texts.pad(query[:, :, ahead:]), keys, values, attn_mask=visible, scale=scale)
+    parts = [texts.join(own)]
+    if ahead:
+        q, k, v = (x[:, :, :length] for x in (query, key, value))
+        parts.insert(0, F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+    return torch.cat(parts, dim=2)
+
+
+class _InParts(torch.autograd.Function):
+    """`with_mask` in parts that need none.
+
+    Softmax over prompt and text is the sum of the parts' outputs weighted with exp(lse_part - lse), lse being the logarithm
+    of the sum of exponentials. The gradient of a part needs only the output and the lse of the whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, texts: Texts, length: int, scale: float | None
+    ) -> Tensor:
+        ahead = query.shape[2] + length - key.shape[2]
+        own, k, v = query[:, :, ahead:], key[:, :, :length], value[:, :, :length]
+        onto, onto_lse = _flash(own, k, v, 0.0, False, scale=scale)
+        padded = (texts.pad(x) for x in (own, key[:, :, length:], value[:, :, length:]))
+        inside, inside_lse = (texts.join(x) for x in _flash(*padded, 0.0, True, scale=scale))
+        lse = torch.logaddexp(onto_lse, inside_lse)
+        shares = [(part - lse).exp()[..., None] for part in (onto_lse, inside_lse)]
+        output = torch.empty_like(query)
+        output[:, :, ahead:] = torch.addcmul(onto * shares[0], inside, shares[1])
+        if ahead:
+            output[:, :, :ahead], first_lse = _flash(query[:, :, :ahead], k, v, 0.0, True, scale=scale)
+            lse = torch.cat([first_lse, lse], dim=2)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.rest = texts, length, ahead, scale
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        texts, length, ahead, scale = ctx.rest
+        of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
+        k, v = key[:, :, :length], value[:, :, :length]
+        g, q, o, s = (x[:, :, ahead:] for x in (gradient, query, output, lse))
+        onto = _flash_backward(g, q, k, v, o, s, 0.0, False, scale=scale)
+        rows = [texts.pad(x) for x in (g, q, key[:, :, length:], value[:, :, length:], o)]
+        inside = _flash_backward(*rows, texts.pad(s, torch.inf), 0.0, True, scale=scale)
+        torch.add(onto[0], texts.join(inside[0]), out=of_query[:, :, ahead:])
+        of_key[:, :, length:], of_value[:, :, length:] = (texts.join(x) for x in inside[1:])
+        if ahead:
+            first = (x[:, :, :ahead] for x in (gradient, query, k, v, output, lse))
+            of_query[:, :, :ahead], *first = _flash_backward(*first, 0.0, True, scale=scale)
+            torch.add(onto[1], first[0], out=of_key[:, :, :length])
+            torch.add(onto[2], first[1], out=of_value[:, :, :length])
+        else:
+            of_key[:, :, :length], of_value[:, :, :length] = onto[1:]
+        return of_query, of_key, of_value, None, None, None
