@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,13 +107,16 @@ def test_the_mode_replaces_causal_attention_of_this_thread_only_while_entered() 
     assert (usual - attend(where, *inputs)).abs().max() > 1e-3
 
 
-def test_given_keys_are_those_of_the_layer() -> None:
+@pytest.mark.parametrize("repeated", [False, True])  # grouped keys: by torch, or before it is called
+def test_given_keys_are_those_of_the_layer(repeated: bool) -> None:
     where = texts("left")
     query = heads(where.count, HEADS, 1)
     key, value = heads(where.count, KV_HEADS, 2), heads(where.count, KV_HEADS, 3)
     layers = [tuple(heads(L, KV_HEADS, 10 * i + j)[0] for j in (0, 1)) for i in (1, 2)]
+    asked = (x.repeat_interleave(HEADS // KV_HEADS, 1) if repeated else x for x in (key, value))
+    call = functools.partial(F.scaled_dot_product_attention, query, *asked, is_causal=True, enable_gqa=not repeated)
     with SharedPrefixAttention(where, L, layers) as attention:
-        made = [F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True) for _ in layers]
+        made = [call() for _ in layers]
     assert attention.layers == 2
     for output, (k, v) in zip(made, layers, strict=True):
         whole = torch.cat([k[None], key], dim=2), torch.cat([v[None], value], dim=2)

@@ -132,10 +132,9 @@ class SharedPrefixAttention(TorchFunctionMode):
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if self.prompt is not None:
-            k, v = self.prompt[self.layers]
-            if len(k) != key.shape[1]:
-                raise NotPlain
-            key, value = torch.cat([k.to(key)[None], key], dim=2), torch.cat([v.to(value)[None], value], dim=2)
+            # Some versions of transformers repeat grouped keys before they call, others leave that to torch.
+            k, v = (x.to(key).repeat_interleave(key.shape[1] // len(x), 0)[None] for x in self.prompt[self.layers])
+            key, value = torch.cat([k, key], dim=2), torch.cat([v, value], dim=2)
         self.layers += 1
         if _takes_flash(query, key, value):
             made: Tensor = _InParts.apply(query, key, value, self.texts, self.length, scale)  # type: ignore[no-untyped-call]
