@@ -71,7 +71,8 @@ SETTINGS = {
     "zero-shot": {"calibrate": "train-mean"},
     "in-context": {"demonstrations": 1},
 }
-# What a method needs: "verbalizer" reads label words, "head" trains one, "text" is trained on target tokens.
+# What a method needs: "verbalizer" reads label words, trained on their tokens or as "classes"; "head" trains one; "text" is
+# trained on target tokens.
 CELLS = [
     *[
         (name, "causal-lm", "verbalizer")
@@ -79,7 +80,7 @@ CELLS = [
     ],
     *[(name, "causal-lm", "head") for name in ("p-tuning-v2", "ptec", "linear-probe")],
     *[(name, "causal-lm", "verbalizer") for name in ("zero-shot", "in-context")],
-    *[(name, "causal-lm", "text") for name in ("prompt-tuning", "dept")],
+    *[(name, "causal-lm", reading) for name in ("prompt-tuning", "dept") for reading in ("classes", "text")],
     *[(name, "encoder", "head") for name in ("prompt-tuning", "p-tuning-v2", "dept", "ptec", "lora", "linear-probe")],
     *[(name, "seq2seq", "verbalizer") for name in ("prompt-tuning", "prefix-tuning", "dept", "lora")],
 ]
@@ -99,7 +100,7 @@ def make(name: str, backbone: str, reading: str) -> Callable[[int], tuple[torch.
 
 
 def case(name: str, backbone: str, reading: str) -> Case:
-    kind = {"verbalizer": "verbalizer", "head": "classification", "text": "text-to-text"}[reading]
+    kind = {"head": "classification", "text": "text-to-text"}.get(reading, "verbalizer")
     task = TextTask.from_rows(
         {"train": ROWS, "validation": ROWS[:4]},
         tokenizer(),
@@ -107,6 +108,7 @@ def case(name: str, backbone: str, reading: str) -> Case:
         backbone=backbone,
         template="{text} Topic :",
         max_target_length=4,
+        objective="classes" if reading == "classes" else "tokens",
     )
 
     def probe(model: torch.nn.Module) -> torch.Tensor:

@@ -343,11 +343,12 @@ def test_a_multilabel_batch_has_a_cell_for_every_class(words) -> None:
 
 def test_a_verbalizer_trained_on_tokens_has_the_tokens_of_the_right_word(words) -> None:
     rows = [{"text": "sun", "label": "good"}, {"text": "rain", "label": "awful news"}]
-    task = TextTask.from_rows({"train": rows}, words, kind="verbalizer", objective="tokens")
+    task = TextTask.from_rows({"train": rows}, words, kind="verbalizer")
     batch = task.train.batch([0, 1])
     assert batch["target_ids"].tolist() == [[*ids(words, "good"), -100], ids(words, "awful news")]
     assert batch["labels"].tolist() == [1, 0]
-    assert "target_ids" not in TextTask.from_rows({"train": rows}, words, kind="verbalizer").train.batch([0, 1])
+    classes = TextTask.from_rows({"train": rows}, words, kind="verbalizer", objective="classes")
+    assert "target_ids" not in classes.train.batch([0, 1])
 
 
 def test_rows_are_padded_on_the_side_of_their_model(words) -> None:

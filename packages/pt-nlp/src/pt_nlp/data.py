@@ -71,10 +71,10 @@ class TaskSpec(BaseModel):
     target_prefix: str | None = Field(
         None, description="in front of label words and targets; default: a space for causal models, nothing else"
     )
-    objective: Literal["classes", "tokens"] | None = Field(
-        None,
-        description="what a verbalizer trains: cross-entropy over the class scores, or over the tokens of the right label "
-        "word (Lester et al. 2021, DePT). Default: classes for causal models, tokens for encoder-decoders",
+    objective: Literal["tokens", "classes"] = Field(
+        "tokens",
+        description="what a verbalizer trains: the tokens of the right label word, over the vocabulary (Lester et al. 2021, "
+        "DePT), or the class scores (cross-entropy)",
     )
     length_normalised: bool = Field(
         False, description="score label words by the mean, not the sum, of token log-probability"
@@ -103,10 +103,6 @@ class TaskSpec(BaseModel):
     def words(self) -> list[str]:
         """Label words in the order of the classes."""
         return [self.verbalizer.get(label, label) for label in self.labels]
-
-    @property
-    def trains(self) -> Literal["classes", "tokens"]:
-        return self.objective or ("tokens" if self.backbone == "seq2seq" else "classes")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -208,7 +204,7 @@ class Encoder:
             batch["candidates"], batch["candidate_mask"] = self.candidates_padded
             batch["length_normalised"] = spec.length_normalised
         batch["input_ids"], batch["attention_mask"] = pad(sources, self.pad, side)
-        wanted = spec.kind == "text-to-text" or (spec.kind == "verbalizer" and spec.trains == "tokens")
+        wanted = spec.kind == "text-to-text" or (spec.kind == "verbalizer" and spec.objective == "tokens")
         if not (with_targets and wanted and rows[0].get("target") is not None):
             return batch
         targets = [row["target"] for row in rows]

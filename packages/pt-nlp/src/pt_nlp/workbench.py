@@ -79,7 +79,7 @@ class TextData(BaseModel):
     template: str = "{text}"
     verbalizer: dict[str, str] = {}
     target_prefix: str | None = None
-    objective: Literal["classes", "tokens"] | None = None
+    objective: Literal["tokens", "classes"] = "tokens"
     length_normalised: bool = False
     max_source_length: int = Field(256, ge=1)
     max_target_length: int = Field(64, ge=1)
