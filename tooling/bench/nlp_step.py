@@ -2,9 +2,9 @@
 
     uv run tooling/bench/nlp_step.py                  # the grid on a small random Llama; SmolLM2-135M on the short texts
     uv run tooling/bench/nlp_step.py --quick          # the headline cells only
-    uv run tooling/bench/nlp_step.py --long-texts     # SmolLM2-135M on texts of 512 as well: hours on a CPU, 24 GiB
+    uv run tooling/bench/nlp_step.py --models smollm2-135m --texts 512 --batches 4   # 16 take 24 GiB with peft
     uv run tooling/bench/nlp_step.py --cpu-time       # one thread and its CPU time: for a machine that others use as well
-    uv run tooling/bench/nlp_step.py --device cuda --long-texts
+    uv run tooling/bench/nlp_step.py --device cuda --texts 48,512
 
 For each cell (prompt length, text length, batch) it alternates between five training steps of the same loss in the same
 dtype with the same attention kernel, and prints the median and the range of the ratio over the rounds (fewer rounds in
@@ -25,6 +25,7 @@ process of its own; what packed copies take stands below the table.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import resource
 import statistics
@@ -32,7 +33,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -268,7 +269,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def training(name: str, cells: list[tuple[int, int, int]], timing: Timing, dtype: torch.dtype, memory: bool) -> None:
+def training(name: str, cells: Iterable[tuple[int, ...]], timing: Timing, dtype: torch.dtype, memory: bool) -> None:
     """Print the table of training steps of one model."""
     device = timing.device
     model = MODELS[name](device, dtype)
@@ -362,8 +363,10 @@ def main(
     rounds: Annotated[int, typer.Option(help="alternating rounds of a cell at most")] = 9,
     seconds: Annotated[float, typer.Option(help="after these a cell makes no further round, once it has three")] = 45,
     models: Annotated[str, typer.Option(help="which, by commas")] = ",".join(MODELS),
-    quick: Annotated[bool, typer.Option(help="headline cells only")] = False,
-    long_texts: Annotated[bool, typer.Option(help="SmolLM2 on texts of 512 as well")] = False,
+    prompts: Annotated[str, typer.Option(help="prompt lengths, by commas")] = "20,100",
+    texts: Annotated[str, typer.Option(help="text lengths; default: 48,512, SmolLM2 48 only")] = "",
+    batches: Annotated[str, typer.Option(help="rows")] = "4,16",
+    quick: Annotated[bool, typer.Option(help="the headline cell only, 100 x 48 x 16")] = False,
     cpu_time: Annotated[bool, typer.Option(help="one thread, and its CPU time")] = False,
     memory: Annotated[bool, typer.Option(help="measure peak memory as well")] = True,
     memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -373,7 +376,6 @@ def main(
         _measure_memory(memory_of)
         return
     where, kind = torch.device(device), getattr(torch, dtype)
-    grid = [(p, t, b) for p in (20, 100) for t in (48, 512) for b in (4, 16)]
     if cpu_time:
         torch.set_num_threads(1)
     timing = Timing(where, rounds, seconds, time.process_time if cpu_time else time.perf_counter)
@@ -381,11 +383,10 @@ def main(
     place = torch.cuda.get_device_name() if where.type == "cuda" else f"{torch.get_num_threads()} threads"
     console.print(f"torch {torch.__version__}, {place}, {dtype}, {clock}")
     for name in models.split(","):
-        short = name == "small-llama" or long_texts
-        cells = [(100, 48, 16)] if quick else [cell for cell in grid if short or cell[1] == 48]
+        lengths = texts or ("48,512" if name == "small-llama" else "48")
+        axes = ("100", "48", "16") if quick else (prompts, lengths, batches)
+        cells = itertools.product(*([int(value) for value in axis.split(",")] for axis in axes))
         training(name, cells, timing, kind, memory)
-        if left := len(grid) - len(cells):
-            console.print(f"{left} of the grid's {len(grid)} cells were left out (see --help).")
         generation(name, timing, kind)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pt_core import packing
 from pt_core.data import Split
 from pt_core.method import Loss, Method, MethodConfig, Output
 from pt_core.prompts import SoftPrompt
@@ -360,6 +361,12 @@ class TrainsInBfloat16(TinyPrompt):
         return result
 
 
+class MindsPackedWeights(TinyPrompt):
+    def loss(self, batch):
+        loss = super().loss(batch)
+        return Loss(loss.total * (2 if packing._modes() else 1), loss.count)
+
+
 class CentresTheBatch(TinyPrompt):
     def logits(self, batch):
         logits = super().logits(batch)
@@ -405,6 +412,7 @@ BROKEN = [
     (IgnoresTheSeed, "the_seed_decides_the_result", ""),
     (CountsBatches, "a_killed_run_goes_on_to_the_same_result", "differs by up to"),
     (TrainsInBfloat16, "bf16_keeps_what_is_trained_in_float32", "bias became torch.bfloat16"),
+    (MindsPackedWeights, "packed_weights_give_the_same_step", "not close"),
     (CentresTheBatch, "batch_mates_do_not_change_a_row", "not close"),
     (CountsRowsForTokens, "the_loss_is_a_sum_over_rows", ""),
     (LeavesAHook, "removing_restores_the_backbone", "left behind: .*head: Linear.*hooks 1"),

@@ -607,8 +607,8 @@ def _in_one_row(
     In training the prompt's rows are in it; keys and values that are given, or stored at inference, take their place.
     """
     texts = Texts.of(mask)
-    if texts is None or not (texts.real is None or _PADDING_UNREAD.get()):
-        return None
+    if texts is None or texts.count == 1 or not (texts.real is None or _PADDING_UNREAD.get()):
+        return None  # of one query transformers asks in another way
     embeds, length = _embeds(base, dict(arguments)), carried.longest
     rows, prompt = texts.take(embeds), None
     positions = arguments.get("position_ids")

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pt_core import cli
+from pt_core import cli, packing
 from pt_core.attachment import Forward, Handle, Rows, attach, register_family
 from pt_core.data import Split
 from pt_core.elsewhere import elsewhere
@@ -265,6 +265,27 @@ def a_run_on_another_device_comes_to_the_same(case: Case, folder: Path) -> None:
     assert there.result.metrics == pytest.approx(here.result.metrics, rel=1e-3, abs=1e-4)
 
 
+def packed_weights_give_the_same_step(case: Case, folder: Path) -> None:
+    """A step on packed copies of the backbone's weights (`packed_gib`) has the loss and the gradients of one without them."""
+    backbone, method = case.make(0)
+    if not method.loss_comes_from() or case.random_loss:
+        case.skip("its loss is random" if case.random_loss else "it is not trained by a loss of a batch")
+    with mock.patch.object(packing, "SMALLEST", 1):
+        copies = packing.packed(backbone)
+    if not len(copies):
+        case.skip("none of its backbone's weights can be packed here")
+    method.eval()
+    steps = []
+    for context in (contextlib.nullcontext(), copies):
+        with context:
+            total = method.loss(_batch(case)).total
+            torch.autograd.backward(total)
+        steps.append([total.detach(), *(p.grad for _, p in method.trainable() if p.grad is not None)])
+        method.zero_grad()
+    for plain, fast in zip(*steps, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=10 * case.tolerance, atol=10 * case.tolerance)
+
+
 def batch_mates_do_not_change_a_row(case: Case, folder: Path) -> None:
     """A row gets the same outputs alone as among others, however it is padded there."""
     if case.mixes_rows:
@@ -347,6 +368,7 @@ def contract_checks() -> list[Any]:
         a_killed_run_goes_on_to_the_same_result,
         bf16_keeps_what_is_trained_in_float32,
         a_run_on_another_device_comes_to_the_same,
+        packed_weights_give_the_same_step,
         batch_mates_do_not_change_a_row,
         the_loss_is_a_sum_over_rows,
         removing_restores_the_backbone,
