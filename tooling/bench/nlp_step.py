@@ -375,6 +375,8 @@ def main(
     if memory_of is not None:
         _measure_memory(memory_of)
         return
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no GPU here", param_hint="--device")
     where, kind = torch.device(device), getattr(torch, dtype)
     if cpu_time:
         torch.set_num_threads(1)

@@ -414,6 +414,8 @@ def main(
     if cell is not None:
         print(json.dumps(measure(*json.loads(cell))))
         return
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no GPU here", param_hint="--device")
     if limit is None:
         limit = 5 if device == "cpu" else 0
     threads = 1 if cpu_time else torch.get_num_threads()
