@@ -349,6 +349,7 @@ def test_a_verbalizer_trained_on_tokens_has_the_tokens_of_the_right_word(words) 
     assert batch["labels"].tolist() == [1, 0]
     classes = TextTask.from_rows({"train": rows}, words, kind="verbalizer", objective="classes")
     assert "target_ids" not in classes.train.batch([0, 1])
+    assert TaskSpec.model_validate(task.spec.model_dump() | {"objective": None}) == task.spec  # older files
 
 
 def test_rows_are_padded_on_the_side_of_their_model(words) -> None:

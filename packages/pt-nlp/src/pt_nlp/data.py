@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from pt_core.data import (
@@ -83,6 +83,11 @@ class TaskSpec(BaseModel):
     max_target_length: int = Field(64, ge=1, description="tokens of a target, and of what is generated")
     metrics: tuple[str, ...] = Field((), description="names of `pt_core.metrics`; default: those of the kind of task")
     tokenizer_hash: str = Field("", description="of the vocabulary; another tokenizer is refused")
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        return "tokens" if value is None else value  # prompts that were saved before it had a default
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
