@@ -2,7 +2,7 @@
 
     uv run tooling/bench/nlp_step.py                  # the grid on a small random Llama; SmolLM2-135M on the short texts
     uv run tooling/bench/nlp_step.py --quick          # the headline cell only
-    uv run tooling/bench/nlp_step.py --models smollm2-135m --texts 512 --batches 4  # 16 rows take peft 22 GiB
+    uv run tooling/bench/nlp_step.py --models smollm2-135m --texts 512 --batches 4  # 16 rows take much memory
     uv run tooling/bench/nlp_step.py --cpu-time       # one thread and its CPU time: for a machine that others use as well
     uv run tooling/bench/nlp_step.py --device cuda --texts 48,512
 

@@ -53,15 +53,14 @@ class Texts:
     def of(cls, mask: Tensor) -> Texts | None:
         """The texts under a mask [b, n] of ones and zeros; None if one has holes, or all are empty."""
         batch, n = mask.shape
-        real = mask.bool()
+        real = mask.bool().cpu()  # one wait for a GPU; what follows asks for numbers again and again
         lengths = real.sum(1, keepdim=True)
-        slots = torch.arange(n, device=mask.device)
+        slots = torch.arange(n)
         begins = real.long().argmax(1, keepdim=True)
         total, width = int(lengths.sum()), int(lengths.max())
         if not total or not torch.equal(real, (slots >= begins) & (slots < begins + lengths)):
             return None
-        place = (slots[:width] < lengths).flatten().nonzero()[:, 0] if total < batch * width else None
-        return cls((batch, n), total, real.flatten().nonzero()[:, 0] if total < batch * n else None, width, place)
+        return cls((batch, n), total, _places(real, mask.device), width, _places(slots[:width] < lengths, mask.device))
 
     def take(self, x: Tensor) -> Tensor:
         """The real tokens of a batch, [b, n, ...] -> [T, ...]."""
@@ -89,6 +88,11 @@ class Texts:
         if self.place is not None:
             x = x.index_select(0, self.place.to(x.device))
         return x.transpose(0, 1)[None]
+
+
+def _places(real: Tensor, device: torch.device) -> Tensor | None:
+    """Where a mask is true, counted through its rows; None where it is everywhere."""
+    return None if bool(real.all()) else real.flatten().nonzero()[:, 0].to(device)
 
 
 class SharedPrefixAttention(TorchFunctionMode):
@@ -233,5 +237,5 @@ class _InParts(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32: for texts of 50 tokens torch's kernels take three to five times as long to differentiate bfloat16."""
+    """At least float32: torch's kernel is several times slower at differentiating bfloat16, for texts of some 50 tokens."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

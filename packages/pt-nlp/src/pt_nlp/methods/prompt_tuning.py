@@ -54,7 +54,8 @@ class PromptTuning(TextMethod):
     of rows is trained for encoder-decoders, on the encoder's input; peft creates a second set that never receives
     gradient. `init: labels` fills what the labels leave over with sampled rows, as the paper does; `init: uniform` is
     symmetric, where the released JAX code draws from [0, s). Positions of real tokens come from the attention mask;
-    peft ignores given positions and counts padding on the left.
+    peft ignores given positions and counts padding on the left. The first token of a text is no target of a causal model;
+    peft predicts it from the prompt's last row, or from padding.
 
     Reference: Lester, Al-Rfou, Constant. The Power of Scale for Parameter-Efficient Prompt Tuning. EMNLP 2021.
     """
