@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pt_core.elsewhere import elsewhere
 from pt_core.testing import one_thread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,3 +70,13 @@ def test_attention_on_a_cpu_is_counted_backward_included() -> None:
     assert bench.operations(lambda: F.scaled_dot_product_attention(q.detach(), k.detach(), v.detach())) == forward
     whole = bench.operations(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward())
     assert whole == forward + 5 * forward // 2
+
+
+@pytest.mark.parametrize("name", ["coop", "cocoop"])
+def test_it_runs_on_a_device_that_is_not_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = bench.random_clip
+    monkeypatch.setattr(bench, "random_clip", lambda: small(TEXT, VISION))
+    with one_thread(), elsewhere():
+        found = bench.measure(name, 5, 3, "meta", "float32", 1, 5, 0, False, 0)
+    assert found["difference"] < 1e-4
+    assert set(found["seconds"]) == {step for pair in bench.LINES[name].values() for step in pair}
