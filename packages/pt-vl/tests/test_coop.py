@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -155,3 +156,15 @@ def test_it_learns_to_tell_patterns_apart(make_encoder: Make, make_images: Make)
         with torch.enable_grad():
             method.fit(train, None, run)
         assert float(method.loss(train.batch(range(24))).value) < 0.6 * before
+
+
+def test_without_a_run_of_ones_own_it_is_the_published_one(make_encoder: Make, make_images: Make) -> None:
+    method = coop(make_encoder(), prompt_length=2)
+    for shots, epochs in ((16, 200), (8, 200), (4, 100), (2, 100), (1, 50)):
+        run = method.published(make_images(shots * 3))
+        assert (run.epochs, run.batch_size, run.optimiser, run.momentum) == (epochs, 32, "sgd", 0.9)
+        assert (run.weight_decay, run.schedule, run.max_grad_norm, run.keep_best) == (5e-4, "epoch-cosine", None, False)
+    result = method.fit(make_images(3))
+    assert result.steps == 50
+    tenth = 0.002 * 0.5 * (1 + math.cos(math.pi * 8 / 50))  # the rate of step 10, the first that is logged
+    assert result.history[0]["lr/prompt"] == pytest.approx(tenth)

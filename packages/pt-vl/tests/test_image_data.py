@@ -18,7 +18,7 @@ from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.training import FitConfig
 from pt_vl.backbones import Preprocessing
-from pt_vl.data import TEMPLATES, ImageSpec, ImageTask, draw, harmonic_mean, read_image
+from pt_vl.data import TEMPLATES, ImageSpec, ImageTask, draw, read_image
 from pt_vl.method import cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
@@ -354,13 +354,6 @@ def test_of_37_classes_19_are_base_and_18_new(make_encoder: Make) -> None:
     base, new = task.base_to_new()
     assert (len(base.spec.class_names), len(new.spec.class_names)) == (19, 18)
     assert labels(new.test) == list(range(18))
-
-
-def test_the_harmonic_mean_of_base_and_new_is_that_of_the_field() -> None:
-    assert round(harmonic_mean(82.28, 75.14), 2) == 78.55
-    assert harmonic_mean(61.5, 61.5) == pytest.approx(61.5)
-    assert 40 < harmonic_mean(40, 80) < 60
-    assert harmonic_mean(0, 80) == harmonic_mean(80, 0) == harmonic_mean(0, 0) == 0
 
 
 # --- views -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from pt_core import registry
 from pt_vl.backbones import DualEncoder
+from pt_vl.methods.mvlpt import MVLPTConfig
 
 ENTRIES = list(registry.methods("vl").values())
 # method -> the settings that `reference` names
@@ -56,6 +57,14 @@ def test_the_count_of_a_row_is_that_of_the_method_on_its_reference_backbone(
     cls = registry.find_method("vl", entry.name)
     settings = {"class_names": ("cat", "dog")} | SETTINGS.get(entry.name, {})
     assert cls(vit_b16, cls.config_class.model_validate(settings)).count() == entry.parameters
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "count"), [("text", 16, 8_192), ("visual", 16, 147_456), ("unified", 16, 683_136)]
+)
+def test_the_counts_of_mvlpts_three_prompts(prompt: str, length: int, count: int, vit_b16: DualEncoder) -> None:
+    settings = {"tasks": {"pets": ("cat", "dog")}, "prompt": prompt, "prompt_length": length}
+    assert registry.find_method("vl", "mvlpt")(vit_b16, MVLPTConfig.model_validate(settings)).count() == count
 
 
 def test_every_method_file_has_a_row() -> None:

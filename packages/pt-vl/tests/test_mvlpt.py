@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pt_core import FitConfig, InputError
 from pt_core.data import Split
+from pt_core.method import Output
 from pt_vl.method import Stacked, VLMethod
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.mvlpt import MVLPT, MVLPTConfig, average, union
@@ -87,8 +88,11 @@ def test_the_order_of_tasks_permutes_columns_only(make_encoder: Callable[..., An
 
 
 def test_restricting_masks_with_minus_infinity(make_encoder: Callable[..., Any]) -> None:
-    own = torch.tensor([[2.0, 1.0, 5.0]]).masked_fill(torch.tensor([[False, False, True]]), -torch.inf)
-    assert float(F.cross_entropy(own, torch.tensor([0]))) == pytest.approx(0.3133, abs=1e-4)
+    by_hand = {"labels": torch.tensor([0]), "task": torch.tensor([0])}
+    for compat, expected in ((False, 0.3133), (True, 0.4076)):
+        other = mvlpt(make_encoder(), tasks={"a": ("cat", "dog"), "b": ("tree",)}, restrict=True, repo_compat=compat)
+        loss = other.loss_of(Output(torch.tensor([[2.0, 1.0, 5.0]])), by_hand)
+        assert float(loss.value) == pytest.approx(expected, abs=1e-4)
     method = mvlpt(make_encoder(), restrict=True)
     batch = both().batch(range(10))
     logits = method(batch).logits
@@ -110,6 +114,8 @@ def test_validation_is_the_mean_of_accuracies_among_each_tasks_own_classes(make_
     assert scores == pytest.approx(
         {"accuracy": (animals + things) / 2, "accuracy/animals": animals, "accuracy/things": things}
     )
+    published = method.published(both())
+    assert (published.monitor, published.keep_best, published.epochs) == ("accuracy", True, 200)
     result = method.fit(both(), both(5), run(monitor="accuracy", evaluate_every=2))
     assert set(result.metrics) == {"loss", "accuracy", "accuracy/animals", "accuracy/things"}
 

@@ -120,6 +120,87 @@ def test_the_first_step_moves_every_value_by_at_most_the_rate(make_encoder: Call
     assert method.sparsity() == 0.0
 
 
+def constant(method: RAMT, scale: Callable[[], float]) -> None:
+    """Makes the gradient of all mask values the same number, drawn anew in each step."""
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> Loss:
+        return Loss.mean(scale() * torch.stack([mask.sum() for mask in method.masks]).sum() + 0.0 * logits.sum())
+
+    method.task_loss = loss  # type: ignore[method-assign]
+
+
+def test_a_constant_gradient_needs_63_steps_to_switch_off(make_encoder: Callable[..., Any]) -> None:
+    for steps, sparsity in ((62, 0.0), (63, 1.0)):
+        method = ramt(make_encoder(), gradient_dropout=0.0)
+        constant(method, lambda: 1.0)
+        method.fit(images(3), None, run(max_steps=steps))
+        assert method.sparsity() == sparsity, steps
+
+
+def test_no_gradient_switches_off_before_step_20(make_encoder: Callable[..., Any]) -> None:
+    """Adam moves a value by at most lr (1 - b1) / sqrt(1 - b2) = 3.162 lr: the worst is one gradient after many zeros."""
+    bound = 8e-5 * (1 - 0.9) / (1 - 0.999) ** 0.5
+    assert bound == pytest.approx(3.162 * 8e-5, rel=1e-4) and 19 * bound < 0.005 < 20 * bound
+    for growth in (1.0, 1.2, 3.0):
+        method, sizes = ramt(make_encoder(), gradient_dropout=0.0), iter(growth**i for i in range(19))
+        constant(method, lambda sizes=sizes: next(sizes))
+        method.fit(images(3), None, run(max_steps=19))
+        moved = max(float((mask - 0.01).abs().max()) for mask in method.masks)
+        assert moved < 19 * bound and method.sparsity() == 0.0
+
+
+def test_the_first_step_is_plain_mask_tuning(make_encoder: Callable[..., Any]) -> None:
+    dropping, plain = ramt(make_encoder()), ramt(make_encoder(), gradient_dropout=0.0)
+    for method in (dropping, plain):
+        method.fit(images(), None, run(max_steps=1))
+    same = torch.cat([(a == b).flatten() for a, b in zip(dropping.masks, plain.masks, strict=True)])
+    assert float(same.float().mean()) > 0.999  # but where a gradient is as small as the error of both
+
+
+def test_query_key_and_value_have_one_norm_in_every_library(make_encoder: Callable[..., Any]) -> None:
+    labels, logits = torch.tensor([0, 1]), torch.zeros(2, 3)
+    sums = []
+    for family in ("clip", "open-clip"):
+        method = ramt(make_encoder(family), l2=1.0)
+        sums.append(float(method.task_loss(logits, labels).value) - float(F.cross_entropy(logits, labels)))
+    d, layers, patches = 24, 3, 24 * 3 * 4 * 4
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+    assert sums[0] == pytest.approx(0.01 * (layers * ((3 * d * d) ** 0.5 + d) + patches**0.5), rel=1e-5)
+
+
+def test_class_names_are_read_in_lower_case(make_encoder: Callable[..., Any]) -> None:
+    names = ("CAT", "Red_Dog", "house")
+    found = RAMT(make_encoder(), RAMTConfig(class_names=names)).text_features()
+    assert torch.equal(found, ZeroShot(make_encoder(), ZeroShotConfig(class_names=NAMES)).text_features())
+    assert not torch.equal(found, ZeroShot(make_encoder(), ZeroShotConfig(class_names=names)).text_features())
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_in_bf16_teacher_and_student_agree_at_the_start(fixed: bool, make_encoder: Callable[..., Any]) -> None:
+    method, rows = ramt(make_encoder()), images()
+    rows.collate = Stacked(fixed)
+    gaps, passes = [], []
+    agreement, encode = method.agreement, method.encode_text
+
+    def spy(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        gaps.append(float((logits - method.backbone.similarity(teacher, method.text_features())).abs().max()))
+        return agreement(logits, teacher)
+
+    def count() -> torch.Tensor:
+        passes.append(1)
+        return encode()
+
+    method.agreement, method.encode_text = spy, count  # type: ignore[method-assign]
+    method.fit(rows, None, run(precision="bf16", max_steps=3))
+    assert len(gaps) == 3 and gaps[0] == 0.0
+    assert len(passes) == 1  # text is read once for the run
+
+
+def test_micro_batches_are_refused(make_encoder: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="takes a batch as a whole"):
+        ramt(make_encoder()).fit(images(), None, run(batch_size=6, micro_batch_size=2))
+
+
 def test_bits_survive_packing_at_any_size() -> None:
     for size in (1, 7, 8, 9, 30):
         bits = (torch.rand(size, generator=torch.Generator().manual_seed(size)) > 0.5).float()

@@ -163,9 +163,27 @@ def test_the_shift_of_features_is_that_of_the_blocks_outputs(make_encoder: Calla
         torch.testing.assert_close(image[block - 1], moved)
 
 
-def test_the_shift_of_features_is_zero_where_prompts_change_nothing(make_encoder: Callable[..., Any]) -> None:
+def test_the_shift_of_text_features_is_that_of_the_words_behind_the_blocks(make_encoder: Callable[..., Any]) -> None:
     method = restore(make_encoder(), shift="feature")
-    method._shift = lambda run, read: RESTORE._shift(method, lambda after, prompted: run(after, False), read)  # type: ignore[method-assign]
-    assert float(method.shifts(images().batch(range(3))).abs().max()) == 0.0
+    with torch.no_grad():
+        method.context.add_(0.5)  # trained: it is measured against the words that it started from
+    text, _ = method.shifts(images().batch(range(3)))
+    rows: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for prompted, found in rows.items():
+
+        def keep(index: int, tokens: Tokens, found: list[torch.Tensor] = found) -> Tokens:
+            found.append(
+                tokens.hidden[:, [0, *range(3, tokens.hidden.shape[1])]]
+            )  # all but the two prompts behind [SOS]
+            return tokens
+
+        deep = dict(enumerate(method.deep, start=1)) if prompted else None
+        method.sentences(method.context if prompted else method.context - 0.5, deep, share=False, after=keep)
+    for block in (1, 2):
+        moved = (rows[True][block] - rows[False][block]).square().mean() / rows[False][block].square().mean()
+        torch.testing.assert_close(text[block - 1], moved, rtol=1e-4, atol=1e-6)
+
+
+def test_one_block_of_prompts_has_no_shift(make_encoder: Callable[..., Any]) -> None:
     shallow = restore(make_encoder(), shift="feature", depth=1)
     assert float(shallow.loss(images().batch(range(3))).parts["feature_shift"]) == 0.0

@@ -95,7 +95,22 @@ def test_the_trained_form_starts_where_the_other_is_and_trains_its_keys_only(mak
     trained.fit(images(), None, RUN)
     assert float((trained.keys - fixed.keys).abs().max()) > 1e-3
     assert trained.labels.tolist() == fixed.labels.tolist()
-    assert trained.optimisers(RUN)["main"].defaults["eps"] == 1e-4
+
+
+def test_the_trained_form_takes_the_optimiser_of_its_run(make_encoder: Callable[..., Any]) -> None:
+    method = tip(make_encoder(), TipAdapterF)
+    published = method.published(images())
+    assert (published.epochs, published.batch_size, published.schedule, published.max_grad_norm) == (
+        20,
+        256,
+        "cosine",
+        None,
+    )
+    adamw = method.optimisers(published)["main"]
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert [(g["lr"], g["eps"], g["weight_decay"]) for g in adamw.param_groups] == [(1e-3, 1e-4, 0.01)]
+    sgd = method.optimisers(FitConfig(epochs=1, optimiser="sgd", momentum=0.9))["main"]
+    assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.9
 
 
 def test_another_number_of_rows_is_refused(make_encoder: Callable[..., Any]) -> None:

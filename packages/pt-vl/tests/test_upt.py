@@ -52,6 +52,22 @@ def test_the_mixer_couples_the_towers(make_encoder: Callable[..., Any]) -> None:
     assert float(method.context.grad.abs().max()) > 0
 
 
+def test_as_released_each_prompt_attends_to_itself_only(make_encoder: Callable[..., Any]) -> None:
+    method = upt(make_encoder(), repo_compat=True)
+    method.prompts()[0][0].square().sum().backward()
+    assert method.visual.grad is None or not method.visual.grad.any()
+    assert bool(method.context.grad[0].any()) and not method.context.grad[1:].any()
+    # torch's attention takes [k, 1, h] for k tokens of one row unless told otherwise: MVLPT's code hands it [1, k, h].
+    mixer, rows = method.mixer, torch.randn(1, 5, 128)
+    assert mixer is not None
+    released = torch.nn.MultiheadAttention(128, 1)
+    released.load_state_dict(mixer.attention.state_dict())
+    x = mixer.norm1(rows)
+    attended = rows + released(x, x, x, need_weights=False)[0]
+    y = mixer.up(mixer.norm2(attended))
+    torch.testing.assert_close(mixer(rows), attended + mixer.down(y * torch.sigmoid(1.702 * y)))
+
+
 def test_the_mixer_sees_prompts_as_a_set(make_encoder: Callable[..., Any]) -> None:
     method = upt(make_encoder())
     text, image = method.prompts()

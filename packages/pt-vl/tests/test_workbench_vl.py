@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from pt_core import InputError, artifacts, recipe, registry, runs
+from pt_core.metrics import harmonic_mean
 from pt_core.testing import one_thread
-from pt_core.training import evaluate
+from pt_core.training import FitConfig, evaluate
 from pt_vl import demo, workbench
-from pt_vl.data import harmonic_mean
+from pt_vl.method import FAMILY
 from pt_vl.workbench import Bench, Recipe, open_artifact
 
 NAMES = ("bird", "cat", "dog", "tree")
@@ -154,7 +155,8 @@ def test_the_recipe_of_the_real_model_has_published_settings_and_every_method_ta
     images = {"data.train": str(folder / "train"), "data.test": str(folder / "test")}
     _, checked = recipe.load("vl/clip-b16", images)
     published = {"coop": (200, 32, 0.002), "cocoop": (10, 1, 0.002), "vpt": (5, 4, 0.0025), "ivlp": (5, 4, 0.0035)}
-    published |= {"maple": (5, 4, 0.0035), "restore": (10, 4, 0.0035), "r-amt": (30, 32, 8e-5)}
+    published |= {"maple": (5, 4, 0.0035), "restore": (10, 4, 0.0035), "r-amt": (30, 32, 8e-5), "upt": (200, 32, 0.002)}
+    published |= {"tip-adapter-f": (20, 256, 0.001)}
     for label in checked.labels():
         chosen = checked.with_method(label)
         config = chosen.config(class_names=NAMES, cache_size=4)
@@ -166,6 +168,10 @@ def test_the_recipe_of_the_real_model_has_published_settings_and_every_method_ta
                 batch,
                 lr,
             )
+            by_itself = FAMILY | registry.find_method("vl", chosen.method.name).run
+            assert FitConfig(**by_itself) == chosen.training
+    assert checked.with_method("r-amt").config().gradient_dropout == 0.3
+    assert checked.with_method("tip-adapter-f").training.weight_decay == 0.01
     with pytest.raises(InputError, match="vl/clip-b16, field 'data': give train, test, split_file or icons"):
         recipe.load("vl/clip-b16")
 

@@ -15,6 +15,7 @@ from pt_core.metrics import (
     check_names,
     evaluate_logits,
     evaluate_text,
+    harmonic_mean,
     higher_is_better,
     mean_spread,
     paired_difference,
@@ -349,3 +350,10 @@ def test_multiclass_scores_agree_with_scikit_learn_on_any_labels(labels, predict
         },
         abs=1e-6,
     )
+
+
+def test_the_harmonic_mean_of_base_and_new_is_that_of_the_field() -> None:
+    assert round(harmonic_mean(82.28, 75.14), 2) == 78.55
+    assert harmonic_mean(61.5, 61.5) == pytest.approx(61.5)
+    assert 40 < harmonic_mean(40, 80) < 60
+    assert harmonic_mean(0, 80) == harmonic_mean(80, 0) == harmonic_mean(0, 0) == 0

@@ -68,6 +68,17 @@ def test_table_shows_mean_and_spread_over_seeds_and_marks_the_best():
     assert grid.marked == {(1, 1), (1, 2)}
 
 
+def test_the_harmonic_mean_of_base_and_new_is_that_of_their_means():
+    runs = [
+        Result("a", 0, {"base": 0.9, "new": 0.1, "harmonic-mean": 0.18}),
+        Result("a", 1, {"base": 0.1, "new": 0.9, "harmonic-mean": 0.18}),
+        Result("bound", 0, {"base": 0.7}),
+    ]
+    rows = results_grid(runs, ("base", "new", "harmonic-mean")).rows
+    assert rows[0][3] == "0.500 ± 0.000"
+    assert rows[1][1:4] == ["0.700", "–", "–"]
+
+
 def test_what_reads_the_same_as_the_best_is_marked_too_and_a_lone_value_is_not():
     tied = [Result("a", 0, {"f1": 0.80001}), Result("b", 0, {"f1": 0.80002}), Result("c", 0, {"f1": 0.79})]
     assert results_grid(tied).marked == {(0, 1), (1, 1)}

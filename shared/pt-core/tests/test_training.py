@@ -125,13 +125,19 @@ def test_epoch_cosine_starts_at_a_fixed_rate_and_steps_once_an_epoch():
     assert [row["lr/w"] for row in history] == pytest.approx([1e-5, *(0.5 * f for f in published[1:])], abs=5e-5)
 
 
-def test_epoch_cosine_without_epochs_is_refused():
-    with pytest.raises(ValidationError, match="epoch-cosine needs epochs"):
-        config(schedule="epoch-cosine")
+def test_the_plain_epoch_cosine_starts_at_the_whole_rate():
+    run = config(max_steps=None, epochs=3, schedule="epoch-cosine-plain")
+    assert [lr_factor(run, step, 9) for step in range(9)] == pytest.approx([1.0] * 3 + [0.75] * 3 + [0.25] * 3)
+
+
+@pytest.mark.parametrize("schedule", ["epoch-cosine", "epoch-cosine-plain"])
+def test_epoch_cosine_without_epochs_is_refused(schedule):
+    with pytest.raises(ValidationError, match=f"{schedule} needs epochs"):
+        config(schedule=schedule)
 
     class Scheduled(Line):
         def parameter_groups(self):
-            return [group | {"schedule": "epoch-cosine"} for group in super().parameter_groups()]
+            return [group | {"schedule": schedule} for group in super().parameter_groups()]
 
     with pytest.raises(InputError, match="Give epochs, not max_steps"):
         Loop(Scheduled(nn.Identity()), config(), total_steps=1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pt_vl.backbones import DualEncoder, Preprocessing, TowerPrompt, Words, load_backbone
-    from pt_vl.data import TEMPLATES, ImageSpec, ImageTask, harmonic_mean
+    from pt_vl.data import TEMPLATES, ImageSpec, ImageTask
     from pt_vl.method import Sentences, VLConfig, VLMethod, cache_features
     from pt_vl.methods.cocoop import CoCoOp, CoCoOpConfig
     from pt_vl.methods.coop import CoOp, CoOpConfig
@@ -61,14 +61,13 @@ __all__ = [
     "ZeroShotConfig",
     "average",
     "cache_features",
-    "harmonic_mean",
     "load_backbone",
     "union",
 ]
 
 _ROOMS = {
     "backbones": ("DualEncoder", "Preprocessing", "TowerPrompt", "Words", "load_backbone"),
-    "data": ("TEMPLATES", "ImageSpec", "ImageTask", "harmonic_mean"),
+    "data": ("TEMPLATES", "ImageSpec", "ImageTask"),
     "method": ("Sentences", "VLConfig", "VLMethod", "cache_features"),
     "methods.cocoop": ("CoCoOp", "CoCoOpConfig"),
     "methods.coop": ("CoOp", "CoOpConfig"),

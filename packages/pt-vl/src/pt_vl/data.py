@@ -611,11 +611,6 @@ def draw(
     return {split: rows for split, rows in found.items() if rows}
 
 
-def harmonic_mean(base: float, new: float) -> float:
-    """H = 2 b n / (b + n) of the accuracies on base and new classes (Xian et al. 2017); 0 if either is 0."""
-    return 2 * base * new / (base + new) if base and new else 0.0
-
-
 def _by_class(labels: Sequence[int]) -> dict[int, list[int]]:
     rows: dict[int, list[int]] = defaultdict(list)
     for row, label in enumerate(labels):

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from pt_core.training import FitResult
 
 Position = Literal["end", "middle", "front"]
+# What the CoOp family's runs have in common (released codes of CoOp, CoCoOp, MaPLe, MVLPT, RESTORE); the last prompt counts.
+FAMILY = {"optimiser": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "schedule": "epoch-cosine"}
+FAMILY |= {"max_grad_norm": None, "keep_best": False}
 
 
 def written(name: str) -> str:
@@ -192,6 +195,9 @@ class VLMethod(Method):
 
     A subclass overrides `encode_text`, `encode_image` or both, and declares it. By default text is the templates' and images
     are the tower's own.
+
+    Fidelity, of all that train: the last batch of an epoch may be short. The released codes drop it where there are as many
+    rows as in a batch.
     """
 
     config: Any
@@ -199,6 +205,7 @@ class VLMethod(Method):
     config_class: ClassVar[type[MethodConfig]] = VLConfig
     trains_text: ClassVar[bool] = False  # class features depend on what is trained
     trains_image: ClassVar[bool] = False  # image features do
+    run: ClassVar[dict[str, Any]] = {"epochs": 200, "batch_size": 32}  # beside `FAMILY`, as published
 
     def __init__(self, backbone: DualEncoder, config: MethodConfig | None = None) -> None:
         if not isinstance(backbone, DualEncoder):
@@ -295,6 +302,10 @@ class VLMethod(Method):
         known = {"preprocessing": self.backbone.preprocessing.model_dump(mode="json"), "context": self.backbone.context}
         return super().save_pretrained(path, task=known | dict(task or {}), **options)
 
+    def published(self, train: Split) -> FitConfig:
+        """The run that the method was published with, for these rows: what `fit` does where no other is given."""
+        return FitConfig(**(FAMILY | self.run))
+
     def fit(
         self,
         train: Split,
@@ -302,8 +313,12 @@ class VLMethod(Method):
         config: FitConfig | None = None,
         output_dir: str | Path | None = None,
     ) -> FitResult:
-        """Train by this method's protocol. Images that pass an unprompted tower in fixed views do so once."""
-        config = config or FitConfig(epochs=10)
+        """Train by this method's protocol. Images that pass an unprompted tower in fixed views do so once.
+
+        Args:
+            config: default: `published`.
+        """
+        config = config or self.published(train)
         if not self.trains_image:
             place_for(self, config)
             train = cache_features(train, self.backbone, config.eval_batch_size)

@@ -19,10 +19,11 @@ from pt_core import artifacts, doctor, recipe, registry
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
+from pt_core.metrics import harmonic_mean
 from pt_core.runs import Job
 from pt_core.training import FitConfig, evaluate
 from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
-from pt_vl.data import TEMPLATES, ImageRows, ImageSpec, ImageTask, Unreadable, harmonic_mean, list_table, read_image
+from pt_vl.data import TEMPLATES, ImageRows, ImageSpec, ImageTask, Unreadable, list_table, read_image
 from pt_vl.icons import IconChoice
 from pt_vl.method import Stacked, VLMethod, cache_features, written
 from pt_vl.methods.mvlpt import MVLPT

@@ -316,6 +316,11 @@ def _torchmetrics() -> Any:
     return classification
 
 
+def harmonic_mean(base: float, new: float) -> float:
+    """H = 2 b n / (b + n) of the accuracies on base and new classes (Xian et al. 2017); 0 if either is 0."""
+    return 2 * base * new / (base + new) if base and new else 0.0
+
+
 # Several seeds
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pt_core.errors import InputError
 from pt_core.files import write
-from pt_core.metrics import higher_is_better, mean_spread, paired_difference
+from pt_core.metrics import harmonic_mean, higher_is_better, mean_spread, paired_difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +71,8 @@ class Grid:
 def results_grid(results: Sequence[Result], metrics: Sequence[str] | None = None) -> Grid:
     """One row per method: mean ± sample standard deviation over seeds, the best mean of a metric marked.
 
+    The harmonic mean of base and new is that of their means, as the field reports it, with its spread over seeds.
+
     Args:
         metrics: which, and in what order; default: all there are.
 
@@ -82,14 +84,17 @@ def results_grid(results: Sequence[Result], metrics: Sequence[str] | None = None
     rows, means = [], []
     for method, runs in groups.items():
         values = [[r.metrics[name] for r in runs if name in r.metrics] for name in metrics]
-        means.append([mean_spread(v)[0] for v in values])
+        found = {name: mean_spread(v)[0] for name, v in zip(metrics, values, strict=True)}
+        if {"harmonic-mean", "base", "new"} <= {name for name, v in zip(metrics, values, strict=True) if v}:
+            found["harmonic-mean"] = harmonic_mean(found["base"], found["new"])
+        means.append(list(found.values()))
         parameters = sorted({r.trainable_parameters for r in runs if r.trainable_parameters is not None})
         seconds, _ = mean_spread(r.seconds_per_step for r in runs if r.seconds_per_step is not None)
         size, _ = mean_spread(r.artifact_bytes for r in runs if r.artifact_bytes is not None)
         rows.append(
             [
                 method,
-                *map(_spread, values),
+                *map(_spread, values, found.values()),
                 " to ".join(f"{n:,}" for n in parameters[:1] + parameters[1:][-1:]) or "–",
                 _seconds(seconds),
                 _size(size),
@@ -587,9 +592,10 @@ def _number(value: float) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:,.{_decimals(value)}f}"
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation, to the decimals of the mean; of one value, the value."""
-    mean, std = mean_spread(values)
+def _spread(values: Sequence[float], mean: float | None = None) -> str:
+    """Mean (or what stands in its place) ± sample standard deviation, to the decimals of the mean; of one value, the value."""
+    plain, std = mean_spread(values)
+    mean = plain if mean is None else mean
     if len(values) < 2 or math.isnan(mean):
         return _number(mean) if values else "–"
     return f"{_number(mean)} ± {std:.1e}" if 0 < abs(mean) < 5e-4 else f"{_number(mean)} ± {std:,.{_decimals(mean)}f}"

@@ -55,7 +55,8 @@ from pt_core.method import Batch, Loss, Method
 from pt_core.metrics import evaluate_logits, higher_is_better
 from pt_core.packing import packed
 
-Schedule = Literal["constant", "linear", "cosine", "exponential", "epoch-cosine"]
+Schedule = Literal["constant", "linear", "cosine", "exponential", "epoch-cosine", "epoch-cosine-plain"]
+BY_EPOCHS = ("epoch-cosine", "epoch-cosine-plain")  # schedules that count epochs
 
 
 class NonFiniteLoss(RuntimeError):
@@ -116,8 +117,8 @@ class FitConfig(BaseModel):
             raise ValueError("give exactly one of max_steps and epochs")
         if self.momentum and self.optimiser != "sgd":
             raise ValueError("momentum is a setting of sgd")
-        if self.schedule == "epoch-cosine" and self.epochs is None:
-            raise ValueError("the schedule epoch-cosine needs epochs, not max_steps")
+        if self.schedule in BY_EPOCHS and self.epochs is None:
+            raise ValueError(f"the schedule {self.schedule} needs epochs, not max_steps")
         return self
 
 
@@ -132,7 +133,8 @@ def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | Non
 
     `epoch-cosine` is constant within an epoch: a rate of 1e-5 in the first one, whatever `lr` is, then
     (1 + cos(pi (e - 1) / E)) / 2 of `lr` in epoch e = 1 .. E - 1 (CoOp, released code: the cosine counts from the end of
-    its warm-up epoch and keeps its period E, so it does not reach zero).
+    its warm-up epoch and keeps its period E, so it does not reach zero). `epoch-cosine-plain` has no such first epoch:
+    (1 + cos(pi e / E)) / 2 in epoch e = 0 .. E - 1 (R-AMT, released code).
     """
     schedule = schedule or config.schedule
     if step < config.warmup_steps:
@@ -143,10 +145,14 @@ def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | Non
         return max(0.0, 1 - at / left)
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * at / left))
-    if schedule == "epoch-cosine":
+    if schedule in BY_EPOCHS:
         epochs = config.epochs or 1
         epoch = step * epochs // total
-        return 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs)) if epoch else 1e-5 / lr
+        if schedule == "epoch-cosine":
+            if epoch == 0:
+                return 1e-5 / lr
+            epoch -= 1
+        return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     if schedule == "exponential":
         return float(config.final_factor ** (at / max(left - 1, 1)))
     return 1.0
@@ -295,9 +301,9 @@ class Loop:
                 remedy=f"Choose one of: {', '.join(get_args(Schedule))}",
                 field="schedule",
             )
-        if "epoch-cosine" in named and config.epochs is None:
+        if (counting := sorted(named & {*BY_EPOCHS})) and config.epochs is None:
             raise InputError(
-                f"{method.name} names the schedule 'epoch-cosine', which counts epochs",
+                f"{method.name} names the schedule {counting[0]!r}, which counts epochs",
                 remedy="Give epochs, not max_steps",
                 field="epochs",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -42,6 +42,7 @@ class CoCoOp(VLMethod):
     name = "cocoop"
     config_class = CoCoOpConfig
     trains_text: ClassVar[bool] = True
+    run: ClassVar[dict[str, Any]] = {"epochs": 10, "batch_size": 1}
 
     def __init__(self, backbone: DualEncoder, config: MethodConfig | None = None) -> None:
         super().__init__(backbone, config)

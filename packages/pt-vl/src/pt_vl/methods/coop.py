@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
+from pt_core.training import FitConfig
 from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.method import Position, Sentences, VLConfig, VLMethod
+
+if TYPE_CHECKING:
+    from pt_core.data import Split
 
 
 class CoOpConfig(VLConfig):
@@ -58,8 +62,7 @@ class CoOp(VLMethod):
 
     Fidelity: prompts, start values and positions are the released code's ("middle" splits the context at M // 2). There the
     text tower reads all 77 slots in half precision for each class; here it is cut at the longest class and reads what the
-    classes share once, with the same values. The schedule (`epoch-cosine`, SGD with momentum 0.9, weight decay 5e-4, batch 32,
-    200 epochs at 16 shots) and the last step's prompt (`keep_best: false`) are the run's settings.
+    classes share once, with the same values.
 
     Reference: Zhou et al. Learning to Prompt for Vision-Language Models. IJCV 2022.
     """
@@ -76,6 +79,11 @@ class CoOp(VLMethod):
     @property
     def class_bound(self) -> bool:
         return bool(self.config.class_specific)
+
+    def published(self, train: Split) -> FitConfig:
+        """200 epochs with 16 or 8 shots, 100 with 4 or 2, 50 with one (COOP.md)."""
+        shots = len(train) / len(self.config.class_names)
+        return super().published(train).model_copy(update={"epochs": 200 if shots > 4 else 100 if shots > 1 else 50})
 
     def encode_text(self) -> Tensor:
         return self.sentences(self.context, chunk=self.config.text_chunk)

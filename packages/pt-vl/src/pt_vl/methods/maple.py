@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -43,6 +43,7 @@ class MaPLe(VLMethod):
     config_class = MaPLeConfig
     trains_text: ClassVar[bool] = True
     trains_image: ClassVar[bool] = True
+    run: ClassVar[dict[str, Any]] = {"epochs": 5, "batch_size": 4}
 
     def __init__(self, backbone: DualEncoder, config: MethodConfig | None = None) -> None:
         super().__init__(backbone, config)

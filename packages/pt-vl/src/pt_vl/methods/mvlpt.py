@@ -32,12 +32,18 @@ class MVLPTConfig(VLConfig):
         "unified", description="what is shared: CoOp's context (MCoOp), deep VPT (MVPT), UPT (MUPT)"
     )
     prompt_length: int | None = Field(None, ge=1, description="n; default: 16, unified 4 (MVLPT.md)")
-    position: Position = Field("middle", description="of the class name; MVLPT, scripts/mvlpt")
-    hidden: int = Field(128, ge=1, description="h, width of the unified prompt's mixer; train.py PROJECT_DIM")
-    mixer: Literal["transformer", "identity"] = Field("transformer", description="train.py PROJECT_METHOD")
+    position: Position = Field("middle", description="of the class name (text, unified); MVLPT, scripts/mvlpt")
+    hidden: int = Field(128, ge=1, description="h, width of the mixer (unified); train.py PROJECT_DIM")
+    mixer: Literal["transformer", "identity"] = Field(
+        "transformer", description="of the prompts of both towers (unified); train.py PROJECT_METHOD"
+    )
     restrict: bool = Field(
         False,
         description="train on the classes of a row's own task only; off in every published script (union softmax)",
+    )
+    repo_compat: bool = Field(
+        False,
+        description="quirks of the released code: `restrict` leaves other tasks' classes a logit of 0, prompts are not mixed",
     )
     lr: float = Field(0.002, gt=0, description="vit_b16.yaml; SGD, epoch-cosine, 200 epochs, batch 32")
 
@@ -63,21 +69,25 @@ class MVLPT(VLMethod):
     tasks one behind the other; a class name of two tasks has a column in each.
 
         source = MVLPT(backbone, MVLPTConfig(tasks={"pets": ..., "food": ...}, prompt="text"))
-        source.fit(*union({"pets": pets.train, "food": food.train}, ...))
+        source.fit(union({"pets": pets.train, "food": food.train}), union({"pets": pets.validation, ...}))
         target = source.for_target(("red car", "blue car"))          # a CoOp that starts from the shared prompt
         target.fit(cars.train)
 
     Parameters: those of CoOp, deep VPT or UPT. ViT-B/16: text, n = 16: 8,192; visual, n = 16: 147,456; unified, n = 4: 566,400.
 
     Fidelity: the released code; visual prompts stand between CLS and the patches, behind the first norm, and start uniformly.
-    Rows are shuffled in every epoch (there the multi-task loader is not). `restrict` masks with -inf, where the code
-    multiplies by 0, which leaves a logit of 0. Soft targets of multi-label sets (VOC) are not built.
+    The prompt with the best mean of per-task accuracies on validation rows is kept, as there. Rows are shuffled in every
+    epoch (there the multi-task loader is not). `restrict` masks with -inf, where the code multiplies by 0, which leaves a
+    logit of 0 (`repo_compat` does so too, and mixes no prompts: see UPT). Not built: soft targets of multi-label sets
+    and their mean average precision (VOC), means over classes in the place of accuracy (Caltech, Flowers, Pets, Aircraft),
+    ELEVATER's own split of the shots into training and validation, a context for each class, words to start from.
 
     Reference: Shen et al. Multitask Vision-Language Prompt Tuning. WACV 2024.
     """
 
     name = "mvlpt"
     config_class: ClassVar[type[MethodConfig]] = MVLPTConfig
+    run: ClassVar[dict[str, Any]] = VLMethod.run | {"keep_best": True, "monitor": "accuracy"}
     columns: Tensor
     owners: Tensor
 
@@ -101,7 +111,7 @@ class MVLPT(VLMethod):
         if c.prompt == "visual":
             settings = {"prompt_length": c.prompt_length or 16, "init": "uniform", "place": "after-cls"}
             return VPT(self.backbone, VPTConfig(**settings, **common))
-        own = c.model_dump(include={"position", "hidden", "mixer"})
+        own = c.model_dump(include={"position", "hidden", "mixer", "repo_compat"})
         return UPT(self.backbone, UPTConfig(prompt_length=c.prompt_length or 4, **own, **common))
 
     def encode_text(self) -> Tensor:
@@ -121,7 +131,8 @@ class MVLPT(VLMethod):
     def loss_of(self, output: Output, batch: Batch) -> Loss:
         logits = cast(Tensor, output.logits)
         if self.config.restrict:
-            logits = logits.masked_fill(~self.own_columns(batch["task"]), -torch.inf)
+            others = ~self.own_columns(batch["task"])
+            logits = logits.masked_fill(others, 0.0 if self.config.repo_compat else -torch.inf)
         return Loss(F.cross_entropy(logits, batch["labels"], reduction="sum"), len(logits))
 
     # --- phases -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ATTENTION = re.compile(r"\.(self_attn\.[qkv]_proj|self_attn\.out_proj|attn\.in_proj|attn\.out_proj)[._]weight$")
 MLP = re.compile(r"\.mlp\.(fc1|fc2|c_fc|c_proj)\.weight$")
+QKV = re.compile(r"\.[qkv]_proj\.")
 PATCHES = re.compile(r"(patch_embedding|visual\.conv1)\.weight$")
 IMAGE = re.compile(r"^model\.(vision_model|visual)\.")
 
@@ -48,7 +49,7 @@ class RAMTConfig(VLConfig):
     )
     temperature: float = Field(1.0, gt=0, description="T of the zero-shot teacher; train.py")
     lr: float = Field(
-        8e-5, gt=0, description="Adam, cosine, 30 epochs, batch 32 (ImageNet 3e-5, 10 epochs); MASK/*.yaml"
+        8e-5, gt=0, description="Adam, epoch-cosine-plain, 30 epochs, batch 32 (ImageNet 3e-5, 10 epochs); MASK/*.yaml"
     )
 
 
@@ -102,7 +103,7 @@ class RAMT(VLMethod):
 
     Fidelity: as released, with the teacher under no_grad (its gradients are not used there), lambda as in the README's prose
     (its example commands have the two values exchanged), and sparsity counted by the rule that masks (<= tau). Stacking on
-    CoOp or Tip-Adapter is not offered.
+    CoOp or Tip-Adapter is not offered, nor masks of CLIP's ResNets.
 
     Reference: Zheng et al. Regularized Mask Tuning. ICCV 2023.
     """
@@ -110,6 +111,14 @@ class RAMT(VLMethod):
     name = "r-amt"
     config_class = RAMTConfig
     trains_image: ClassVar[bool] = True
+    run: ClassVar[dict[str, Any]] = {
+        "epochs": 30,
+        "batch_size": 32,
+        "optimiser": "adam",
+        "momentum": 0,
+        "weight_decay": 0,
+        "schedule": "epoch-cosine-plain",
+    }
 
     def __init__(self, backbone: DualEncoder, config: MethodConfig | None = None) -> None:
         super().__init__(backbone, config)
@@ -146,8 +155,14 @@ class RAMT(VLMethod):
         return self.backbone.call_with(masked, "image", pixels)
 
     def task_loss(self, logits: Tensor, labels: Tensor) -> Loss:
-        """Cross-entropy and l2 * sum ||M||_2, summed over rows (the second is the same for each)."""
-        norms = torch.stack([mask.norm() for mask in self.masks]).sum()
+        """Cross-entropy and l2 * sum ||M||_2, summed over rows (the second is the same for each).
+
+        Query, key and value of a block are one matrix in the published model and have one norm, however they are stored.
+        """
+        squares: dict[str, list[Tensor]] = {}
+        for name, mask in zip(self.weights, self.masks, strict=True):
+            squares.setdefault(QKV.sub(".", name), []).append(mask.square().sum())
+        norms = torch.stack([torch.stack(parts).sum().sqrt() for parts in squares.values()]).sum()
         total = F.cross_entropy(logits, labels, reduction="sum") + self.config.l2 * norms * len(logits)
         return Loss(total, len(logits))
 
@@ -176,10 +191,21 @@ class RAMT(VLMethod):
         """Train the masks; a step is two gradients of one batch, of which the second only says where the first counts.
 
         The teacher's features of fixed views are computed once.
+
+        Raises:
+            InputError: micro-batches are asked for: where gradients disagree is a question to the whole batch.
         """
-        config = config or FitConfig(epochs=30, batch_size=32, optimiser="adam", schedule="cosine", max_grad_norm=None)
+        config = config or self.published(train)
+        if config.micro_batch_size is not None and config.micro_batch_size < min(config.batch_size, len(train)):
+            raise InputError(
+                f"{self.name} takes a batch as a whole",
+                field="micro_batch_size",
+                remedy="Leave it out; lower batch_size",
+            )
         place_for(self, config)
-        seen = cache_features(train, self.backbone, config.eval_batch_size)
+        # As the student's passes: at the start both say the same, and no gradient is dropped.
+        with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            seen = cache_features(train, self.backbone, config.eval_batch_size)
         kept = None if seen is train else torch.stack([row["image_features"] for row in seen.rows])
 
         def step(loop: Loop, number: int, rows: list[int]) -> None:
@@ -192,7 +218,9 @@ class RAMT(VLMethod):
                 loss = self.task_loss(logits, batch["labels"])
             other: Sequence[Tensor] = ()
             if self.config.gradient_dropout:
-                other = torch.autograd.grad(self.agreement(logits, teacher), masks, retain_graph=True)
+                with loop.passes():
+                    agreement = self.agreement(logits, teacher)
+                other = torch.autograd.grad(agreement, masks, retain_graph=True)
             loop.backward(Loss.mean(loss.value), batch)
             if other:
                 for mask, b in zip(masks, other, strict=True):

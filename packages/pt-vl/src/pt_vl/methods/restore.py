@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -81,6 +81,7 @@ class RESTORE(MaPLe):
 
     name = "restore"
     config_class = RESTOREConfig
+    run: ClassVar[dict[str, Any]] = {"epochs": 10, "batch_size": 4}
     alphas: Tensor
     anchors: Tensor
     origin: Tensor
@@ -175,7 +176,7 @@ class RESTORE(MaPLe):
         output_dir: str | Path | None = None,
     ) -> FitResult:
         """Supervised training; alphas grow once, when epoch floor(E / 3), counted from 0, has ended."""
-        config = config or FitConfig(epochs=10)
+        config = config or self.published(train)
         per_epoch = math.ceil(len(train) / min(config.batch_size, len(train)))
         epochs = config.epochs or math.ceil((config.max_steps or 1) / per_epoch)
         due = min((epochs // 3 + 1) * per_epoch, config.max_steps or epochs * per_epoch)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pt_core.errors import InputError
 from pt_core.method import Batch, MethodConfig, Output
 from pt_core.metrics import evaluate_logits
-from pt_core.training import FitConfig, FitResult
+from pt_core.training import FitConfig, FitResult, build_optimiser
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import VLConfig, VLMethod, cache_features, place_for
 
@@ -102,7 +102,7 @@ class TipAdapter(VLMethod):
         Raises:
             InputError: `train` has another number of rows than the configuration says.
         """
-        config = config or FitConfig(epochs=20)
+        config = config or self.published(train)
         place_for(self, config)
         self.build_cache(train, config)
         if validation is None:
@@ -157,7 +157,7 @@ class TipAdapterFConfig(TipAdapterConfig):
     lr: float = Field(
         1e-3, gt=0, description="Tip-Adapter, yaml files; AdamW, cosine, batch 256, 20 epochs (EuroSAT 100)"
     )
-    eps: float = Field(1e-4, gt=0, description="of AdamW; Tip-Adapter, main.py")
+    eps: float = Field(1e-4, gt=0, description="of AdamW and Adam; Tip-Adapter, main.py")
 
 
 class TipAdapterF(TipAdapter):
@@ -177,13 +177,21 @@ class TipAdapterF(TipAdapter):
     name = "tip-adapter-f"
     config_class = TipAdapterFConfig
     trains: ClassVar[bool] = True
+    run: ClassVar[dict[str, Any]] = {
+        "epochs": 20,
+        "batch_size": 256,
+        "optimiser": "adamw",
+        "momentum": 0,
+        "weight_decay": 0.01,
+        "schedule": "cosine",
+    }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"name": "keys", "params": [self.keys], "lr": self.config.lr}]
 
     def optimisers(self, config: FitConfig) -> dict[str, torch.optim.Optimizer]:
-        groups = self.parameter_groups()
-        return {"main": torch.optim.AdamW(groups, eps=self.config.eps, weight_decay=config.weight_decay)}
+        eps = {"eps": self.config.eps} if config.optimiser in ("adam", "adamw") else {}
+        return {"main": build_optimiser([group | eps for group in self.parameter_groups()], config)}
 
     def fit(
         self,
@@ -192,7 +200,7 @@ class TipAdapterF(TipAdapter):
         config: FitConfig | None = None,
         output_dir: str | Path | None = None,
     ) -> FitResult:
-        config = config or FitConfig(epochs=20, batch_size=256, schedule="cosine")
+        config = config or self.published(train)
         place_for(self, config)
         self.build_cache(train, config)
         result = VLMethod.fit(self, train, validation, config, output_dir)

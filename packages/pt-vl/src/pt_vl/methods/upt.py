@@ -24,6 +24,7 @@ class UPTConfig(VLConfig):
         description="identity: no mixing, so CoOp and deep VPT side by side; MVLPT, train.py PROJECT_METHOD",
     )
     position: Position = Field("middle", description="of the class name; MVLPT, scripts/mvlpt")
+    repo_compat: bool = Field(False, description="a prompt attends to itself only in the mixer, as MVLPT's code runs")
     lr: float = Field(0.002, gt=0, description="MVLPT, vit_b16.yaml; SGD, epoch-cosine, 200 epochs, batch 32")
 
 
@@ -31,10 +32,15 @@ class Mixer(nn.Module):
     """One pre-norm transformer block over all prompts of both towers: width h, 1 head, MLP 4h, QuickGELU, no positions.
 
     Parameters: 12 h^2 + 13 h. h = 128: 198,272.
+
+    Args:
+        width: h.
+        apart: each row attends to itself only, so that nothing is mixed.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, apart: bool = False) -> None:
         super().__init__()
+        self.apart = apart
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, 1, batch_first=True)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -42,7 +48,9 @@ class Mixer(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """[1, k, h] -> [1, k, h]."""
         x = self.norm1(rows)
-        rows = rows + self.attention(x, x, x, need_weights=False)[0]
+        x = x.transpose(0, 1) if self.apart else x
+        attended = self.attention(x, x, x, need_weights=False)[0]
+        rows = rows + (attended.transpose(0, 1) if self.apart else attended)
         x = self.up(self.norm2(rows))
         return cast(Tensor, rows + self.down(x * torch.sigmoid(1.702 * x)))
 
@@ -61,8 +69,10 @@ class UPT(VLMethod):
     the mixer can be dropped: what it gives are n d_t + L n d_v numbers.
 
     Fidelity: MVLPT's code, from which the counts are (the authors' own repository holds no code; there one set of tokens is
-    shared and split behind the block, from memory). The projections have no skip, so prompts at the start are functions of
-    random projections, as there. The mixer runs in float32.
+    shared and split behind the block, from memory). That code hands the prompts to an attention that takes them for the
+    rows of a batch, so that there each attends to itself only and the towers do not meet; here they are mixed, as both papers
+    say, and `repo_compat` does as the code. The projections have no skip, so prompts at the start are functions of random
+    projections, as there. The mixer runs in float32. A context for each class, and words to start from, are not built.
 
     Reference: Zang et al. Unified Vision and Language Prompt Learning. 2022; Shen et al. MVLPT. WACV 2024.
     """
@@ -89,7 +99,7 @@ class UPT(VLMethod):
                 )
                 self.image_in = _linear(backbone.image_width, c.hidden)
                 self.image_out = _linear(c.hidden, backbone.image_width)
-                self.mixer = Mixer(c.hidden)
+                self.mixer = Mixer(c.hidden, c.repo_compat)
 
     def prompts(self) -> tuple[Tensor, Tensor]:
         """Text prompts [n, d_t] and visual prompts [L, n, d_v], as they enter the towers."""

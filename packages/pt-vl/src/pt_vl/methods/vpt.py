@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -76,6 +76,7 @@ class VPT(VLMethod):
     name = "vpt"
     config_class = VPTConfig
     trains_image: ClassVar[bool] = True
+    run: ClassVar[dict[str, Any]] = {"epochs": 5, "batch_size": 4}
 
     def __init__(self, backbone: DualEncoder, config: MethodConfig | None = None) -> None:
         super().__init__(backbone, config)
