@@ -24,7 +24,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import pt_core
-from pt_core import artifacts
 from pt_core.artifacts import (
     CARD,
     CONFIG,
@@ -597,6 +596,6 @@ def test_a_method_that_trains_its_backbone_is_not_held_against_it(tmp_path: Path
     method = FineTuned(backbone())
     with torch.no_grad():
         method.backbone.weight.add_(1)
-    artifacts.save_method(method, tmp_path / "a", backbone_name="org/tiny")
+    method.save_pretrained(tmp_path / "a", backbone_name="org/tiny")
     saved = load_artifact(tmp_path / "a").config.backbone
     assert saved.sample == {} and saved.full_hash is None and saved.shapes

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pt_core.errors import InputError
 from pt_core.metrics import (
     METRICS,
-    build,
     check_names,
     evaluate_logits,
     evaluate_text,
@@ -242,7 +241,7 @@ def test_an_unknown_metric_lists_those_there_are_per_task():
     with pytest.raises(
         InputError, match=r"no metric 'pearson' for the task 'multiclass'. Known, multiclass: accuracy, "
     ):
-        build(["accuracy", "pearson"], "multiclass", 3)
+        check_names(["accuracy", "pearson"], "multiclass")
     with pytest.raises(InputError, match=r"unknown task 'ranking'. Use one of: multiclass, multilabel"):
         check_names([], "ranking")
 
@@ -268,27 +267,6 @@ def test_what_cannot_be_evaluated_is_refused(task, logits, labels, message):
 def test_texts_must_come_in_pairs():
     with pytest.raises(InputError, match="1 predictions for 2 references"):
         evaluate_text(["exact-match"], ["a"], ["a", "b"])
-
-
-def test_batches_together_equal_the_whole_and_are_not_a_mean_of_means():
-    logits, labels, _ = random_case(7, rows=10)
-    names = ["macro-f1", "roc-auc"]
-    evaluation = build(names, "multiclass", 4)
-    for part in (slice(0, 7), slice(7, 10)):
-        evaluation.update(logits[part], labels[part])
-    assert evaluation.compute() == evaluate_logits(names, "multiclass", logits, labels)
-    evaluation.reset()
-    with pytest.raises(InputError, match="no predictions"):
-        evaluation.compute()
-    with pytest.raises(InputError, match=r"\[10, 4\] are not of 5 classes"):
-        build(names, "multiclass", 5).update(logits, labels)
-
-
-def test_texts_are_collected_too():
-    evaluation = build(["exact-match"], "text")
-    evaluation.update(["a"], ["a"])
-    evaluation.update(["b", "c"], ["x", "c"])
-    assert evaluation.compute() == {"exact-match": pytest.approx(2 / 3)}
 
 
 def test_half_precision_logits_are_evaluated():

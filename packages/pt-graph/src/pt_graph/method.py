@@ -111,10 +111,6 @@ class GraphMethod(Method):
     def build_head(self) -> nn.Module | None:
         return Head(self.backbone.width, self.config.num_outputs, self.config.head_layers, self.config.seed)
 
-    def remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = []
         if self.prompt is not None:
@@ -125,11 +121,8 @@ class GraphMethod(Method):
 
     def nodes(self, graphs: Any) -> Tensor:
         """Node embeddings [n, d] of prompted graphs."""
-        with dropping(self.backbone, self.training and self.config.backbone_dropout):
-            if self.handle is None:
-                return cast(Tensor, self.backbone(graphs))
-            with self.handle.active():
-                return cast(Tensor, self.backbone(graphs))
+        with dropping(self.backbone, self.training and self.config.backbone_dropout), self.active():
+            return cast(Tensor, self.backbone(graphs))
 
     def embed(self, graphs: Any) -> Tensor:
         """What the head reads of prompted graphs: graph embeddings [B, d]."""

@@ -11,7 +11,6 @@ logits only where something is read:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -94,13 +93,6 @@ class TextMethod(Method):
     def model(self) -> Model:
         """The module that is run: the backbone, or what a method puts in its place (an adapted copy that shares weights)."""
         return self.backbone
-
-    def active(self) -> AbstractContextManager[Any]:
-        return super().active() if self.handle is None else self.handle.active()
-
-    def remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = []

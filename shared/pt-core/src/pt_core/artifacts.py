@@ -33,7 +33,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from pt_core.errors import InputError
-from pt_core.frozen import BackboneIdentity, identity, write_at
+from pt_core.frozen import BackboneIdentity, write_at
 
 if TYPE_CHECKING:
     from pt_core.method import Method
@@ -102,34 +102,6 @@ def save_artifact(
     contents = (tensors_to_bytes(kept), text.encode() + b"\n", card.encode())
     write_folder(Path(folder), dict(zip(FILES, contents, strict=True)))
     return Path(folder)
-
-
-def save_method(
-    method: Method,
-    folder: str | Path,
-    *,
-    backbone_name: str | None = None,
-    revision: str | None = None,
-    task: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, float] | None = None,
-) -> Path:
-    """Write what `method` has trained as an artifact; see `save_artifact` and `pt_core.method.Method.save_pretrained`."""
-    backbone = method.backbone
-    in_memory = not any(parameter.is_meta for parameter in backbone.parameters())
-    known = identity(backbone, backbone_name, revision, full=method.frozen_backbone and in_memory)
-    if not method.frozen_backbone:  # its weights are no longer those that a user will load
-        known = known.model_copy(update={"sample": {}})
-    tensors = method.kept_state()
-    config = {
-        "method": method.name,
-        "package": type(method).__module__.partition(".")[0],
-        "method_class": f"{type(method).__module__}:{type(method).__qualname__}",
-        "method_config": method.config.model_dump(),
-        "backbone": known,
-        "task": dict(task) if task is not None else None,
-        "metrics": dict(metrics or {}),
-    }
-    return save_artifact(folder, tensors, config)
 
 
 def load_artifact(source: str | Path, revision: str | None = None) -> Artifact:

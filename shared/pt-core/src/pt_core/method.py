@@ -16,6 +16,7 @@ from pt_core import artifacts, frozen
 from pt_core.errors import InputError
 
 if TYPE_CHECKING:
+    from pt_core.attachment import Handle
     from pt_core.data import Split
     from pt_core.training import FitConfig, FitResult
 
@@ -82,6 +83,7 @@ class Method(nn.Module):
 
     config: MethodConfig
     backbone: nn.Module
+    handle: Handle | None = None  # of the prompt where it is attached
 
     def __init__(self, backbone: nn.Module, config: MethodConfig | None = None) -> None:
         super().__init__()
@@ -175,7 +177,7 @@ class Method(nn.Module):
         print(f"{self.name}: {trained:,} trained, {total:,} frozen ({100 * trained / max(total, 1):.4f} %)")
 
     def extra_state(self) -> dict[str, Any]:
-        """JSON state beyond tensors that a training run must restore (running scales, random generators)."""
+        """JSON state beyond tensors that a training run must restore."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -184,7 +186,7 @@ class Method(nn.Module):
     # --- where it runs ------------------------------------------------------------------------------------------
     def active(self) -> AbstractContextManager[Any]:
         """Context in which the backbone carries this method's prompt (nothing to do where none is attached)."""
-        return nullcontext()
+        return nullcontext() if self.handle is None else self.handle.active()
 
     def place(self, device: torch.device) -> Self:
         """Move the method, and the backbone unless it is already spread over devices or quantised."""
@@ -194,6 +196,8 @@ class Method(nn.Module):
 
     def remove(self) -> None:
         """Take everything out of the backbone; it is bit-identical to before."""
+        if self.handle is not None:
+            self.handle.remove()
 
     # --- training and keeping -----------------------------------------------------------------------------------
     def fit(
@@ -225,9 +229,20 @@ class Method(nn.Module):
             task: what prediction needs beyond the prompt: labels, verbalizer, template, preprocessing, tokenizer hash.
             metrics: numbers for the card.
         """
-        return artifacts.save_method(
-            self, Path(path), backbone_name=backbone_name, revision=revision, task=task, metrics=metrics
-        )
+        in_memory = not any(parameter.is_meta for parameter in self.backbone.parameters())
+        known = frozen.identity(self.backbone, backbone_name, revision, full=self.frozen_backbone and in_memory)
+        if not self.frozen_backbone:  # its weights are no longer those that a user will load
+            known = known.model_copy(update={"sample": {}})
+        config = {
+            "method": self.name,
+            "package": type(self).__module__.partition(".")[0],
+            "method_class": f"{type(self).__module__}:{type(self).__qualname__}",
+            "method_config": self.config.model_dump(),
+            "backbone": known,
+            "task": dict(task) if task is not None else None,
+            "metrics": dict(metrics or {}),
+        }
+        return artifacts.save_artifact(path, self.kept_state(), config)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, backbone: nn.Module, *, strict: bool = False) -> Self:

@@ -261,49 +261,6 @@ def evaluate_text(names: Iterable[str], predictions: Sequence[str], references: 
     return {name: float(METRICS["text"][name](predictions, references)) for name in names}
 
 
-class Evaluation:
-    """Predictions and targets collected batch by batch, and the metrics of all of them together. Made by `build`."""
-
-    def __init__(self, names: Sequence[str], task: str, num_classes: int | None, missing: int | None) -> None:
-        self.names, self.task, self.num_classes, self.missing = tuple(names), task, num_classes, missing
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all batches."""
-        self._predictions: list[Any] = []
-        self._targets: list[Any] = []
-
-    def update(self, predictions: Any, targets: Any) -> None:
-        """Add a batch: logits and labels (tensors), or predicted and reference texts (lists)."""
-        if self.task == "text":
-            self._predictions += predictions
-            self._targets += targets
-            return
-        if self.num_classes is not None and predictions.shape[1:] != (self.num_classes,):
-            raise InputError(f"logits {list(predictions.shape)} are not of {self.num_classes} classes")
-        self._predictions.append(predictions.detach())
-        self._targets.append(targets.detach())
-
-    def compute(self) -> dict[str, float]:
-        """Metric name -> value over all batches since the last reset."""
-        if not self._predictions:
-            raise InputError("there are no predictions to evaluate")
-        if self.task == "text":
-            return evaluate_text(self.names, self._predictions, self._targets)
-        predictions, targets = torch.cat(self._predictions), torch.cat(self._targets)
-        return evaluate_logits(self.names, self.task, predictions, targets, self.missing)
-
-
-def build(names: Sequence[str], task: str, num_classes: int | None = None, missing: int | None = None) -> Evaluation:
-    """An empty evaluation by the named metrics (`update`, `compute`, `reset`); definitions in `evaluate_logits`.
-
-    Raises:
-        InputError: an unknown task or metric.
-    """
-    check_names(names, task)
-    return Evaluation(names, task, num_classes, missing)
-
-
 def _refuse(bad: Tensor, problem: str) -> None:
     if bad.any():
         row = int(bad.reshape(len(bad), -1).any(1).nonzero()[0]) + 1

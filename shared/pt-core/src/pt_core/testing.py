@@ -572,7 +572,7 @@ class TinyPrompt(Method):
         self.handle = attach(backbone, self.prompt, always=False)
 
     def logits(self, batch: Batch) -> Tensor:
-        with self.handle.active():
+        with self.active():
             return cast(Tensor, self.backbone(batch["input_ids"])) + self.bias
 
     def forward(self, batch: Batch) -> Output:
@@ -597,9 +597,6 @@ class TinyPrompt(Method):
             {"name": "prompt", "params": [self.prompt.weight], "lr": self.config.lr},
             {"name": "bias", "params": [self.bias], "lr": self.config.bias_lr},
         ]
-
-    def remove(self) -> None:
-        self.handle.remove()
 
 
 def tiny_split(rows: int, seed: int = 0) -> Split:
