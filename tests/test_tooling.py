@@ -47,7 +47,8 @@ def workspace(tmp_path: Path) -> Path:
     write(
         root,
         "pyproject.toml",
-        '[tool.uv]\nconstraint-dependencies = ["torch==2.11.0", "transformers==5.23.0"]\n'
+        '[tool.uv]\nconstraint-dependencies = '
+        '["torch==2.11.0", "transformers==5.23.0", "huggingface-hub==2.4.0"]\n'
         '[tool.uv.workspace]\nmembers = ["packages/*", "shared/*"]\n',
     )
     write(root, "shared/pt-core/pyproject.toml", '[project]\nname = "pt-core"\ndependencies = ["torch>=2.6"]\n')
@@ -135,8 +136,11 @@ def test_a_base_unknown_to_git_affects_everything_and_says_so(
     assert f"does not know the base {base!r}" in capsys.readouterr().err
 
 
-def test_constraints_are_the_pinned_set_and_oldest_lowers_transformers_alone(workspace: Path) -> None:
-    assert ci.constraints(workspace, "pt-a", oldest=False) == ["torch==2.11.0", "transformers==5.23.0"]
+def test_constraints_are_the_pinned_set_and_oldest_lowers_transformers_and_frees_its_hub_client(
+    workspace: Path,
+) -> None:
+    pinned = ["torch==2.11.0", "transformers==5.23.0", "huggingface-hub==2.4.0"]
+    assert ci.constraints(workspace, "pt-a", oldest=False) == pinned
     assert ci.constraints(workspace, "pt-a", oldest=True) == ["torch==2.11.0", "transformers==5.1"]
 
 

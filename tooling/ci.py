@@ -86,14 +86,18 @@ def requirement_name(requirement: str) -> str:
 
 
 def constraints(root: Path, package: str, oldest: bool) -> list[str]:
-    """The workspace's pinned set; with `oldest`, transformers is held at the lowest version that the package declares."""
+    """The workspace's pinned set; with `oldest`, transformers is held at the lowest version that the package declares.
+
+    Its hub client goes with it: an older transformers wants an older one.
+    """
     pinned: list[str] = project(root)["tool"]["uv"]["constraint-dependencies"]
     if not oldest:
         return pinned
     lowest = lower_bound(root / members(root)[package], "transformers")
     if lowest is None:
         sys.exit(f"{package} declares no lower bound of transformers: there is no oldest version to test")
-    return [pin for pin in pinned if requirement_name(pin) != "transformers"] + [f"transformers=={lowest}"]
+    free = ("transformers", "huggingface-hub")
+    return [pin for pin in pinned if requirement_name(pin) not in free] + [f"transformers=={lowest}"]
 
 
 def changed_files(root: Path, base: str) -> list[PurePosixPath] | None:
