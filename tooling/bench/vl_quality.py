@@ -50,6 +50,9 @@ WHY: dict[str, dict[str, Any]] = {  # what is taken from RESTORE
     "restore-no-shift-term": {"gamma": 0},
 }
 SECONDS = 12  # of a cell with 4 shots of 63 concepts, on one core
+# Cells of this size, of a protocol: for a seed and a method that is trained; or, with methods of its own, for a seed.
+PER_METHOD = {"few-shot": 1.8, "base-to-new": 0.5, "cross-dataset": 1.5, "domains": 1.2}
+PER_SEED = {"multi-task": 10.0, "transfer": 6.0}
 console = Console(width=140)
 
 
@@ -204,6 +207,13 @@ def multi_task(folder: Path, seeds: Sequence[int], why: bool = False) -> None:
     show(folder, rows, ("accuracy/targets", *(f"accuracy/{target}" for target in targets)), "multi-task")
 
 
+def estimate(protocols: Sequence[str], methods: Sequence[str], seeds: int) -> float:
+    """Seconds on one core."""
+    trained = sum(name not in ("zero-shot", "linear-probe", "tip-adapter") for name in methods)
+    cells = sum(PER_METHOD.get(name, 0) * trained + PER_SEED.get(name, 0) for name in protocols)
+    return SECONDS * seeds * cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
@@ -213,10 +223,7 @@ def main() -> None:
     parser.add_argument("--why", action="store_true", help="look for causes, in base-to-new and multi-task")
     chosen = parser.parse_args()
     seeds = range(1, chosen.seeds + 1)
-    # transfer says its own
-    weights = {"few-shot": 1.8, "base-to-new": 0.5, "cross-dataset": 1.5, "domains": 1.2, "multi-task": 1.0}
-    trained = sum(name not in ("zero-shot", "linear-probe", "tip-adapter") for name in chosen.methods)
-    seconds = SECONDS * chosen.seeds * trained * sum(weights.get(name, 0) for name in chosen.protocols)
+    seconds = estimate(chosen.protocols, chosen.methods, chosen.seeds)
     console.print(f"about {seconds / 60:.0f} minutes on one core; finished cells in {chosen.output} are kept")
     of_methods = {"few-shot": few_shot, "cross-dataset": cross_dataset, "domains": domains}
     for name in chosen.protocols:

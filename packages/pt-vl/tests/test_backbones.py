@@ -174,6 +174,46 @@ def test_open_clips_own_tokeniser_gives_the_librarys_ids(make_model: Any) -> Non
     assert words.eot.tolist() == expected.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("options", [{"strip_sep_token": True}, {"clean": "canonicalize"}, {"clean": "lower"}])
+def test_open_clips_wrapper_of_hugging_face_tokenisers_gives_the_librarys_ids(
+    options: dict[str, Any], make_model: Any, make_tokeniser: Any, tmp_path: Path
+) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    plain = make_tokeniser()
+    plain.sep_token = "<eot>"
+    plain.save_pretrained(tmp_path)
+    made = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=18, **options)
+    backbone = DualEncoder(make_model("open-clip"), made)
+    texts = ["a photo  of a cat.", "Dog &amp; bird, big_house.", "X"]
+    expected = made(texts)
+    words = backbone.tokenise(texts)
+    n = words.ids.shape[1]
+    assert torch.equal(words.ids, expected[:, :n])
+    assert (expected[:, n:] == expected[0, -1]).all()
+    assert backbone.plain_ids(texts[1]) == plain(made.clean_fn(texts[1]), add_special_tokens=False)["input_ids"]
+    untouched = DualEncoder(make_model("open-clip"), plain).tokenise(texts).ids
+    assert not torch.equal(words.ids, untouched), "the texts must differ for this to mean anything"
+    made.tokenizer_mode = "clips"
+    with pytest.raises(InputError, match="HFTokenizer of mode 'clips' is not known"):
+        DualEncoder(backbone.model, made)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_text_of_open_clip_that_is_pooled_at_the_last_slot_keeps_the_whole_context(
+    causal: bool, make_tokeniser: Any
+) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    vision = open_clip.CLIPVisionCfg(layers=1, width=8, head_width=4, patch_size=4, image_size=8)
+    text = {"context_length": 18, "vocab_size": 40, "width": 16, "heads": 4, "layers": 2, "pool_type": "last"}
+    model = open_clip.CLIP(8, vision, open_clip.CLIPTextCfg(**text, no_causal_mask=not causal)).eval()
+    backbone = DualEncoder(model.requires_grad_(False), make_tokeniser())
+    words = backbone.tokenise(TEXTS)
+    assert words.ids.shape == (3, 18) and words.eot.tolist() == [17, 17, 17]
+    same(backbone.encode_text(TEXTS), model.encode_text(words.ids))
+    assert backbone.causal is causal
+
+
 # --- prompts in the image tower --------------------------------------------------------------------------------------
 def by_hand_image(backbone: DualEncoder, pixels: Tensor, rows: dict[int, Tensor], place: str) -> Tensor:
     """Prompts placed by a loop over the library's blocks."""

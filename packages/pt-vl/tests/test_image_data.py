@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 from pt_core.artifacts import load_artifact
 from pt_core.data import Split
@@ -144,6 +145,8 @@ def test_split_files_of_the_field_are_read_as_they_are(folder: Path, make_encode
         (lambda c: c["test"].append(["train/cat/0.png", 7, "owl"]), r"labels are not 0 \.\. 3"),
         (lambda c: c["test"].append(["train/cat/99.png", 1, "cat"]), "no such image: 'train/cat/99.png'"),
         (lambda c: c["test"].append(["../x.png", 1, "cat"]), "leads out of"),
+        (lambda c: c.update(val=None), r"split_zhou_Toy\.json, field 'val': None is no list of images"),
+        (lambda c: c.update(train=3), r"split_zhou_Toy\.json, field 'train': 3 is no list of images"),
     ],
 )
 def test_a_wrong_split_file_is_refused(change: Any, problem: str, folder: Path, make_encoder: Make) -> None:
@@ -166,6 +169,80 @@ def test_folders_of_datasets(folder: Path, tmp_path: Path, make_encoder: Make) -
     assert labels(task.train) == [1, 0, 0, 1]
     assert task.train is not None
     assert torch.equal(task.train.rows[2]["pixels"], task.spec.preprocessing(picture(2)))
+
+
+def saved(folder: Path, part: Any) -> Path:
+    part.save_to_disk(str(folder))
+    return folder
+
+
+def made(datasets: Any, rows: list[int], names: list[str] | None = None) -> Any:
+    """A data set of one picture a row, by the row's label; with class names, or with numbers."""
+    label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+    features = datasets.Features({"photo": datasets.Image(), "label": label})
+    return datasets.Dataset.from_dict({"photo": [picture(i + 1) for i in rows], "label": rows}, features=features)
+
+
+def test_other_splits_of_datasets_lie_in_folders_of_their_own(tmp_path: Path, make_encoder: Make) -> None:
+    datasets = pytest.importorskip("datasets")
+    train = saved(tmp_path / "train", made(datasets, [0, 0, 1, 1], ["dog", "cat"]))
+    test = saved(tmp_path / "test", made(datasets, [0, 1, 1], ["cat", "dog"]))  # numbers its classes otherwise
+    held = made(datasets, [0, 1], ["dog", "cat"])
+    both = saved(tmp_path / "both", datasets.DatasetDict({"train": held, "valid": held}))
+    task = ImageTask.from_dataset(train, make_encoder(), validation=both, test=test, image="photo")
+    assert task.spec.class_names == ("dog", "cat")
+    assert [labels(split) for split in (task.train, task.validation, task.test)] == [[0, 0, 1, 1], [0, 1], [1, 0, 0]]
+    assert task.test is not None
+    assert torch.equal(task.test.rows[1]["pixels"], task.spec.preprocessing(picture(2)))
+    with pytest.raises(InputError, match="both, field 'test': has no split 'test'. There are: train, validation"):
+        ImageTask.from_dataset(train, make_encoder(), test=both, image="photo")
+    with pytest.raises(InputError, match="row 2, field 'label': label -1 is no class"):
+        ImageTask.from_dataset(
+            saved(tmp_path / "bad", made(datasets, [0, -1], ["dog", "cat"])), make_encoder(), image="photo"
+        )
+
+
+def test_datasets_at_hand_are_taken_as_they_are(folder: Path, make_encoder: Make) -> None:
+    datasets = pytest.importorskip("datasets")
+    part = made(datasets, [1, 0], ["dog", "cat"])
+    for source in (part, datasets.DatasetDict({"train": part})):
+        task = ImageTask.from_dataset(source, make_encoder(), test=part, image="photo")
+        assert (labels(task.train), labels(task.test)) == ([1, 0], [1, 0])
+    paths = [str(folder / "train" / "cat" / f"{i}.png") for i in range(2)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    by_path = datasets.Dataset.from_dict({"image": paths, "label": ["a", "b"]}, features=features)
+    task = ImageTask.from_dataset(by_path, make_encoder())
+    assert task.train is not None
+    assert torch.equal(task.train.rows[1]["pixels"], task.pixels(Path(paths[1])))
+    with pytest.raises(InputError, match="list is no data set. Give a Dataset"):
+        ImageTask.from_dataset([1, 2], make_encoder())
+    gap = datasets.Dataset.from_dict({"image": [paths[0], None], "label": ["a", "b"]}, features=features)
+    with pytest.raises(InputError, match="row 2, field 'image': there is no image"):
+        ImageTask.from_dataset(gap, make_encoder())
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "expected"),
+    [
+        (["red car", "tree"], ("red car", "tree"), [0, 0, 1]),  # one for each index
+        ({"cat": "tree", "dog": "red car"}, ("tree", "red car"), [1, 1, 0]),
+        ({"1": "tree", "0": "red car"}, ("tree", "red car"), [1, 1, 0]),
+        ({0: "red car", 1: "tree"}, ("red car", "tree"), [0, 0, 1]),
+        (["cat", "dog"], ("cat", "dog"), [1, 1, 0]),  # the labels in another order
+        ("names.txt", ("tree", "red car"), [1, 1, 0]),
+    ],
+)
+def test_classes_of_a_column_with_names_may_be_named_otherwise(
+    given: Any, names: tuple[str, ...], expected: list[int], tmp_path: Path, make_encoder: Make
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "names.txt").write_text("1 tree\n0 red car\n")
+    given = tmp_path / given if isinstance(given, str) else given
+    part = made(datasets, [0, 0, 1], ["dog", "cat"])
+    task = ImageTask.from_dataset(part, make_encoder(), image="photo", class_names=given)
+    assert (task.spec.class_names, labels(task.train)) == (names, expected)
+    with pytest.raises(InputError, match="unknown label 'cat'"):
+        ImageTask.from_dataset(part, make_encoder(), image="photo", class_names=["dog"])
 
 
 def test_arrays_in_memory(make_encoder: Make) -> None:
@@ -209,7 +286,7 @@ def test_class_names_that_are_wrong_are_refused(folder: Path, make_encoder: Make
     def task(names: Any, **options: Any) -> ImageTask:
         return ImageTask.from_folder(folder / "train", make_encoder(), class_names=names, **options)
 
-    with pytest.raises(InputError, match="class names 'a cat' and 'a_cat' are one"):
+    with pytest.raises(InputError, match="class names 'a cat' and 'a_cat' are one. Tell them apart"):
         task({"cat": "a cat", "big_house": "a_cat", "dog": "dog"})
     with pytest.raises(InputError, match="class name 'dog' is there twice"):
         task(["cat", "big_house", "dog", "dog"])
@@ -347,6 +424,17 @@ def test_base_and_new_are_halves_by_label_id_labelled_from_zero(folder: Path, ma
     assert all(i.startswith(("test/dog", "test/cat")) for i in map(str, base.test.ids or ()))
 
 
+def test_a_half_may_have_no_images_but_those_that_it_is_tested_on(make_encoder: Make) -> None:
+    images, names = np.zeros((4, 4, 4, 3), dtype=np.uint8), ["cat", "dog", "bird", "tree"]
+    splits = {"train": (images, [0, 1, 2, 3]), "validation": (images[:2], [0, 1]), "test": (images, [0, 1, 2, 3])}
+    base, new = ImageTask.from_arrays(splits, make_encoder(), class_names=names).base_to_new()
+    assert (labels(base.validation), new.validation) == ([0, 1], None)
+    assert (labels(new.train), labels(new.test)) == ([0, 1], [0, 1])
+    splits["test"] = (images[:2], [0, 1])
+    with pytest.raises(InputError, match="field 'data.test': there are no test images of bird, tree"):
+        ImageTask.from_arrays(splits, make_encoder(), class_names=names).base_to_new()
+
+
 def test_of_37_classes_19_are_base_and_18_new(make_encoder: Make) -> None:
     images = np.zeros((37, 4, 4, 3), dtype=np.uint8)
     names = [f"X {'a ' * (i // 8)}{'bcdefghi'[i % 8]}" for i in range(37)]
@@ -373,6 +461,21 @@ def test_augmentation_draws_anew_from_the_seeded_generator_and_only_for_training
     backbone = make_encoder()
     assert cache_features(task.train, backbone) is task.train, "augmented views are not cached"
     assert cache_features(task.validation, backbone) is not task.validation
+
+
+def test_features_kept_in_a_folder_are_those_of_the_images_not_of_their_ids(folder: Path, make_encoder: Make) -> None:
+    backbone = make_encoder()
+    task = ImageTask.from_folder(folder / "train", backbone, test=folder / "test")
+    assert task.train is not None and task.test is not None
+    assert set(task.test.ids or ()) < set(task.train.ids or ())
+    for split in (task.train, task.test, task.train):
+        kept, plain = (cache_features(split, backbone, 4, where) for where in (folder / "features", None))
+        rows = range(len(split))
+        assert_close(kept.batch(rows)["image_features"], plain.batch(rows)["image_features"])
+        assert kept.ids == split.ids
+    save(folder / "test" / "cat" / "0.png", seed=77)  # another image in the place of one
+    kept, plain = (cache_features(task.test, backbone, 4, where) for where in (folder / "features", None))
+    assert_close(kept.batch([2])["image_features"], plain.batch([2])["image_features"])
 
 
 def test_a_run_from_a_folder_to_a_saved_prompt_and_back(folder: Path, tmp_path: Path, make_encoder: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from pt_core.errors import InputError
 from pt_core.training import FitConfig
+from pt_vl.method import Stacked
 from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
 
 Make = Callable[..., Any]
@@ -51,3 +53,25 @@ def test_a_class_without_training_rows_is_refused_by_name(make_encoder: Make, ma
     with pytest.raises(InputError, match="no training row is of class tree"):
         method.fit(make_images(9), None, RUN)
     assert torch.equal(method.head.weight, torch.zeros(4, 8))
+
+
+def test_one_view_of_each_image_is_drawn_by_the_runs_seed(make_encoder: Make, make_images: Make) -> None:
+    plain = make_images(9)
+
+    class Views(list[dict[str, Any]]):
+        def __getitem__(self, index: Any) -> Any:
+            row = plain.rows[index]
+            return row | {"pixels": row["pixels"] + torch.randn(3, 12, 12)}
+
+    views = replace(plain, rows=Views(plain.rows), collate=Stacked(fixed=False))
+
+    def fitted(state: int, seed: int = 0) -> torch.Tensor:
+        method = LinearProbe(make_encoder(), LinearProbeConfig(class_names=("cat", "dog", "bird")))
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        method.fit(views, None, RUN.model_copy(update={"seed": seed}))
+        assert torch.equal(torch.get_rng_state(), before)
+        return method.head.weight
+
+    assert torch.equal(fitted(1), fitted(2))
+    assert not torch.equal(fitted(1), fitted(1, seed=1))

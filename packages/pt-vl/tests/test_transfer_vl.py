@@ -197,6 +197,15 @@ def test_tasks_stand_beside_other_images_or_alone(folder: Path) -> None:
         bench(folder, tasks={})
 
 
+def test_a_task_may_have_templates_of_its_own(folder: Path) -> None:
+    settings = {part: str(folder / "things" / part) for part in ("train", "test")}
+    tasks = {"plain": settings, "told": settings | {"templates": "a {} texture."}}
+    there = bench(folder, {"name": "vpt"}, tasks=tasks, templates="a {}.")
+    for task, templates in (("plain", ("a {}.",)), ("told", ("a {} texture.",))):
+        job, _ = there.transfer_job("vpt", 0, task)
+        assert job.method.config.templates == templates and job.task["templates"] == list(templates)
+
+
 def test_what_is_wrong_with_a_task_names_it(folder: Path) -> None:
     (folder / "things" / "train" / "big_house" / "0.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="task 'things': .*cannot be read"):

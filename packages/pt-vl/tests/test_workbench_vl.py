@@ -110,6 +110,81 @@ def test_targets_are_tested_with_the_classes_that_they_have(folder: Path) -> Non
     assert scores["accuracy/others"] == pytest.approx((scores["accuracy/domain"] + scores["accuracy/pets"]) / 2)
 
 
+def test_images_that_are_trained_on_are_never_what_is_tested(folder: Path) -> None:
+    domain = {"domain": {"test": str(folder / "domain")}}
+    for data in ({"protocol": "base-to-new"}, {"targets": domain}, {"protocol": "base-to-new", "targets": domain}):
+        with pytest.raises(InputError, match="field 'data.test': .* images of its own, and there are none"):
+            Bench(made(folder, test=None, **data)).job("coop", 0)
+    with pytest.raises(InputError, match="field 'data.train': there are no images to train on"):
+        Bench(made(folder, train=None)).job("coop", 0)
+    assert Bench(made(folder, test=None)).job("coop", 0)[0].test is None, "nothing is asked, nothing is answered"
+
+
+def test_too_few_classes_are_refused_before_training(folder: Path) -> None:
+    for part in ("train", "test"):
+        shutil.rmtree(folder / part / "tree")
+    with pytest.raises(
+        InputError, match="field 'data.protocol': there are 3 classes. base-to-new needs two classes in"
+    ):
+        Bench(made(folder, protocol="base-to-new")).job("coop", 0)
+
+
+def test_a_half_without_validation_images_is_trained_and_tested(folder: Path) -> None:
+    for name in NAMES[:2]:
+        shutil.copytree(folder / "domain" / name, folder / "held" / name)
+    job, _ = Bench(made(folder, protocol="base-to-new", validation=str(folder / "held"))).job("coop", 0)
+    assert job.validation is not None and len(job.validation) == 2 * 2
+    assert job.test is not None and set(evaluate(job.method, job.test)) == {"loss", "base", "new", "harmonic-mean"}
+
+
+def test_folders_of_datasets_are_read_with_their_columns_and_other_splits(folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=list(NAMES))})
+    for part in ("train", "test", "domain"):
+        labels = [i for i in range(4) for _ in range(3)]
+        paths = [str(folder / part / NAMES[label] / f"{row % 3}.png") for row, label in enumerate(labels)]
+        rows = {"photo": [Image.open(path) for path in paths], "kind": labels}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder / f"{part}-saved"))
+    columns = {"image": "photo", "label": "kind"}
+    parts = {"train": "train", "validation": "domain", "test": "test"}
+    data = {split: str(folder / f"{part}-saved") for split, part in parts.items()}
+    targets = {"domain": {"test": str(folder / "domain-saved"), **columns}}
+    bench = Bench(made(folder, **data | columns | {"targets": targets, "class_names": NAMES[::-1]}))
+    task = bench.task(0)
+    assert task.spec.class_names == NAMES[::-1]
+    assert task.train is not None and task.validation is not None and task.test is not None
+    assert (len(task.train), len(task.validation), len(task.test)) == (8, 8, 12)
+    first = task.spec.preprocessing(Image.open(folder / "test" / "bird" / "0.png"))
+    assert task.test.rows[0]["pixels"].equal(first) and task.test.rows[0]["label"] == 3
+    job, _ = bench.job("coop", 0)
+    assert job.test is not None and {"accuracy", "accuracy/domain"} <= set(evaluate(job.method, job.test))
+
+
+@pytest.mark.parametrize("method", ["zero-shot", "linear-probe"])
+def test_a_target_may_have_templates_of_its_own(folder: Path, method: str) -> None:
+    domain, words = str(folder / "domain"), ("X X X {} three",)
+    pets = folder / "pets"
+    for name in ("cat", "red car"):
+        shutil.copytree(folder / "domain" / "cat", pets / name)
+    targets = {"same": {"test": domain}, "told": {"test": domain, "templates": words[0]}}
+    targets |= {"pets": {"test": str(pets), "templates": "dtd"}}
+    bench = Bench(made(folder, {"name": method}, targets=targets))
+    assert [t.spec.templates for t in bench.targets().values()] == [("a photo of a {}.",), words, ("{} texture.",)]
+    job, _ = bench.job(method, 0)
+    assert job.test is not None
+    scores, images = evaluate(job.method, job.test), bench.targets()["same"].train
+    assert images is not None
+    if method == "linear-probe":  # reads no text
+        assert scores["accuracy/told"] == scores["accuracy/same"] and "accuracy/pets" not in scores
+        return
+    told = job.method.with_classes(NAMES, words)
+    assert told.config.templates == words and job.method.config.templates == ("a photo of a {}.",)
+    assert scores["accuracy/told"] == evaluate(told, images)["accuracy"] != scores["accuracy/same"]
+    assert scores["accuracy/same"] == evaluate(job.method, images)["accuracy"]
+    other = job.method.with_classes(("cat", "red car"), ("{} texture.",))
+    assert scores["accuracy/pets"] == evaluate(other, bench.targets()["pets"].train)["accuracy"]
+
+
 def test_the_cache_of_tip_adapter_is_as_large_as_the_data(folder: Path) -> None:
     job, config = Bench(made(folder, {"name": "tip-adapter"})).job("tip-adapter", 0)
     assert job.method.config.cache_size == 8
@@ -130,6 +205,9 @@ def test_the_identity_follows_images_and_settings(folder: Path) -> None:
         ({"split_file": ".", "images": "."}, "not both"),
         ({"shots": 0}, "greater than or equal to 1"),
         ({"protocol": "zero"}, "'few-shot' or 'base-to-new'"),
+        ({"train": None, "test": None, "icons": {}, "class_names": NAMES}, "have class names of their own"),
+        ({"targets": {"other": {"icons": {}, "class_names": NAMES}}}, "have class names of their own"),
+        ({"targets": {"other": {"icons": {}, "templates": "a photo"}}}, "needs one {}"),
     ],
 )
 def test_bad_settings_are_refused(folder: Path, data: dict[str, Any], problem: str) -> None:
@@ -176,6 +254,25 @@ def test_the_recipe_of_the_real_model_has_published_settings_and_every_method_ta
         recipe.load("vl/clip-b16")
 
 
+def test_the_recipe_of_the_shipped_model_builds_all_its_runs_on_its_own_data() -> None:
+    _, checked = recipe.load("vl/mini-clip")
+    bench = Bench(checked)  # type: ignore[arg-type]
+    for label in checked.labels():
+        job, config = bench.job(label, 1)
+        assert (len(job.train), len(job.validation or ()), len(job.test or ())) == (63 * 4, 63, 317)
+        assert config.seed == 1 and len(job.method.config.class_names) == 63
+        if label in ("coop", "maple", "r-amt"):  # of text, of both towers, and with a loop of its own
+            assert (
+                job.method.fit(job.train, None, config.model_copy(update={"max_steps": 1, "device": "cpu"})).steps == 1
+            )
+        job.method.remove()
+    assert len(bench.task_names) == 11
+    for name in bench.task_names:
+        job, _ = bench.transfer_job("coop", 1, name)
+        classes = len(job.method.config.class_names)
+        assert (len(job.train), len(job.test or ())) == (4 * classes, 20 * classes)
+
+
 @pytest.mark.parametrize("method", ["coop", "linear-probe"])
 def test_of_a_domain_with_some_of_the_classes_only_their_logits_are_compared(folder: Path, method: str) -> None:
     part = folder / "part"
@@ -206,3 +303,21 @@ def test_the_demo_runs_on_a_folder_of_ones_own(folder: Path, capsys: pytest.Capt
     assert (folder / "demo" / "1-shots" / "cells").is_dir() and (folder / "demo" / "2-shots" / "cells").is_dir()
     with pytest.raises(InputError, match="has no folder 'train'"):
         workbench.demo(folder / "other", 1, 2, folder / "train")
+
+
+def test_the_demo_tries_no_more_shots_than_there_are_images_and_halves_no_three_classes(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    for part in ("train", "test"):
+        shutil.rmtree(folder / part / "tree")
+    (folder / "train" / "cat" / "5.png").unlink()
+    monkeypatch.setattr(demo, "SHOWN", ("zero-shot", "coop"))
+    monkeypatch.setattr(demo, "LADDER", (2, 8, 16))
+    monkeypatch.setattr(demo.runs, "predict_afresh", lambda *_: "")
+    demo.run(folder / "demo", 1, 16, folder)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "No class has more than 6 training images: 6 shots, not 16." in told
+    assert "There are 3 classes: base-to-new needs two in each half, and is left out." in told
+    assert sorted(path.name for path in (folder / "demo").iterdir() if path.is_dir()) == ["2-shots", "6-shots"]
+    assert "Base-to-new" not in (folder / "demo" / "report.html").read_text("utf-8")

@@ -186,16 +186,24 @@ def test_no_drawing_is_in_both_splits(column: str, table: dict[str, list[Any]], 
 
 
 @pytest.mark.parametrize(
-    "question", ["concepts", "classes", "groups", "unseen concepts", "domain game", "task transport"]
+    "question",
+    [
+        *("concepts", "concepts 1 to 20", "concepts 21 to 40", "concepts 41 to 60"),
+        *("classes", "groups", "unseen concepts", "domain game", "task transport"),
+    ],
 )
 def test_the_card_says_what_is_measured(
     question: str, clip: CLIPModel, processor: CLIPProcessor, features: torch.Tensor, table: dict[str, list[Any]]
 ) -> None:
     kind, _, value = question.partition(" ")
-    field = {"groups": "group", "concepts": "concept"}.get(question, "class")
-    column = "concept_split" if question == "concepts" else "split"
+    field = {"groups": "group", "concepts": "concept"}.get(kind, "class")
+    column = "concept_split" if kind == "concepts" else "split"
     rows = [i for i, split in enumerate(table[column]) if split == "test"]
-    if kind == "unseen":
+    if kind == "concepts" and value:
+        first, last = (int(number) for number in value.split(" to "))
+        few = sorted({table["concept"][i] for i in rows})[first - 1 : last]
+        rows = [i for i in rows if table["concept"][i] in few]
+    elif kind == "unseen":
         rows = [i for i in rows if table["unseen"][i]]
     elif value:
         rows = [i for i in rows if table[{"task": "group"}.get(kind, kind)][i] == value]
@@ -212,6 +220,15 @@ def test_zero_shot_is_far_above_chance_on_vendors_and_concepts_that_it_has_not_s
     for first in (1, 21, 41):
         _, ways, top1, *_ = on_card(f"shipped: concepts {first} to {first + 19}")
         assert ways == 20 and top1 > 0.6
+
+
+def test_sets_that_were_trained_on_though_a_held_out_vendor_drew_them_are_named(about: dict[str, Any]) -> None:
+    card = (CLIP / "README.md").read_text("utf-8")
+    trained = re.findall(r"^- .+ \(`(.+)`\), (.+), .+$", card, re.M)
+    assert len(trained) == 150
+    vendors = {info["author"] for info in about["sets"].values()}
+    named = re.findall(r"`(.+?)`", card.partition("- **vendors**")[2].partition("- **concepts**")[0])
+    assert {name for name, author in trained if author in vendors} == {"lucide-lab", "memory"} == set(named)
 
 
 def test_no_icon_of_a_held_out_vendor_or_concept_would_be_trained_on(builder: Any, about: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ the prompt slots that came up from the block before (deep visual prompt tuning, 
 
 What makes it fast is exact, and taken only where a tower declares that it holds (`causal`):
 
-- text is cut behind the last slot that is pooled (77 -> about 20 tokens);
+- text is cut behind the last slot that is pooled (77 -> about 20 tokens), unless that is the last one of the context;
 - a prefix that all classes share ([SOS] and context) runs once; its keys and values are expanded over the classes;
 - of the last block, only what is pooled is computed;
 - many classes run in chunks that are computed again in the backward pass, so that one chunk's activations are held at a time;
@@ -117,6 +117,7 @@ class _Tower:
 
     causal: bool = False
     first: int = 0  # slot of the first word or patch: 1 behind [SOS] or CLS
+    last: bool = False  # whether text is pooled at the last slot of the whole context
     parts: bool = False  # whether `open_block` and `close_block` know the blocks
     at_cls: bool = False  # whether an image is read at CLS alone
 
@@ -168,7 +169,7 @@ class _HFText(_HFBlocks):
 
     def __init__(self, model: Any, causal: bool) -> None:
         super().__init__(model.text_model)
-        self.causal, self.first = causal, int(causal)
+        self.causal, self.first, self.last = causal, int(causal), not causal
         self.project = model.text_projection if causal else model.text_model.head
         self.context = int(self.tower.config.max_position_embeddings)
         self.words = self.tower.embeddings.token_embedding
@@ -255,7 +256,8 @@ class _OpenClipText(_OpenClipBlocks):
         if self.pooling not in ("argmax", "eos", "last"):
             raise InputError(f"text pooled by {self.pooling!r} is not known", remedy="Use a CLIP model")
         self.causal = self.tower.attn_mask is not None
-        self.first = int(self.pooling != "last")
+        self.last = self.pooling == "last"
+        self.first = int(not self.last)
         self.context = int(self.tower.context_length)
         self.words = self.tower.token_embedding
 
@@ -358,10 +360,12 @@ class DualEncoder(nn.Module):
         self.__dict__["text_tower"], self.__dict__["image_tower"] = text, image
         # Hugging Face processors, and open_clip's wrapper of Hugging Face tokenisers, hold the tokeniser.
         self.tokeniser = getattr(processor, "tokenizer", processor)
+        self._clean, self._blank = _around(processor)
         self.preprocessing = preprocessing or self._own_preprocessing(getattr(processor, "image_processor", None))
 
     text_tower: _HFText | _OpenClipText
     image_tower: _HFImage | _OpenClipImage | None
+    _clean: Callable[[str], str]
 
     def _own_preprocessing(self, image_processor: Any) -> Preprocessing:
         visual = getattr(self.model, "visual", None)
@@ -471,22 +475,24 @@ class DualEncoder(nn.Module):
                     remedy="Shorten the class name, the template or the context",
                 )
         lengths = torch.tensor([len(row) for row in rows])
-        n = int(lengths.max()) if self.causal else context
+        n = int(lengths.max()) if self.causal and not self.text_tower.last else context
         ids = torch.full((len(rows), n), self._pad)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
+        if self._blank is not None:
+            ids[ids == self._blank] = 0
         return Words(ids, self._eot(ids), lengths)
 
     def plain_ids(self, text: str) -> list[int]:
         """Token ids of a text without special tokens."""
         if hasattr(self.tokeniser, "convert_tokens_to_ids"):
-            return list(self.tokeniser(text, add_special_tokens=False)["input_ids"])
+            return list(self.tokeniser(self._clean(text), add_special_tokens=False)["input_ids"])
         return list(self.tokeniser.encode(text))  # open_clip's own
 
     def _encode(self, text: str) -> list[int]:
         """Token ids with special tokens, as many as there are."""
         if hasattr(self.tokeniser, "convert_tokens_to_ids"):
-            return list(self.tokeniser(text)["input_ids"])
+            return list(self.tokeniser(self._clean(text))["input_ids"])
         return [self.tokeniser.sot_token_id, *self.tokeniser.encode(text), self.tokeniser.eot_token_id]
 
     @property
@@ -501,7 +507,7 @@ class DualEncoder(nn.Module):
         else:
             token = getattr(tower.tower, "eos_token_id", None)
             # Before transformers 4.31 CLIP's configurations said 2, and the largest id was pooled; such files live on.
-            kind = "last" if not tower.causal else "argmax" if token == 2 else "eos"
+            kind = "last" if tower.last else "argmax" if token == 2 else "eos"
         if kind == "last":
             return torch.full((len(ids),), ids.shape[1] - 1)
         if kind == "argmax":
@@ -954,6 +960,24 @@ def shipped_model(name: str) -> Path:
         there = ", ".join(f"zoo:{f.parent.name}" for f in sorted(ZOO.glob("*/config.json"))) or "none"
         raise InputError(f"no model {name!r} ships with pt-vl", field="backbone.name", remedy=f"There are: {there}")
     return folder
+
+
+def _around(processor: Any) -> tuple[Callable[[str], str], int | None]:
+    """What open_clip's wrapper of Hugging Face tokenisers does to a text first, and the token id that it then turns into 0.
+
+    Raises:
+        InputError: it does more than that.
+    """
+    kind = type(processor)
+    if not (kind.__module__.startswith("open_clip") and hasattr(processor, "tokenizer")):
+        return str, None
+    if getattr(processor, "tokenizer_mode", "") or not hasattr(processor, "clean_fn"):
+        mode = getattr(processor, "tokenizer_mode", "")
+        raise InputError(
+            f"open_clip's {kind.__name__}{f' of mode {mode!r}' if mode else ''} is not known",
+            remedy="Use a model with open_clip's SimpleTokenizer, or with its HFTokenizer in the default mode",
+        )
+    return processor.clean_fn, processor.tokenizer.sep_token_id if processor.strip_sep_token else None
 
 
 def _load_open_clip(name: str) -> tuple[Any, Any]:

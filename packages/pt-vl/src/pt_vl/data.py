@@ -258,6 +258,8 @@ def list_split_file(file: str | Path, images: str | Path) -> tuple[dict[str, Lis
     found = {}
     for key, split in (("train", "train"), ("val", "validation"), ("test", "test")):
         listed = Listed(file=file)
+        if not isinstance(content[key], list):
+            raise InputError(f"{content[key]!r:.60} is no list of images", file=file, field=key)
         for number, row in enumerate(content[key], start=1):
             right = isinstance(row, list) and len(row) == 3
             if not (right and isinstance(row[0], str) and type(row[1]) is int and isinstance(row[2], str)):
@@ -275,23 +277,34 @@ def list_split_file(file: str | Path, images: str | Path) -> tuple[dict[str, Lis
 
 
 def list_dataset(
-    folder: str | Path, image: str = "image", label: str = "label"
+    source: Any, image: str = "image", label: str = "label", alone: str = "train"
 ) -> tuple[dict[str, Listed], list[str] | None]:
-    """Splits and class names (if the label column has them) of a folder that `datasets` has saved.
+    """Splits and class names (if the label column has them) of a folder that `datasets` has saved, or of what it has loaded.
+
+    Labels of a column with class names are names, so that two data sets may number them differently.
+
+    Args:
+        source: the folder, a `datasets.Dataset`, or a `DatasetDict`.
+        image, label: columns.
+        alone: split that a `Dataset`, which has none, is taken for.
 
     Raises:
-        InputError: `datasets` is not installed, the folder is none of its own, or a column is absent.
+        InputError: `datasets` is not installed, the source is none of its own, a column is absent, or a label or an image is.
     """
+    folder = Path(source) if isinstance(source, str | Path) else None
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise InputError("reading this folder needs datasets", file=folder, remedy="Install datasets") from error
-    folder = Path(folder)
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"is no folder of datasets ({str(error).splitlines()[0]})", file=folder) from error
-    parts = loaded if isinstance(loaded, dict) else {"train": loaded}
+    loaded = source
+    if folder is not None:
+        try:
+            loaded = datasets.load_from_disk(str(folder))
+        except (OSError, ValueError) as error:
+            raise InputError(f"is no folder of datasets ({str(error).splitlines()[0]})", file=folder) from error
+    if not isinstance(loaded, datasets.Dataset | datasets.DatasetDict):
+        raise InputError(f"{type(loaded).__name__} is no data set", remedy="Give a Dataset, a DatasetDict, or a folder")
+    parts = loaded if isinstance(loaded, dict) else {alone: loaded}
     found, names = dict[str, Listed](), None
     for key, part in parts.items():
         split = {"val": "validation", "valid": "validation"}.get(key, key)
@@ -300,12 +313,19 @@ def list_dataset(
         for column in (image, label):
             if column not in part.column_names:
                 raise InputError("no such column", file=folder, field=column, remedy=f"There are: {part.column_names}")
-        names = getattr(part.features[label], "names", None) or names
+        own = getattr(part.features[label], "names", None)
+        names = names or own
         listed = Listed(labels=list(part[label]), file=folder)
+        if own is not None:
+            listed.labels = [own[i] for i in _indices(listed, own, by_index=True)]
         # Not decoded by `datasets`, which would open whatever path a row names.
         for number, cell in enumerate(part.cast_column(image, datasets.Image(decode=False))[image], start=1):
+            if cell is None:
+                raise InputError("there is no image", file=folder, row=number, field=image)
             raw, path = cell["bytes"], cell["path"] or ""
-            listed.sources.append(raw if raw is not None else inside(folder, path, folder, number))
+            if raw is None:  # the paths of a data set at hand are the caller's own
+                raw = Path(path) if folder is None else inside(folder, path, folder, number)
+            listed.sources.append(raw)
             listed.ids.append(f"{key}/{number}")
         found[split] = listed
     return found, names
@@ -350,10 +370,25 @@ def read_class_names(names: Any, labels: Sequence[str], file: Path | None) -> di
     found = names if isinstance(names, Mapping) else {name: name for name in names}
     if not isinstance(names, Mapping) and len(found) < len(names):
         twice = [name for name, count in Counter(names).items() if count > 1]
-        raise InputError(f"class name {twice[0]!r} is there twice", file=file, field="class_names")
+        remedy = "Name each label once; names that are not the labels are given as a mapping from these"
+        raise InputError(f"class name {twice[0]!r} is there twice", file=file, field="class_names", remedy=remedy)
     if bad := [value for pair in found.items() for value in pair if not isinstance(value, str) or not value.strip()]:
         raise InputError(f"{bad[0]!r} is no class name", file=file, field="class_names")
     return dict(found)
+
+
+def _by_label(given: Any, labels: Sequence[str]) -> dict[str, str]:
+    """Label -> class name, of names that are given by label, by the label's index, or one for each index."""
+    indices = [str(i) for i in range(len(labels))]
+    given = {str(label): name for label, name in given.items()} if isinstance(given, Mapping) else given
+    found = read_class_names(given, [*labels, *indices], None)
+    if found.keys() <= set(labels):
+        return found
+    if found.keys() <= set(indices):
+        return {labels[int(i)]: name for i, name in found.items()}
+    if len(found) == len(labels) and all(label == name for label, name in found.items()):
+        return dict(zip(labels, found, strict=True))
+    return found
 
 
 def _lines(text: str, labels: set[str]) -> dict[str, str]:
@@ -429,18 +464,37 @@ class ImageTask:
     @classmethod
     def from_dataset(
         cls,
-        folder: str | Path,
+        train: Any,
         backbone: DualEncoder,
         *,
+        validation: Any = None,
+        test: Any = None,
         image: str = "image",
         label: str = "label",
         class_names: Any = None,
         **options: Any,
     ) -> Self:
-        """A task that `datasets` has saved to a folder; see `list_dataset` and `build`."""
-        found, names = list_dataset(folder, image, label)
-        if names is not None and class_names is None:
-            return cls.build(found, backbone, class_names=names, by_index=True, **options)
+        """A task of what `datasets` has saved to folders, or loaded; see `list_dataset` and `build`.
+
+        Args:
+            train: a folder, a `Dataset`, or a `DatasetDict`, of which the other splits are used as well.
+            validation, test: the same, in the place of these splits; of a `DatasetDict` the split of this name, or its only
+                one.
+            class_names: see `read_class_names`; of a column with class names, these are the labels. They may also be given
+                by index, or as one name for each index.
+        """
+        found, names = list_dataset(train, image, label)
+        for split, source in (("validation", validation), ("test", test)):
+            if source is None:
+                continue
+            parts, _ = list_dataset(source, image, label, alone=split)
+            if split not in parts and len(parts) != 1:
+                there = f"There are: {', '.join(parts) or 'none'}"
+                file = source if isinstance(source, str | Path) else None
+                raise InputError(f"has no split {split!r}", file=file, field=split, remedy=there)
+            found[split] = parts[split] if split in parts else next(iter(parts.values()))
+        if names is not None:
+            class_names = names if class_names is None else _by_label(class_names, names)
         return cls.build(found, backbone, class_names=class_names, **options)
 
     @classmethod
@@ -551,10 +605,10 @@ class ImageTask:
         return cast("tuple[Self, Self]", tuple(self.of_classes(half) for half in halves))
 
     def of_classes(self, classes: Sequence[int]) -> Self:
-        """The task with some of its classes only, labelled from 0 in the order given.
+        """The task with some of its classes only, labelled from 0 in the order given; a split may have no images of these.
 
         Raises:
-            InputError: none of a split's images are of these classes.
+            InputError: none of the test images are of these classes.
         """
         new = {old: index for index, old in enumerate(classes)}
         names = tuple(self.spec.class_names[old] for old in classes)
@@ -565,6 +619,11 @@ class ImageTask:
                 continue
             images = cast(ImageRows, split.rows)
             rows = [i for i, label in enumerate(images.labels) if label in new]
+            if not rows and name == "test":
+                shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                raise InputError(f"there are no test images of {shown}", field="data.test", remedy="Add some")
+            if not rows:
+                continue
             ids = split.ids or range(len(images))
             kept = ImageRows(
                 [images.sources[i] for i in rows],
@@ -635,11 +694,21 @@ def _indices(listed: Listed, keys: Sequence[str], by_index: bool) -> list[int]:
 
 
 def _distinct(names: Sequence[str], file: Path | None) -> None:
+    """Refuse two classes of one name: their texts and logits are the same, and the second is never chosen.
+
+    Lists of the field have such pairs (CLIP's for ImageNet: missile, sunglasses). Results on them as they are, with these
+    classes counted as wrong, cannot be had here.
+    """
     seen: dict[str, str] = {}
     for name in names:
         if written(name) in seen:
             other = seen[written(name)]
-            raise InputError(f"class names {other!r} and {name!r} are one", file=file, field="class_names")
+            raise InputError(
+                f"class names {other!r} and {name!r} are one",
+                file=file,
+                field="class_names",
+                remedy="Tell them apart, as in 'sunglasses' and 'dark glasses', or leave one of the two classes out",
+            )
         seen[written(name)] = name
 
 

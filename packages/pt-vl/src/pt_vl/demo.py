@@ -8,6 +8,7 @@ picture shows what test images were taken for before and after.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,9 @@ from pt_core import artifacts, recipe, report, runs
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.report import Result
-from pt_vl.data import ImageRows, read_image
+from pt_vl.data import ImageRows, list_folder, read_image
 from pt_vl.method import VLMethod
-from pt_vl.workbench import Bench
+from pt_vl.workbench import Bench, Recipe
 
 RECIPE = "vl/mini-clip"
 LADDER = (1, 2, 4, 8, 16)
@@ -30,9 +31,11 @@ SHOWN = ("zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "coop", "v
 UNSEEN = ("zero-shot", "coop", "vpt", "maple", "restore")  # what can be asked about classes that it was not trained on
 NOTES = (
     "mini-clip (2,952,193 parameters) on drawings by vendors that it was not trained on; it shows the machinery, and says "
-    "nothing about CLIP's results. Zero-shot, linear probe and Tip-Adapter train nothing by gradient. Base-to-new: trained on "
-    "the first half of the classes, asked about each half by itself; harmonic-mean of the two. Training images are drawn by "
-    "each seed; test images are the same for all."
+    "nothing about CLIP's results. Zero-shot, linear probe and Tip-Adapter train nothing by gradient. Training images are "
+    "drawn by each seed; test images are the same for all."
+)
+HALVED = (
+    " Base-to-new: trained on the first half of the classes, asked about each half by itself; harmonic-mean of the two."
 )
 
 
@@ -42,7 +45,7 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
     Args:
         folder: for results; a killed demo goes on from it.
         seeds: runs of each method.
-        shots: training images of each class, at most; fewer are tried as well.
+        shots: training images of each class, at most as many as the largest class has; fewer are tried as well.
         data: a folder with `train` and `test`, each with one folder of images for each class, instead of the icons.
 
     Raises:
@@ -50,6 +53,10 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
     """
     console = Console()
     changes = settings(data)
+    classes, most = _counts(changes)
+    if shots > most:
+        console.print(f"No class has more than {most} training images: {most} shots, not {shots}.")
+        shots = most
     ladder = [k for k in LADDER if k < shots] + [shots]
     points: dict[float, list[Result]] = {}
     found: list[runs.Outcome] = []
@@ -57,16 +64,21 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
         console.print(f"[bold]{k} shots[/]")
         bench, found = _compare(changes | {"data.shots": k}, folder / f"{k}-shots", seeds, SHOWN)
         points[k] = [outcome.result for outcome in found]
-    console.print(f"[bold]base-to-new, {shots} shots[/]")
-    halves = changes | {"data.shots": shots, "data.protocol": "base-to-new"}
-    _, other = _compare(halves, folder / "base-to-new", seeds, UNSEEN)
-    metrics = ("base", "new", "harmonic-mean")
-    base_to_new = report.results_grid([outcome.result for outcome in other], metrics)
+    halves: dict[str, Any] = {}
+    if classes < 4:
+        console.print(f"There are {classes} classes: base-to-new needs two in each half, and is left out.")
+    else:
+        console.print(f"[bold]base-to-new, {shots} shots[/]")
+        protocol = changes | {"data.shots": shots, "data.protocol": "base-to-new"}
+        _, other = _compare(protocol, folder / "base-to-new", seeds, UNSEEN)
+        metrics = ("base", "new", "harmonic-mean")
+        halves = {"Base-to-new": report.results_grid([outcome.result for outcome in other], metrics)}
     over_shots = report.over_grid(points, "accuracy", "shots")
     results = points[shots]
     console.print(report.table(results, ("accuracy",), title=f"pt demo vl, {shots} shots"))
     console.print(report.to_rich(over_shots, title="over shots"))
-    console.print(report.to_rich(base_to_new, title="base-to-new"))
+    for title, grid in halves.items():
+        console.print(report.to_rich(grid, title=title.lower()))
 
     report.over(points, folder / "shots.png", "accuracy", "shots (images of each class)", title="pt demo vl", log=True)
     trained = next(outcome for outcome in found if outcome.result.method == "coop")
@@ -82,12 +94,12 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
         results,
         runs.histories(found),
         title=f"pt demo vl, {shots} shots",
-        notes=NOTES,
+        notes=NOTES + (HALVED if halves else ""),
         metrics=("accuracy",),
         more={
             "Over shots": over_shots,
             "Accuracy over shots": folder / "shots.png",
-            "Base-to-new": base_to_new,
+            **halves,
             "Before and after": picture,
         },
     )
@@ -107,6 +119,14 @@ def settings(data: Path | None) -> dict[str, Any]:
             remedy = "Put images into train/CLASS and test/CLASS"
             raise InputError(f"has no folder {split!r}", file=data, remedy=remedy)
     return {"data.icons": None, "data.train": str(data / "train"), "data.test": str(data / "test")}
+
+
+def _counts(changes: dict[str, Any]) -> tuple[int, int]:
+    """How many classes there are, and how many training images the largest of them has."""
+    images = cast(Recipe, recipe.load(RECIPE, changes)[1]).data
+    listed = list_folder(str(images.train)) if images.icons is None else images.icons.listed()[0]["train"]
+    counts = Counter(listed.labels)
+    return len(counts), max(counts.values())
 
 
 def _compare(

@@ -12,6 +12,7 @@ Class names are part of a method's configuration, so that a saved prompt can be 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,12 +64,13 @@ class VLConfig(MethodConfig):
     @field_validator("class_names")
     @classmethod
     def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse two classes of one name, as lists of the field have (CLIP's for ImageNet): the second is never chosen."""
         seen: dict[str, str] = {}
         for name in names:
             if not written(name):
                 raise ValueError("a class name is empty")
             if written(name) in seen:
-                raise ValueError(f"class names {seen[written(name)]!r} and {name!r} are one")
+                raise ValueError(f"class names {seen[written(name)]!r} and {name!r} are one: tell them apart")
             seen[written(name)] = name
         return names
 
@@ -284,8 +286,12 @@ class VLMethod(Method):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [group | {"lr": self.config.lr} for group in super().parameter_groups()]
 
-    def with_classes(self, names: Sequence[str]) -> Self:
+    def with_classes(self, names: Sequence[str], templates: Sequence[str] | None = None) -> Self:
         """The same prompt on other classes (base-to-new, cross-data-set).
+
+        Args:
+            names: in the order of the labels.
+            templates: of these classes, where the text is not prompted; default: its own.
 
         Raises:
             InputError: what was trained belongs to the classes, or a name does not fit.
@@ -293,6 +299,7 @@ class VLMethod(Method):
         if self.class_bound:
             raise InputError(f"what {self.name} has trained belongs to its own classes", field="class_names")
         settings = self.config.model_dump() | {"class_names": tuple(names)}
+        settings |= {} if templates is None else {"templates": tuple(templates)}
         other = type(self)(self.backbone, self.config_class.model_validate(settings))
         other.load_trained_state(self.trained_state())
         return other.to(self.backbone.device).train(self.training)
@@ -355,7 +362,8 @@ def cache_features(
 ) -> Split:
     """The split with `image_features` in the place of `pixels`, computed once, where every row has one fixed view.
 
-    Augmented splits, and splits that are cached already, are returned as they are.
+    Augmented splits, and splits that are cached already, are returned as they are. In a folder a row is known by its pixels:
+    ids are the same in two splits at times (`cat/0.png` of a training and of a test folder).
 
     Args:
         split: of images.
@@ -377,7 +385,9 @@ def cache_features(
 
         count = len(batch["pixels"])
         features = (
-            compute(list(range(count))).cpu() if store is None else store.get_or_compute(batch["sample_ids"], compute)
+            compute(list(range(count))).cpu()
+            if store is None
+            else store.get_or_compute([_hash(image) for image in batch["pixels"]], compute)
         )
         more = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("pixels", "labels")}
         labels = batch["labels"].tolist() if "labels" in batch else [None] * count
@@ -385,3 +395,7 @@ def cache_features(
             row = {"image_features": feature} | {key: values[i] for key, values in more.items()}
             rows.append(row if label is None else row | {"label": label})
     return replace(split, rows=rows)
+
+
+def _hash(image: Tensor) -> str:
+    return hashlib.sha256(image.contiguous().view(torch.uint8).numpy().data).hexdigest()

@@ -55,7 +55,11 @@ class Images(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: str | None = Field(None, description="folder, table (CSV, TSV, JSON, JSONL, Parquet), or folder of datasets")
+    train: str | None = Field(
+        None,
+        description="folder, table (CSV, TSV, JSON, JSONL, Parquet), or folder of datasets, of which other splits are used "
+        "as well unless they are given",
+    )
     validation: str | None = None
     test: str | None = None
     split_file: str | None = Field(
@@ -64,9 +68,15 @@ class Images(BaseModel):
     icons: IconChoice | None = Field(None, description="icons of the package, in place of the four above")
     images: str | None = Field(None, description="folder that the paths of a table or split file are relative to")
     path: str = Field("path", description="column of a table")
+    image: str = Field("image", description="column of datasets")
     label: str = Field("label", description="column of a table, or of datasets")
     class_names: str | tuple[str, ...] | None = Field(
-        None, description="file or list; default: folder names, or the labels of the table"
+        None, description="file or list; default: folder names, the labels of the table, or those of datasets"
+    )
+    templates: str | tuple[str, ...] | None = Field(
+        None,
+        description=f"with {{}} for the class name; or a name: {', '.join(TEMPLATES)}. Default, of a target or a task: those "
+        "of the data that it belongs to",
     )
 
     @field_validator("train", "validation", "test", "split_file", "images")
@@ -86,7 +96,19 @@ class Images(BaseModel):
             raise ValueError("give icons or files of your own, not both")
         if not (self.split_file or self.train or self.test or self.icons):
             raise ValueError("give train, test, split_file or icons")
+        if self.class_names is not None and (self.split_file or self.icons):
+            raise ValueError("a split file and icons have class names of their own: leave class_names out")
         return self
+
+    @field_validator("templates")
+    @classmethod
+    def _known(cls, value: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        found = TEMPLATES.get(value, (value,)) if isinstance(value, str) else value
+        if any(template.count("{}") != 1 for template in found):
+            raise ValueError(f"needs one {{}} for the class name, or is one of {', '.join(TEMPLATES)}")
+        return found
 
     def task(self, backbone: DualEncoder, **options: Any) -> ImageTask:
         """The task of these images; see `ImageTask.build` for the options."""
@@ -102,7 +124,7 @@ class Images(BaseModel):
             options |= {"images": self.images, "path": self.path, "label": self.label}
             return ImageTask.from_files(path, backbone, **rest, **options)
         if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            return ImageTask.from_dataset(path, backbone, label=self.label, **options)
+            return ImageTask.from_dataset(path, backbone, image=self.image, label=self.label, **rest, **options)
         return ImageTask.from_folder(path, backbone, **rest, **options)
 
 
@@ -125,14 +147,6 @@ class VLData(Images):
     tasks: dict[str, Images] = Field(
         {}, description="data sets, each with its own classes, that `pt transfer` trains on and transfers between"
     )
-
-    @field_validator("templates")
-    @classmethod
-    def _known(cls, value: str | tuple[str, ...]) -> tuple[str, ...]:
-        found = TEMPLATES.get(value, (value,)) if isinstance(value, str) else value
-        if any(template.count("{}") != 1 for template in found):
-            raise ValueError(f"needs one {{}} for the class name, or is one of {', '.join(TEMPLATES)}")
-        return found
 
     @property
     def only_tasks(self) -> bool:
@@ -184,11 +198,14 @@ class Bench:
             data = self.recipe.data
             if name is None and data.only_tasks:
                 raise InputError("there are no images to train on beside those of the tasks", field="data.train")
-            options = data.model_dump(include={"templates", "shots", "augment", "crop_scale", "unreadable"}) | {
-                "seed": seed
-            }
+            images = data if name is None else data.tasks[name]
+            if images.test and not images.train:
+                where = "data" if name is None else f"data.tasks.{name}"
+                raise InputError("there are no images to train on", field=f"{where}.train")
+            options = data.model_dump(include={"shots", "augment", "crop_scale", "unreadable"})
+            options |= {"seed": seed, "templates": images.templates or data.templates}
             try:
-                self._tasks[name, seed] = (data if name is None else data.tasks[name]).task(self.backbone, **options)
+                self._tasks[name, seed] = images.task(self.backbone, **options)
             except InputError as error:
                 if name is None:
                     raise
@@ -198,25 +215,43 @@ class Bench:
     def targets(self) -> dict[str, ImageTask]:
         if self._targets is None:
             data = self.recipe.data
-            options = data.model_dump(include={"templates", "unreadable"})
-            self._targets = {name: source.task(self.backbone, **options) for name, source in data.targets.items()}
+            self._targets = {}
+            for name, images in data.targets.items():
+                options = {"templates": images.templates or data.templates, "unreadable": data.unreadable}
+                self._targets[name] = images.task(self.backbone, **options)
         return self._targets
 
     def job(self, label: str, seed: int) -> tuple[Job, FitConfig]:
-        """The run of one method with one seed."""
-        chosen = self.recipe.with_method(label)
+        """The run of one method with one seed.
+
+        Raises:
+            InputError: there are no images of its own to train on, or, where halves or targets are tested, to test on; there
+                are fewer than four classes to halve.
+        """
+        chosen, data = self.recipe.with_method(label), self.recipe.data
         task, others = self.task(seed), dict[str, tuple[Sequence[str], Split]]()
-        if self.recipe.data.protocol == "base-to-new":
+        halved = data.protocol == "base-to-new"
+        if task.test is None and (halved or data.targets):
+            what = "halves of the classes" if halved else "targets"
+            raise InputError(f"{what} are tested beside images of its own, and there are none", field="data.test")
+        if halved:
+            if (count := len(task.spec.class_names)) < 4:
+                remedy = "base-to-new needs two classes in each half"
+                raise InputError(f"there are {count} classes", field="data.protocol", remedy=remedy)
             if seed not in self._halves:
                 self._halves[seed] = task.base_to_new()
             task, new = self._halves[seed]
-            others["new"] = (new.spec.class_names, _test(new))
+            assert new.test is not None
+            others["new"] = (new.spec.class_names, new.test)
         for name, target in self.targets().items():
-            others[name] = (target.spec.class_names, _test(target))
+            split = target.test or target.train  # its only one
+            assert split is not None
+            others[name] = (target.spec.class_names, split)
         method, test = self._method(chosen, task, seed), None
-        if task.test is not None or others:
+        if task.test is not None:
             seen = {name: (classes, self._seen(method, split)) for name, (classes, split) in others.items()}
-            test = tested(self._seen(method, _test(task)), seen, self.recipe.data.protocol)
+            templates = {name: images.templates for name, images in data.targets.items() if images.templates}
+            test = tested(self._seen(method, task.test), seen, data.protocol, templates)
         return self._job(method, task, test), chosen.training.model_copy(update={"seed": seed})
 
     @property
@@ -240,10 +275,8 @@ class Bench:
                 or to test on; the tensors of the source are of another form.
         """
         chosen, images = self.recipe.with_method(label), self.task(seed, task)
-        where = self.recipe.data.tasks[task]
-        for part, there in (("train", where.train or not where.test), ("test", images.test)):
-            if not there:
-                raise InputError(f"there are no images to {part} on", field=f"data.tasks.{task}.{part}")
+        if images.test is None:
+            raise InputError("there are no images to test on", field=f"data.tasks.{task}.test")
         method = self._method(chosen, images, seed)
         if isinstance(method, MVLPT):
             method = method.for_target(images.spec.class_names)
@@ -256,7 +289,7 @@ class Bench:
             )
         if source is not None:
             method.load_trained_state(load_file(source))
-        test = self._seen(method, _test(images))
+        test = self._seen(method, images.test)
         return self._job(method, images, test), chosen.training.model_copy(update={"seed": seed})
 
     def _method(self, chosen: Recipe, task: ImageTask, seed: int) -> VLMethod:
@@ -293,8 +326,19 @@ class Bench:
         )
 
 
-def tested(own: Split, others: Mapping[str, tuple[Sequence[str], Split]], protocol: str = "few-shot") -> Split:
+def tested(
+    own: Split,
+    others: Mapping[str, tuple[Sequence[str], Split]],
+    protocol: str = "few-shot",
+    templates: Mapping[str, Sequence[str]] | None = None,
+) -> Split:
     """A test split that also tests the prompt on other classes or domains.
+
+    Args:
+        own: its own test images.
+        others: name -> (class names, images).
+        protocol: of the recipe.
+        templates: name -> templates, of those that have their own. What belongs to its own classes keeps its own templates.
 
     Metrics: `accuracy` on the own test images, `accuracy/<name>` on each of the others, with the classes that they have, and
     the others' mean, `accuracy/others`. With base-to-new: `base`, `new`, `harmonic-mean`. Of a domain with some of the own
@@ -308,11 +352,13 @@ def tested(own: Split, others: Mapping[str, tuple[Sequence[str], Split]], protoc
         plain = {"accuracy": evaluate(method, own)["accuracy"]}
         for name, (classes, images) in others.items():
             mine = [written(c) for c in method.config.class_names]
-            if {written(c) for c in classes} <= set(mine):
+            told = tuple((templates or {}).get(name, method.config.templates))
+            same = told == method.config.templates or method.class_bound
+            if same and {written(c) for c in classes} <= set(mine):
                 columns = [mine.index(written(c)) for c in classes]
                 plain[f"accuracy/{name}"] = accuracy_among(method, images, columns)
             elif not method.class_bound:
-                plain[f"accuracy/{name}"] = evaluate(method.with_classes(classes), images)["accuracy"]
+                plain[f"accuracy/{name}"] = evaluate(method.with_classes(classes, told), images)["accuracy"]
         if protocol == "base-to-new":
             base, new = plain.pop("accuracy"), plain.pop("accuracy/new", None)
             halves = (
@@ -425,13 +471,6 @@ def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) 
     from pt_vl import demo as shown
 
     shown.run(folder, seeds or 3, shots or 4, data)
-
-
-def _test(task: ImageTask) -> Split:
-    """Where a task is tested: its test split, or its only one."""
-    split = task.test or task.train
-    assert split is not None
-    return split
 
 
 def _hash(ids: Any) -> str:

@@ -83,7 +83,7 @@ class LinearProbe(VLMethod):
         Args:
             train: labelled rows.
             validation: rows that choose C.
-            config: device and eval_batch_size are used.
+            config: device, eval_batch_size and seed (of augmented views, one of each image) are used.
             output_dir: not used: there are no steps to log or to resume.
 
         Raises:
@@ -91,7 +91,9 @@ class LinearProbe(VLMethod):
         """
         config = config or FitConfig(epochs=1)
         place_for(self, config)
-        features, labels = self._read(train, config)
+        with torch.random.fork_rng(devices=[]):  # views are drawn by the run's seed
+            torch.manual_seed(config.seed)
+            features, labels = self._read(train, config)
         counts = np.bincount(labels, minlength=len(self.config.class_names))
         if len(absent := np.flatnonzero(counts == 0)):
             names = ", ".join(self.config.class_names[i] for i in absent)

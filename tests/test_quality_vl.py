@@ -1,0 +1,54 @@
+"""tooling/bench/vl_quality.py: what it says it will take, and one of its protocols on the shipped model and icons."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pt_core import recipe
+from pt_core.testing import one_thread
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_bench() -> Any:
+    spec = importlib.util.spec_from_file_location("vl_quality", ROOT / "tooling" / "bench" / "vl_quality.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = load_bench()
+
+
+def test_every_protocol_takes_time_and_those_with_methods_of_their_own_ignore_the_choice() -> None:
+    assert set(bench.PROTOCOLS) == {*bench.PER_METHOD, *bench.PER_SEED}
+    for name in bench.PROTOCOLS:
+        few, many = (bench.estimate([name], methods, 3) for methods in (["zero-shot", "coop"], bench.METHODS))
+        assert few > 0 and bench.estimate([name], ["coop"], 9) == pytest.approx(3 * few)
+        assert many == pytest.approx(few if name in bench.PER_SEED else 10 * few)
+    assert bench.estimate(["transfer"], [], 3) == 216  # 3 x 36 runs of 2 s
+    assert bench.estimate(bench.PROTOCOLS, bench.METHODS, 1) == pytest.approx(792)
+
+
+def test_its_methods_and_tasks_are_those_of_the_recipe() -> None:
+    _, checked = recipe.load("vl/mini-clip")
+    assert set(bench.METHODS) == set(checked.labels())
+    assert {*bench.SOURCES, *bench.PAIRED} <= set(checked.data.tasks) == set(bench.groups())  # type: ignore[attr-defined]
+
+
+def test_a_protocol_runs_and_leaves_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ["--protocols", "base-to-new", "--methods", "zero-shot", "linear-probe", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", ["vl_quality.py", *chosen, "--output", str(tmp_path)])
+    with one_thread():
+        bench.main()
+    results = json.loads((tmp_path / "base-to-new" / "results.json").read_text())
+    assert [row["method"] for row in results] == ["zero-shot"], "a probe has no answer for new classes"
+    assert {"base", "new", "harmonic-mean"} <= set(results[0]["metrics"])
