@@ -165,6 +165,97 @@ def test_shots_are_drawn_per_class_and_validation_rows_from_the_rest(words, tmp_
         assert sum(row["label"] for row in split.rows) == len(split) // 2
     whole = TextTask.from_files(path, words, kind="classification", validation_shots=2)
     assert (len(whole.train), len(whole.validation)) == (16, 4)
+    with pytest.raises(InputError, match="give validation rows or validation_shots, not both"):
+        TextTask.from_files(path, words, kind="classification", validation=path, validation_shots=2)
+
+
+def test_a_class_is_drawn_by_its_name_however_its_rows_are_labelled(words) -> None:
+    rows = [{"text": f"sun {i}", "label": label} for i, label in enumerate(["a", "b", 0, 1] * 3)]
+    mixed = TextTask.from_rows({"train": rows}, words, kind="classification", labels=["a", "b"], shots=2)
+    assert [row["label"] for row in mixed.train.rows] == [0, 0, 1, 1]
+
+
+# --- rows are named as they stand in their file, drawn or not --------------------------------------------------------
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        ({"label": "neutral"}, "field 'label': unknown label 'neutral'"),
+        ({"label": None}, "field 'label': the row has no label"),
+        ({"label": ""}, "field 'label': the label is empty"),
+    ],
+)
+def test_all_rows_are_checked_before_any_is_drawn(words, tmp_path: Path, bad: dict, problem: str) -> None:
+    rows = [{"text": f"sun {i}", "label": "ab"[i % 2]} for i in range(100)]
+    train = save(tmp_path, ".json", rows)
+    test = save(tmp_path, ".jsonl", [*rows[:96], rows[96] | bad, *rows[97:]])
+    for seed in range(3):
+        with pytest.raises(InputError, match=rf"reviews\.jsonl, row 97, {problem}"):
+            TextTask.from_files(train, words, kind="classification", test=test, max_test_rows=40, seed=seed)
+        with pytest.raises(InputError, match=rf"reviews\.jsonl, row 97, {problem}"):
+            TextTask.from_files(test, words, kind="classification", labels=["a", "b"], shots=2, seed=seed)
+
+
+def test_what_cannot_be_encoded_is_named_by_the_row_of_the_file(words, tmp_path: Path) -> None:
+    rows = [{"text": "the film", "label": "ab"[i % 2], "about": "news"} for i in range(40)]
+    options = {"kind": "classification", "template": "{about} {text}", "max_source_length": 4}
+    path = save(tmp_path, ".jsonl", [*rows[:38], rows[38] | {"about": "the film was good news"}, rows[39]])
+    for drawn in ({}, {"shots": 19, "validation_shots": 1}, {"test": path, "max_test_rows": 39}):
+        with pytest.raises(
+            InputError, match=r"reviews\.jsonl, row 39, field 'max_source_length': the template alone takes 5 of 4"
+        ):
+            TextTask.from_files(path, words, **options, **drawn)
+    path = save(tmp_path, ".jsonl", [*rows[:38], rows[38] | {"text": "\u200b"}, rows[39]])
+    silent = Silent(words)
+    for drawn in ({}, {"shots": 19, "validation_shots": 1}):
+        with pytest.raises(InputError, match=r"reviews\.jsonl, row 39, field 'text': the text has no tokens"):
+            TextTask.from_files(path, silent, kind="classification", **drawn)
+
+
+class Silent:
+    """A tokenizer to which a zero-width space is nothing."""
+
+    def __init__(self, words) -> None:
+        self.words = words
+
+    def __getattr__(self, name: str):
+        return getattr(self.words, name)
+
+    def __call__(self, text: str, **options) -> dict[str, list[int]]:
+        return {"input_ids": []} if text == "\u200b" else self.words(text, **options)
+
+
+def test_a_class_with_too_few_rows_is_named_with_its_file(words, tmp_path: Path) -> None:
+    path = save(tmp_path, ".jsonl", [{"text": f"sun {i}", "label": "ab"[i % 2]} for i in range(10)])
+    with pytest.raises(InputError, match=r"reviews\.jsonl, field 'label': class 'a' has 5 rows, 7 wanted"):
+        TextTask.from_files(path, words, kind="classification", shots=5, validation_shots=2)
+    for drawn in ({}, {"shots": 2}, {"validation_shots": 1}):
+        with pytest.raises(InputError, match=r"reviews\.jsonl, field 'label': class 'c' has no rows"):
+            TextTask.from_files(path, words, kind="classification", labels=["a", "b", "c"], **drawn)
+    with pytest.raises(InputError, match=r"reviews\.jsonl: 10 rows there are, 12 wanted"):
+        TextTask.from_files(path, words, kind="text-to-text", shots=12)
+    with pytest.raises(InputError, match="0 training and 0 validation rows per class cannot be drawn"):
+        TextTask.from_files(path, words, kind="classification", shots=0)
+    lists = save(tmp_path, ".json", [{"text": "sun", "label": ["a"]}, {"text": "rain", "label": ["b"]}])
+    with pytest.raises(InputError, match=r"reviews\.json, field 'label': class 'c' has no rows"):
+        TextTask.from_files(lists, words, kind="multilabel", labels=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("labels", [None, ["a", "b", "c"]])
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (None, "field 'label': the row has no label"),
+        (3, "field 'labels': 3 is not a list of labels"),
+        ("ab", "field 'labels': 'ab' is not a list of labels"),
+        (["a", None], "field 'labels': label None is neither text nor an integer"),
+    ],
+)
+def test_sets_of_labels_are_checked_row_by_row(words, tmp_path: Path, bad, problem: str, labels) -> None:
+    rows = [{"text": "sun", "label": ["a", "b", "c"]}, {"text": "rain", "label": ["b", "c"]}]
+    path = save(tmp_path, ".jsonl", [*rows, {"text": "news", "label": bad}])
+    for drawn in ({}, {"shots": 1}):
+        with pytest.raises(InputError, match=rf"reviews\.jsonl, row 3, {problem}"):
+            TextTask.from_files(path, words, kind="multilabel", labels=labels, **drawn)
 
 
 # --- templates --------------------------------------------------------------------------------------------------------
@@ -233,8 +324,12 @@ def test_from_rows_tells_what_is_inconsistent(words) -> None:
     rows = {"train": [{"text": "sun", "label": "a"}, {"text": "sun", "label": "b"}]}
     with pytest.raises(InputError, match=r"field 'task': the verbalizer names unknown labels: \['c'\]"):
         TextTask.from_rows(rows, words, kind="verbalizer", verbalizer={"c": "d"})
-    with pytest.raises(InputError, match="field 'task': max_source_length: .*greater than or equal to 1"):
+    with pytest.raises(InputError, match=r"field 'task\.max_source_length': .*greater than or equal to 1 \(got 0\)"):
         TextTask.from_rows(rows, words, kind="verbalizer", max_source_length=0)
+    with pytest.raises(
+        InputError, match=r"field 'task\.verbaliser': unknown key \(did you mean 'verbalizer'\?\)\. Allowed there: "
+    ):
+        TextTask.from_rows(rows, words, kind="verbalizer", verbaliser={"a": "good"})
 
 
 def test_another_tokenizer_is_refused(words) -> None:

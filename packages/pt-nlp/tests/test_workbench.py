@@ -16,7 +16,7 @@ from pt_core import artifacts, doctor, recipe, runs
 from pt_core.errors import InputError
 from pt_core.testing import one_thread
 from pt_nlp import demo, workbench
-from pt_nlp.workbench import Bench, Recipe, TextData, open_artifact
+from pt_nlp.workbench import Bench, Recipe, Session, TextData, open_artifact
 
 ROWS = [
     {"text": f"{first} {second} film", "label": label, "topic": topic}
@@ -110,6 +110,45 @@ def test_shots_that_leave_nothing_to_test_on_are_refused(folder: Path) -> None:
     assert len(parts["test"]) == 48
 
 
+@pytest.mark.parametrize(
+    ("bad", "kind", "problem"),
+    [
+        ({"label": ""}, "verbalizer", "field 'label': the label is empty"),
+        ({"label": 3}, "verbalizer", "field 'label': label 3 is an integer, the labels before it are not"),
+        ({"label": None}, "verbalizer", "field 'label': the row has no label"),
+        ({"label": 3}, "text-to-text", "field 'label': the label is empty or not text"),
+        ({"label": None}, "multilabel", "field 'label': the row has no label"),
+        ({"label": 3}, "multilabel", "field 'labels': 3 is not a list of labels"),
+        ({"label": "sport"}, "multilabel", "field 'labels': 'sport' is not a list of labels"),
+        ({"label": ["sport", 3]}, "multilabel", "field 'labels': label 3 is an integer"),
+    ],
+)
+def test_a_bad_row_is_refused_by_its_place_in_the_file_before_the_backbone_is_loaded(
+    folder: Path, bad: dict[str, Any], kind: str, problem: str
+) -> None:
+    rows = [row | {"label": [row["label"], row["topic"]]} for row in ROWS] if kind == "multilabel" else [*ROWS]
+    rows[38] = rows[38] | bad
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=rf"rows\.jsonl, row 39, {problem}"):
+        Bench(made(folder, data={"kind": kind}, backbone={"name": "nowhere"}))
+
+
+def test_a_bad_test_row_is_refused_by_its_place_in_the_file(folder: Path) -> None:
+    rows = [dict(ROWS[i % 48]) for i in range(100)]
+    rows[96]["label"] = "neutral"
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        InputError,
+        match=r"test\.jsonl, row 97, field 'label': unknown label 'neutral'\. Known labels: negative, positive",
+    ):
+        split_texts(folder, test=str(folder / "test.jsonl"), max_test_rows=40)
+
+
+def test_too_few_rows_of_a_class_are_named_with_their_file(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl, field 'label': class 'negative' has 24 rows, 101 wanted"):
+        split_texts(folder, shots=99)
+
+
 # --- what is refused before anything is loaded -----------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("data", "top", "problem"),
@@ -142,6 +181,39 @@ def test_a_recipe_that_cannot_work_is_refused(
         made(folder, data=data, **top)
     message = str(recipe.explain(caught.value, Recipe))  # type: ignore[arg-type]
     assert re.search(problem, message), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"data.metrics": ["nope"]}, "field 'data.metrics': no metric 'nope' for verbalizer; there are accuracy, "),
+        ({"data.metrics": ["exact-match"]}, "field 'data.metrics': no metric 'exact-match' for verbalizer"),
+        (
+            {"training.monitor": "nope"},
+            "field 'training.monitor': the run monitors 'nope', which verbalizer does not score here. "
+            "Choose one of: loss, accuracy, macro-f1",
+        ),
+        (
+            {"training.monitor": "macro-f1", "data.metrics": ["accuracy"]},
+            "field 'training.monitor': the run monitors 'macro-f1', which verbalizer does not score here. "
+            "Choose one of: loss, accuracy",
+        ),
+        (
+            {"compare": {"dept": {"training": {"monitor": "nope"}}}},
+            "field 'compare.dept.training.monitor': the run monitors 'nope'",
+        ),
+    ],
+)
+def test_what_a_recipe_scores_and_monitors_is_checked_with_it(
+    folder: Path, changes: dict[str, Any], problem: str
+) -> None:
+    content = made(folder, backbone={"name": "nowhere"}).model_dump(exclude_unset=True) | {"package": "nlp"}
+    path = folder / "own.yaml"
+    path.write_text(json.dumps(content, default=list))  # JSON is YAML
+    recipe.load(str(path), {"data.metrics": ["accuracy", "roc-auc"], "training.monitor": "roc-auc"})
+    recipe.load(str(path), {"training.monitor": "loss"})
+    with pytest.raises(InputError, match=re.escape(problem)):
+        recipe.load(str(path), changes)
 
 
 def test_a_method_that_reads_a_head_needs_classes(folder: Path) -> None:
@@ -235,6 +307,16 @@ def test_an_artifact_predicts_as_the_method_that_was_trained(folder: Path, monke
         session.predict(["good news"])
     with pytest.raises(InputError, match="row 2: the text is empty"):
         session.predict(["good", " \n"])
+
+
+def test_a_reference_that_is_no_text_is_refused_where_a_prompt_is_scored(folder: Path) -> None:
+    bench = Bench(made(folder, data={"kind": "text-to-text"}))
+    job, _ = bench.job("prompt-tuning", 0)
+    session = Session(job.method, bench.recipe.data.task(bench.rows, bench.tokenizer, "causal-lm", 0))
+    own = folder / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in [ROWS[0], ROWS[1] | {"label": None}]))
+    with pytest.raises(InputError, match=r"own\.jsonl, row 2, field 'label': the row has no label"):
+        session.evaluate(own)
 
 
 def test_a_backbone_that_is_not_found_again_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

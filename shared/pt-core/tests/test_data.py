@@ -166,6 +166,21 @@ def test_a_few_shot_draw_that_cannot_be_made_is_refused(labels, k, classes, mess
         few_shot_split(["a"] * 3, 2, 2, 0)
 
 
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda file: few_shot(["a", "b"], 2, 0, file=file), "field 'label': class 'a' has 1 row, 2 wanted"),
+        (lambda file: few_shot_split(["a", "b"], 1, 1, 0, ["z"], file), "field 'label': class 'z' has no rows"),
+        (lambda file: few_shot(["a", ""], 1, 0, file=file), "row 2, field 'label': the label is empty"),
+        (lambda file: stratified(["a", "b"], 3, 0, file=file), "field 'n': 3 rows wanted, 2 there are"),
+        (lambda file: stratified(["a", None], 1, 0, file=file), "row 2, field 'label': label None"),
+    ],
+)
+def test_a_draw_that_is_refused_names_the_file(draw, message):
+    with pytest.raises(InputError, match=rf"^reviews\.csv, {message}"):
+        draw("reviews.csv")
+
+
 @given(labels_with_four_rows_each, st.integers(0, 5), st.data())
 @settings(max_examples=50, deadline=None)
 def test_stratified_is_within_one_row_of_proportion_and_avoids_what_is_excluded(labels, seed, data):
@@ -259,6 +274,19 @@ def test_a_bad_multilabel_row_is_refused():
         encode_multilabels([["a"], ["a", "z"]], ["a", "b"], "tags.jsonl")
     with pytest.raises(InputError, match="row 1, field 'labels': 'ab' is not a list"):
         encode_multilabels(["ab"], ["a", "b"])
+
+
+def test_names_of_multilabels_are_checked_row_by_row():
+    assert class_names([["c", "a"], [], ["b", "a"]], multilabel=True) == ["a", "b", "c"]
+    for bad, message in [
+        ("ab", "'ab' is not a list of labels"),
+        (None, "None is not a list"),
+        (3, "3 is not a list"),
+        (["a", ""], "the label is empty"),
+        ([1], "label 1 is an integer"),
+    ]:
+        with pytest.raises(InputError, match=rf"tags\.jsonl, row 3, field 'labels': {message}"):
+            class_names([["c", "a"], ["a", "b"], bad], "tags.jsonl", multilabel=True)
 
 
 # Tables

@@ -19,13 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from pt_core.data import (
@@ -39,6 +39,7 @@ from pt_core.data import (
 )
 from pt_core.errors import InputError
 from pt_core.metrics import check_names, evaluate_text
+from pt_core.recipe import explain
 
 Kind = Literal["verbalizer", "classification", "multilabel", "text-to-text"]
 Backbone = Literal["causal-lm", "encoder", "seq2seq"]
@@ -136,8 +137,13 @@ class Encoder:
         if self.target_prefix is None:
             self.target_prefix = " " if spec.backbone == "causal-lm" else ""
 
-    def source(self, row: Mapping[str, Any]) -> list[int]:
-        """Token ids of an input. If it is too long, the field `text` is cut, never the rest of the template."""
+    def source(self, row: Mapping[str, Any], file: str | Path | None = None, number: int | None = None) -> list[int]:
+        """Token ids of an input. If it is too long, the field `text` is cut, never the rest of the template.
+
+        Args:
+            row: `text` and the template's other fields.
+            file, number: where the row comes from, for messages.
+        """
         before, _, after = self.spec.template.partition("{text}")
         fields = {k: v for k, v in row.items() if k != "text"}
         parts = [_fill(before, fields), str(row["text"]), _fill(after, fields)]
@@ -148,12 +154,14 @@ class Encoder:
             if len(first) + len(last) >= room:
                 raise InputError(
                     f"the template alone takes {len(first) + len(last)} of {room} tokens",
+                    file=file,
+                    row=number,
                     field="max_source_length",
                     remedy="Raise max_source_length or shorten the template",
                 )
             ids = first + text[: room - len(first) - len(last)] + last
         if not ids:
-            raise InputError("the text has no tokens", field="text")
+            raise InputError("the text has no tokens", file=file, row=number, field="text")
         return self.head + ids + self.tail
 
     def target(self, text: str) -> list[int]:
@@ -282,9 +290,14 @@ class TextTask:
         kind: Kind,
         labels: Sequence[str] | None = None,
         files: Mapping[str, str | Path] | None = None,
+        shots: int | None = None,
+        validation_shots: int = 0,
+        max_test_rows: int | None = None,
+        test_on_rest: bool = False,
+        seed: int = 0,
         **spec: Any,
     ) -> TextTask:
-        """Build a task from rows in memory.
+        """Build a task from rows in memory. All rows are checked, those that no split draws too.
 
         Args:
             rows: split name (`train`, `validation`, `test`) -> rows with `text`, `label` (a class, a list of classes, or the
@@ -292,28 +305,27 @@ class TextTask:
             tokenizer: of the backbone.
             kind: see the module's first lines.
             labels: class names in the order of the logits; default: those of the training rows, sorted.
-            files: where the rows come from, for messages.
+            files: where the rows of each split come from, for messages.
+            shots, validation_shots, max_test_rows, seed: as in `from_files`.
+            test_on_rest: where there are shots and no test rows, the training rows that no split has drawn are the test.
             spec: further fields of `TaskSpec`.
 
         Raises:
-            InputError: a text or label is missing, a label is unknown, or the specification is inconsistent.
+            InputError: a text or label is missing, a label is unknown, a class has no or too few rows, or the
+                specification is inconsistent.
         """
         files = files or {}
-        for name, part in rows.items():
-            _check_rows(part, kind, template_fields(str(spec.get("template", ""))), files.get(name))
-        if kind != "text-to-text" and labels is None:
-            train = rows.get("train") or next(iter(rows.values()))
-            given = [row["label"] for row in train]
-            labels = class_names(
-                [x for row in given for x in row] if kind == "multilabel" else given, files.get("train")
-            )
+        labels = check_rows(rows, kind, str(spec.get("template", "")), labels, files)
         try:
-            made = TaskSpec(kind=kind, labels=tuple(labels or ()), tokenizer_hash=tokenizer_hash(tokenizer), **spec)
-        except ValueError as error:
-            raise InputError(_first_problem(error), field="task") from error
+            made = TaskSpec(kind=kind, labels=tuple(labels), tokenizer_hash=tokenizer_hash(tokenizer), **spec)
+        except ValidationError as error:
+            raise explain(error, TaskSpec, "task") from error
         task = cls(made, tokenizer)
-        for name, part in rows.items():
-            setattr(task, name, task.split(part, files.get(name)))
+        drawn = draw(rows, kind, labels, shots, validation_shots, max_test_rows, test_on_rest, seed, files)
+        for name, positions in drawn.items():
+            source = name if name in rows else "train"
+            chosen = [rows[source][i] for i in positions]
+            setattr(task, name, task.split(chosen, files.get(source), [i + 1 for i in positions]))
         return task
 
     @classmethod
@@ -346,11 +358,30 @@ class TextTask:
         fields = template_fields(str(spec.get("template", "{text}"))) | {"text": text, "label": label}
         rows = {name: read_rows(path, fields) for name, path in files.items()}
         return cls.from_rows(
-            draw(rows, kind, shots, validation_shots, max_test_rows, seed), tokenizer, kind=kind, files=files, **spec
+            rows,
+            tokenizer,
+            kind=kind,
+            files=files,
+            shots=shots,
+            validation_shots=validation_shots,
+            max_test_rows=max_test_rows,
+            seed=seed,
+            **spec,
         )
 
-    def split(self, rows: Sequence[Mapping[str, Any]], file: str | Path | None = None) -> Split:
-        """Rows with `text` and `label` as a split of this task, tokenised once."""
+    def split(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        file: str | Path | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> Split:
+        """Rows with `text` and `label` as a split of this task, tokenised once.
+
+        Args:
+            rows: checked by `check_rows`, if they are only some of a file's.
+            file: where they come from, for messages.
+            numbers: of the rows in their file; default: 1, 2, ...
+        """
         spec, encode = self.spec, self.encoder
         labels: Sequence[Any] = [None] * len(rows)
         if spec.kind == "multilabel":
@@ -360,7 +391,8 @@ class TextTask:
         words = encode.candidates() if spec.kind == "verbalizer" else []
         encoded = []
         for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-            item = {"id": row.get("id", i), "source": encode.source(row), "label": label}
+            source = encode.source(row, file, i + 1 if numbers is None else numbers[i])
+            item = {"id": row.get("id", i), "source": source, "label": label}
             if spec.kind == "verbalizer":
                 item["target"] = words[label]
             if spec.kind == "text-to-text":
@@ -489,7 +521,51 @@ def _named(label: Any, names: Sequence[str], path: Path, row: int, field: str) -
     return names[label]
 
 
-def _check_rows(rows: Sequence[Mapping[str, Any]], kind: Kind, fields: Iterable[str], file: str | Path | None) -> None:
+def check_rows(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    kind: Kind,
+    template: str,
+    labels: Sequence[str] | None = None,
+    files: Mapping[str, str | Path] | None = None,
+) -> list[str]:
+    """Check every row of every split before any is drawn, so that messages name rows by their number in the file.
+
+    Args:
+        rows, labels, files: see `TextTask.from_rows`.
+        template: whose fields the rows must have.
+
+    Returns:
+        The class names: `labels`, or those of the training rows; none where text is generated.
+
+    Raises:
+        InputError: a text, label or field of the template is missing or of the wrong kind, a label is unknown, or a
+            class has no training rows.
+    """
+    files = files or {}
+    for name, part in rows.items():
+        _check_texts(part, kind, template_fields(template), files.get(name))
+    if kind == "text-to-text":
+        return list(labels or ())
+    given = {name: [row["label"] for row in part] for name, part in rows.items()}
+    if labels is None:
+        first = "train" if given.get("train") else next(iter(given))
+        labels = class_names(given[first], files.get(first), multilabel=kind == "multilabel")
+    for name, part in given.items():
+        if kind == "multilabel":
+            used = set(encode_multilabels(part, labels, files.get(name)).any(0).nonzero().flatten().tolist())
+        else:
+            used = set(encode_labels(part, labels, files.get(name)))
+        if name == "train" and (unused := [label for i, label in enumerate(labels) if i not in used]):
+            raise InputError(
+                f"class {unused[0]!r} has no rows",
+                file=files.get(name),
+                field="label",
+                remedy="Add rows, or leave the class out of the labels",
+            )
+    return list(labels)
+
+
+def _check_texts(rows: Sequence[Mapping[str, Any]], kind: Kind, fields: Iterable[str], file: str | Path | None) -> None:
     """Every row has a text, a label and the template's other fields; a reference text is text."""
     for number, row in enumerate(rows, start=1):
         for field in ("text", "label", *fields):
@@ -503,33 +579,55 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], kind: Kind, fields: Iterable[
 def draw(
     rows: Mapping[str, Sequence[Mapping[str, Any]]],
     kind: Kind,
+    labels: Sequence[str],
     shots: int | None,
     validation_shots: int,
     max_test_rows: int | None,
+    test_on_rest: bool,
     seed: int,
-) -> dict[str, list[Mapping[str, Any]]]:
-    """Few-shot training and validation rows and a capped test set; text tasks are drawn as one class."""
-    key: Callable[[Mapping[str, Any]], Any] = (
-        (lambda row: row["label"]) if kind in ("verbalizer", "classification") else (lambda row: "rows")
-    )
-    made = {name: list(part) for name, part in rows.items()}
-    if "train" in made and (shots is not None or validation_shots):
-        chosen, held = few_shot_split([key(row) for row in made["train"]], shots or 1, validation_shots, seed)
+    files: Mapping[str, str | Path],
+) -> dict[str, list[int]]:
+    """Few-shot training and validation rows and a capped test set; texts and sets of labels are drawn as one class.
+
+    Returns:
+        Split -> positions of its rows; in `rows["train"]` where the split has no rows of its own.
+    """
+    single = kind in ("verbalizer", "classification")
+
+    def classes(name: str) -> list[str]:
+        part = rows[name]
+        return (
+            [labels[i] for i in encode_labels([row["label"] for row in part], labels)]
+            if single
+            else ["rows"] * len(part)
+        )
+
+    made = {name: list(range(len(part))) for name, part in rows.items()}
+    train = files.get("train")
+    if "train" in rows and (shots is not None or validation_shots):
+        if validation_shots and "validation" in rows:
+            raise InputError("give validation rows or validation_shots, not both", field="validation_shots")
+        k, has = 1 if shots is None else shots, len(rows["train"])
+        if not single and has < k + validation_shots:
+            raise InputError(
+                f"{has} rows there are, {k + validation_shots} wanted", file=train, remedy="Ask for fewer, or add rows"
+            )
+        names = labels if single else None
+        chosen, held = few_shot_split(classes("train"), k, validation_shots, seed, names, train)
         if shots is None:
-            chosen = sorted(set(range(len(made["train"]))) - set(held))
+            chosen = sorted(set(made["train"]) - set(held))
+        made["train"] = chosen
         if validation_shots:
-            made["validation"] = [made["train"][i] for i in held]
-        made["train"] = [made["train"][i] for i in chosen]
+            made["validation"] = held
+        if test_on_rest and shots is not None and "test" not in rows:
+            made["test"] = sorted(set(range(has)) - {*chosen, *held})
+            if not made["test"]:
+                raise InputError(
+                    "no rows are left to test on", file=train, remedy="Draw fewer shots, or name a test file"
+                )
     if "test" in made and max_test_rows is not None and len(made["test"]) > max_test_rows:
-        made["test"] = [made["test"][i] for i in stratified([key(row) for row in made["test"]], max_test_rows, seed)]
+        source = "test" if "test" in rows else "train"
+        of_row = classes(source)
+        among = [of_row[i] for i in made["test"]]
+        made["test"] = [made["test"][i] for i in stratified(among, max_test_rows, seed, file=files.get(source))]
     return made
-
-
-def _first_problem(error: ValueError) -> str:
-    """The first problem of a pydantic error as a sentence."""
-    errors = getattr(error, "errors", None)
-    if errors is None:
-        return str(error)
-    first = errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"]).removeprefix("Value error, ")

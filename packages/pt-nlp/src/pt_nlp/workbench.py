@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from torch import nn
 
-from pt_core import artifacts, doctor, recipe, registry
-from pt_core.data import class_names
+from pt_core import artifacts, doctor, metrics, recipe, registry
 from pt_core.errors import InputError
 from pt_core.method import Method, MethodConfig
 from pt_core.runs import Job
 from pt_core.training import FitConfig, evaluate
 from pt_nlp import assets
 from pt_nlp.backbones import load_backbone
-from pt_nlp.data import Kind, TaskSpec, TextTask, draw, read_rows, template_fields
+from pt_nlp.data import METRICS, SCORED_AS, Kind, TaskSpec, TextTask, check_rows, read_rows, template_fields
 
 BACKBONE_ASSETS = {"asset:smollm2": assets.smollm2, "asset:minilm": assets.minilm}
 DATA_ASSETS: dict[str, Callable[[], Sequence[Mapping[str, Any]]]] = {
@@ -99,43 +98,50 @@ class TextData(BaseModel):
             raise ValueError("the template must contain {text}")
         return value
 
+    @field_validator("metrics")
+    @classmethod
+    def _scored(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if "kind" in info.data:  # it is not where the kind itself was refused
+            known = metrics.METRICS[SCORED_AS[info.data["kind"]]]
+            if unknown := [name for name in value if name not in known]:
+                raise ValueError(f"no metric {unknown[0]!r} for {info.data['kind']}; there are {', '.join(known)}")
+        return value
+
     @model_validator(mode="after")
     def _one_validation(self) -> Self:
         if self.validation is not None and self.validation_shots:
             raise ValueError("give a validation file or validation_shots, not both")
         return self
 
-    def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """All rows of every split that is named."""
-        fields = template_fields(self.template) | {"text": self.text, "label": self.label}
+    @property
+    def files(self) -> dict[str, str]:
+        """Where the rows of each split come from that is named."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {
+        return {split: source for split, source in named.items() if source is not None}
+
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """All rows of every split that is named, checked."""
+        fields = template_fields(self.template) | {"text": self.text, "label": self.label}
+        rows = {
             split: [dict(row) for row in DATA_ASSETS[source]()] if source in DATA_ASSETS else read_rows(source, fields)
-            for split, source in named.items()
-            if source is not None
+            for split, source in self.files.items()
         }
+        check_rows(rows, self.kind, self.template, files=self.files)
+        return rows
 
     def task(
         self, rows: Mapping[str, Sequence[Mapping[str, Any]]], tokenizer: Any, backbone: str, seed: int
     ) -> TextTask:
         """The task of one seed, which draws the shots and, where no test rows are named, those of what the shots leave."""
-        parts = draw(rows, self.kind, self.shots, self.validation_shots, self.max_test_rows, seed)
-        if "test" not in parts and self.shots is not None:
-            used = {id(row) for part in parts.values() for row in part}
-            left = [row for row in rows["train"] if id(row) not in used]
-            if not left:
-                raise InputError(
-                    "no rows are left to test on", file=self.train, remedy="Draw fewer shots, or name a test file"
-                )
-            parts |= draw({"test": left}, self.kind, None, 0, self.max_test_rows, seed)
-        labels = None
-        if self.kind != "text-to-text":  # of all rows: few shots of several labels each may lack some
-            given = [row["label"] for row in rows["train"]]
-            labels = class_names([x for row in given for x in row] if self.kind == "multilabel" else given, self.train)
-        spec = self.model_dump(include=set(TaskSpec.model_fields) - {"kind"})
-        named = {"train": self.train, "validation": self.validation or self.train, "test": self.test or self.train}
+        settings = set(TaskSpec.model_fields) | {"shots", "validation_shots", "max_test_rows"}
         return TextTask.from_rows(
-            parts, tokenizer, kind=self.kind, labels=labels, backbone=backbone, files=named, **spec
+            rows,
+            tokenizer,
+            backbone=backbone,
+            files=self.files,
+            test_on_rest=True,
+            seed=seed,
+            **self.model_dump(include=settings),
         )
 
 
@@ -161,6 +167,13 @@ class Recipe(recipe.Recipe):
             known = {"content_free_ids": ((0,),), **known}
         if self.data.kind == "text-to-text" and _reads_head(self.method.name):
             raise InputError(f"{self.method.name} needs classes, data.kind is text-to-text", field=section)
+        scored = ["loss", *(self.data.metrics or METRICS[self.data.kind])]
+        if self.training.monitor not in (None, *scored):
+            raise InputError(
+                f"the run monitors {self.training.monitor!r}, which {self.data.kind} does not score here",
+                field="training.monitor" if section == "method" else f"{section}.training.monitor",
+                remedy=f"Choose one of: {', '.join(scored)}",
+            )
         return super().config(section, **known)
 
 
@@ -219,7 +232,8 @@ class Session:
 
     def evaluate(self, file: Path, text: str = "text", label: str = "label") -> dict[str, float]:
         """Metrics on a file with labelled rows."""
-        rows = read_rows(file, self.fields | {"text": text, "label": label})
+        rows, spec = read_rows(file, self.fields | {"text": text, "label": label}), self.task.spec
+        check_rows({"test": rows}, spec.kind, spec.template, spec.labels, {"test": file})
         return evaluate(self.method, self.task.split(rows, file))
 
     def export(self, format: str, folder: Path) -> Path:

@@ -102,7 +102,9 @@ class Split:
 # Draws
 
 
-def few_shot(labels: Iterable[Any], k: int, seed: int, classes: Sequence[str | int] | None = None) -> list[int]:
+def few_shot(
+    labels: Iterable[Any], k: int, seed: int, classes: Sequence[str | int] | None = None, file: File = None
+) -> list[int]:
     """Indices of `k` rows per class, class by class.
 
     For one seed the draws are nested (the 4-shot set contains the 2-shot set), and the draw of a class depends on the
@@ -112,15 +114,21 @@ def few_shot(labels: Iterable[Any], k: int, seed: int, classes: Sequence[str | i
         labels: one text or integer label per row; a tensor or array will do.
         k: rows per class.
         classes: the classes to draw from; default: all there are, sorted.
+        file: where the rows come from, for messages.
 
     Raises:
         InputError: a class has no rows, or fewer than `k`.
     """
-    return few_shot_split(labels, k, 0, seed, classes)[0]
+    return few_shot_split(labels, k, 0, seed, classes, file)[0]
 
 
 def few_shot_split(
-    labels: Iterable[Any], k: int, k_validation: int, seed: int, classes: Sequence[str | int] | None = None
+    labels: Iterable[Any],
+    k: int,
+    k_validation: int,
+    seed: int,
+    classes: Sequence[str | int] | None = None,
+    file: File = None,
 ) -> tuple[list[int], list[int]]:
     """Disjoint (training, validation) indices of `k` and `k_validation` rows per class.
 
@@ -132,7 +140,7 @@ def few_shot_split(
     """
     if k < 1 or k_validation < 0:
         raise InputError(f"{k} training and {k_validation} validation rows per class cannot be drawn", field="k")
-    ranking = _ranking(labels, seed, "few-shot")
+    ranking = _ranking(labels, seed, "few-shot", file)
     chosen = list(ranking if classes is None else dict.fromkeys(classes))
     for name in chosen:
         has, wanted = len(ranking.get(name, ())), k + k_validation
@@ -141,6 +149,7 @@ def few_shot_split(
             raise InputError(
                 f"class {name!r} has {rows}, {wanted} wanted",
                 remedy="Ask for fewer rows per class, add rows, or leave the class out",
+                file=file,
                 field="label",
             )
     training = [i for name in chosen for i in ranking[name][:k]]
@@ -148,7 +157,7 @@ def few_shot_split(
     return training, validation
 
 
-def stratified(labels: Iterable[Any], n: int, seed: int, exclude: Iterable[int] = ()) -> list[int]:
+def stratified(labels: Iterable[Any], n: int, seed: int, exclude: Iterable[int] = (), file: File = None) -> list[int]:
     """Sorted indices of `n` rows in class proportion, for test sets of limited size.
 
     Proportions are those of the rows that are not excluded, and are rounded by largest remainder (ties: the class that
@@ -158,10 +167,10 @@ def stratified(labels: Iterable[Any], n: int, seed: int, exclude: Iterable[int] 
         InputError: fewer than `n` rows are left.
     """
     excluded = set(exclude)
-    rankings = [[i for i in r if i not in excluded] for r in _ranking(labels, seed, "stratified").values()]
+    rankings = [[i for i in r if i not in excluded] for r in _ranking(labels, seed, "stratified", file).values()]
     left = sum(len(r) for r in rankings)
     if not 1 <= n <= left:
-        raise InputError(f"{n} rows wanted, {left} there are", remedy=f"Ask for 1 to {left} rows", field="n")
+        raise InputError(f"{n} rows wanted, {left} there are", remedy=f"Ask for 1 to {left} rows", file=file, field="n")
     # Seats of a class: n * size / left, rounded down; what is left over goes to the largest remainders.
     seats = [n * len(r) // left for r in rankings]
     by_remainder = sorted(range(len(rankings)), key=lambda c: -(n * len(rankings[c]) % left))
@@ -182,11 +191,11 @@ def base_to_new(classes: Sequence[T]) -> tuple[list[T], list[T]]:
     return list(classes[:half]), list(classes[half:])
 
 
-def _ranking(labels: Iterable[Any], seed: int, purpose: str) -> dict[str | int, list[int]]:
+def _ranking(labels: Iterable[Any], seed: int, purpose: str, file: File) -> dict[str | int, list[int]]:
     """Class (sorted) -> its rows, in the order in which they are drawn. Each purpose has an order of its own."""
     rows: dict[str | int, list[int]] = {}
     for i, label in enumerate(_values(labels)):
-        rows.setdefault(_checked(label, i + 1, None), []).append(i)
+        rows.setdefault(_checked(label, i + 1, file), []).append(i)
 
     def order(name: str | int) -> list[int]:
         keys = [hashlib.sha256(f"{purpose}/{seed}/{p}/{name}".encode()).digest() for p in range(len(rows[name]))]
@@ -198,15 +207,21 @@ def _ranking(labels: Iterable[Any], seed: int, purpose: str) -> dict[str | int, 
 # Labels
 
 
-def class_names(labels: Iterable[Any], file: File = None) -> list[str]:
+def class_names(labels: Iterable[Any], file: File = None, multilabel: bool = False) -> list[str]:
     """The distinct labels as text, sorted; by value where all are whole numbers, so that "10" follows "9".
 
+    Args:
+        labels: one for each row; a list of them for each row if `multilabel`.
+        file: where the rows come from, for messages.
+
     Raises:
-        InputError: a label that is neither text nor an integer; text mixed with integers; fewer than two classes.
+        InputError: a label that is neither text nor an integer; text mixed with integers; fewer than two classes; a row
+            without a list if `multilabel`.
     """
-    seen: dict[str | int, int] = {}
-    for row, label in enumerate(_values(labels), start=1):
-        seen.setdefault(_checked(label, row, file), row)
+    field, seen = "labels" if multilabel else "label", dict[str | int, int]()
+    for row, given in enumerate(_values(labels), start=1):
+        for label in _listed(given, row, file) if multilabel else (given,):
+            seen.setdefault(_checked(label, row, file, field), row)
     if len({type(name) for name in seen}) > 1:
         first = next(name for name in seen if type(name) is not type(next(iter(seen))))
         raise InputError(
@@ -214,12 +229,12 @@ def class_names(labels: Iterable[Any], file: File = None) -> list[str]:
             remedy="Write all labels as text, or all as integers",
             file=file,
             row=seen[first],
-            field="label",
+            field=field,
         )
     names = [str(name) for name in seen]
     if len(names) < 2:
         raise InputError(
-            f"{len(names)} class(es) found: {names}", remedy="A classifier needs two or more", file=file, field="label"
+            f"{len(names)} class(es) found: {names}", remedy="A classifier needs two or more", file=file, field=field
         )
     return sorted(names, key=int) if all(map(_is_integer, names)) else sorted(names)
 
@@ -247,17 +262,21 @@ def encode_multilabels(labels: Iterable[Sequence[Any]], names: Sequence[str], fi
     rows = list(labels)
     encoded = torch.zeros(len(rows), len(names))
     for row, values in enumerate(rows, start=1):
-        if not isinstance(values, list | tuple | set | frozenset):
-            raise InputError(
-                f"{values!r} is not a list of labels",
-                remedy='Write a list, such as ["a", "b"], even for one label',
-                file=file,
-                row=row,
-                field="labels",
-            )
-        for value in values:
+        for value in _listed(values, row, file):
             encoded[row - 1, _index(value, lookup, row, file, "labels")] = 1.0
     return encoded
+
+
+def _listed(values: Any, row: int, file: File) -> Collection[Any]:
+    if isinstance(values, list | tuple | set | frozenset):
+        return values
+    raise InputError(
+        f"{values!r} is not a list of labels",
+        remedy='Write a list, such as ["a", "b"], even for one label',
+        file=file,
+        row=row,
+        field="labels",
+    )
 
 
 def _values(labels: Iterable[Any]) -> list[Any]:
