@@ -2,7 +2,7 @@
 
     uv run python tooling/bench/vl_quality.py [--protocols few-shot ... transfer] [--seeds 3]
 
-Icons that ship with pt-vl, by vendors that the mini-clip was not trained on:
+Icons that ship with pt-vl, of sets that the mini-clip was not trained on:
 
 - few-shot: 63 concepts that nine vendors and more have drawn, 1, 2 and 4 shots.
 - base-to-new: 4 shots of the first 32 concepts; both halves, each among its own, and their harmonic mean.

@@ -1,4 +1,4 @@
-"""`pt demo vl`: the mini-clip, icons by vendors that it has never seen, a few shots of each class, minutes on a laptop.
+"""`pt demo vl`: the mini-clip, icons of sets that it has never seen, a few shots of each class, minutes on a laptop.
 
 Zero-shot, linear probe, Tip-Adapter, CoOp, VPT, MaPLe and RESTORE at several shots and seeds; then the same prompts trained on
 half of the classes and asked about the other half (base-to-new). A trained prompt is opened in a fresh process and used, and a
@@ -30,7 +30,7 @@ LADDER = (1, 2, 4, 8, 16)
 SHOWN = ("zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "coop", "vpt", "maple", "restore")
 UNSEEN = ("zero-shot", "coop", "vpt", "maple", "restore")  # what can be asked about classes that it was not trained on
 NOTES = (
-    "mini-clip (2,952,193 parameters) on drawings by vendors that it was not trained on; it shows the machinery, and says "
+    "mini-clip (2,952,193 parameters) on drawings of sets that it was not trained on; it shows the machinery, and says "
     "nothing about CLIP's results. Zero-shot, linear probe and Tip-Adapter train nothing by gradient. Training images are "
     "drawn by each seed; test images are the same for all."
 )
