@@ -11,10 +11,12 @@ import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pt_core import doctor, registry
+from pt_core.errors import NonFiniteLoss
 from pt_core.testing import Command, command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,11 +154,18 @@ def test_doctor_shows_this_machine(pt: Command) -> None:
             ["field 'data.template'", "not YAML", "Quote text"],
         ),
         (["compare", "nlp/bbc-topics", "--methods", "dept,deept"], ["unknown method 'deept'"]),
+        (["compare", "nlp/bbc-topics", "--methods", "dept, lora,dept"], ["'methods'", "'dept' is there twice"]),
+        (["train", "nlp/bbc-topics", "--set", "training.max_steps=true"], ["'training.max_steps'", "got True"]),
         (["compare", "nlp/bbc-topics", "--set", "method.name=dept"], ["'compare.dept'", "another label"]),
         (["predict", "./gone", "text"], ["gone: no such folder"]),
         (["predict", "."], ["give either inputs or --data"]),
         (["predict", ".", "text", "--data", "x.csv"], ["give either inputs or --data"]),
         (["predict", ".", "text"], ["prompt_config.json: is missing"]),
+        (
+            ["predict", "a text in the place of the prompt " * 10, "./prompt"],
+            ["in the place of the prompt", "no such folder"],
+        ),
+        (["predict", "text" * 100, "./prompt"], ["texttext", "neither a folder here nor to be had from the hub"]),
         (["demo", "smell"], ["no package 'smell' is installed (installed: graph, nlp, vl)"]),
         (["demo", "nlp", "--data", "gone.csv"], ["gone.csv", "no such file"]),
     ],
@@ -171,6 +180,45 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(
     assert err.startswith("pt: ") and err.count("\n") == 1 and err.endswith("\n")
     assert "Traceback" not in err and all(part in err for part in parts), err
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "nlp/bbc-topics"],
+        ["compare", "nlp/bbc-topics"],
+        ["transfer", "vl/mini-clip"],
+        ["demo"],
+        ["export", "x"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_file_in_the_place_of_the_output_is_refused_before_anything_is_loaded(
+    pt: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], below: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "workbench", lambda package: pytest.fail("a package was loaded"))
+    Path("notes").write_text("mine")
+    assert pt(*arguments, "-o", f"notes{below}") == (2, "", "pt: notes: is a file. Choose another output folder\n")
+    assert Path("notes").read_text() == "mine"
+
+
+def test_a_demo_without_matplotlib_is_refused_before_it_begins(pt: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    workbench = SimpleNamespace(demo=lambda *_, **__: pytest.fail("the demo began"))
+    monkeypatch.setattr(registry, "workbench", lambda package: workbench)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert pt("demo") == (2, "", "pt: pictures need matplotlib. Install pt-core[report]\n")
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line_and_exit_code_1(
+    pt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def demo(*_: object, **__: object) -> None:
+        raise NonFiniteLoss("the loss is not finite at step 3;\nsamples [1]")
+
+    monkeypatch.setattr(registry, "workbench", lambda package: SimpleNamespace(demo=demo))
+    assert pt("demo") == (1, "", "pt: the loss is not finite at step 3; samples [1]\n")
 
 
 @pytest.mark.parametrize(

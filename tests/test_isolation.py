@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {folder.name: folder for folder in (path.parent for path in ROOT.glob("*/pt-*/pyproject.toml"))}
 MODALITY_LIBRARIES = {"transformers", "timm", "torch_geometric", "diffusers", "torchaudio", "torchvision"}
+MODALITY_LIBRARIES |= {"rdkit", "open_clip"}
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 IMPORTERS = {"import_module", "__import__", "importorskip"}
 

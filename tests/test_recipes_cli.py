@@ -199,6 +199,30 @@ def test_a_run_of_another_recipe_or_of_other_rows_does_not_go_on(pt: Command, re
     assert code == 2 and "run: holds results of something else (rows differ)" in err
 
 
+def test_without_matplotlib_train_and_compare_leave_all_but_the_pictures(
+    pt: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    notice = "no pictures: pictures need matplotlib. Install pt-core[report]"
+    code, out, err = pt("train", recipe, "-o", "run", "--set", "training.max_steps=5")
+    assert code == 0 and err.splitlines()[-1] == notice, err
+    assert "trained prompt: run/prompt" in out and "curves" not in out
+    assert (tmp_path / "run" / "results.json").is_file() and not list(tmp_path.rglob("*.png"))
+    labels = ("--methods", "prompt-tuning,zero-shot", "--seeds", 1)
+    code, out, err = pt("compare", recipe, *labels, "-o", "both", "--set", "training.max_steps=5")
+    assert code == 0 and err.splitlines()[-1] == notice, err
+    assert "report: both/report.html" in out and not list(tmp_path.rglob("*.png"))
+    assert {"results.json", "results.csv", "table.md", "report.html"} <= {p.name for p in (tmp_path / "both").iterdir()}
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(pt: Command, recipe: Path) -> None:
+    wild = ("method.lr=1.0e+38", "training.optimiser=sgd", "training.weight_decay=1.0e+30")
+    code, out, err = pt("train", recipe, "-o", "run", *(part for setting in wild for part in ("--set", setting)))
+    assert (code, out) == (1, "")
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("pt: the loss or its gradient is not finite at step 2; samples [")
+
+
 def test_the_seed_of_the_command_line_wins(pt: Command, recipe: Path, tmp_path: Path) -> None:
     runs = {"a": ["--seed", 3], "b": ["--set", "seed=3"], "c": []}
     for name, arguments in runs.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -47,7 +48,7 @@ def workspace(tmp_path: Path) -> Path:
     write(
         root,
         "pyproject.toml",
-        '[tool.uv]\nconstraint-dependencies = '
+        "[tool.uv]\nconstraint-dependencies = "
         '["torch==2.11.0", "transformers==5.23.0", "huggingface-hub==2.4.0"]\n'
         '[tool.uv.workspace]\nmembers = ["packages/*", "shared/*"]\n',
     )
@@ -155,18 +156,29 @@ def test_each_workspace_member_has_a_row_for_its_isolated_run() -> None:
 
 def test_each_row_allows_the_modality_libraries_that_the_package_declares_and_no_others() -> None:
     for name, folder in ci.members(ROOT).items():
-        declared = {
-            ci.requirement_name(entry).replace("-", "_")
-            for entry in ci.project(ROOT / folder)["project"]["dependencies"]
-        }
+        table = ci.project(ROOT / folder)["project"]
+        entries = [*table["dependencies"], *itertools.chain(*table.get("optional-dependencies", {}).values())]
+        names = {ci.requirement_name(entry).replace("-", "_") for entry in entries}
+        declared = {"open_clip" if name == "open_clip_torch" else name for name in names}
         assert ci.ISOLATION[name].uses == declared & ci.MODALITY_LIBRARIES, name
 
 
 def test_what_a_package_may_not_hold() -> None:
-    libraries = {"transformers", "timm", "torch_geometric", "torchaudio", "torchvision", "diffusers"}
+    libraries = {
+        "transformers",
+        "timm",
+        "torch_geometric",
+        "torchaudio",
+        "torchvision",
+        "diffusers",
+        "rdkit",
+        "open_clip",
+    }
     assert libraries | {"pt_nlp"} <= set(ci.forbidden("pt-core"))
     assert libraries - {"transformers"} <= set(ci.forbidden("pt-nlp"))
     assert not {"transformers", "pt_nlp", "pt_core"} & set(ci.forbidden("pt-nlp"))
+    assert "open_clip" in ci.forbidden("pt-graph") and "rdkit" not in ci.forbidden("pt-graph")
+    assert "rdkit" in ci.forbidden("pt-vl") and "open_clip" not in ci.forbidden("pt-vl")
 
 
 def test_extras_named_for_the_isolated_run_exist() -> None:
@@ -224,6 +236,17 @@ def test_the_workflow_runs_the_same_commands() -> None:
     assert commands["oldest-transformers"][-1] == "python3 tooling/ci.py isolated ${{ matrix.package }} --oldest"
     assert commands["lint-and-types"][-2:] == ["python3 tooling/ci.py lint", "python3 tooling/ci.py types"]
     assert 'affected --base "$BASE"' in commands["affected"][0]
+
+
+@pytest.mark.parametrize(("given", "offline"), [(None, "True"), ("0", "False")])
+def test_the_tests_do_not_ask_the_hub_unless_they_are_told_to(given: str | None, offline: str) -> None:
+    settings = {
+        name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
+    settings |= {} if given is None else {"HF_HUB_OFFLINE": given}
+    probe = "import pt_core.testing, huggingface_hub; print(huggingface_hub.is_offline_mode())"
+    done = subprocess.run([sys.executable, "-c", probe], env=settings, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [offline], done.stderr
 
 
 @pytest.fixture

@@ -28,12 +28,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CORE = "pt-core"
 TEST_TOOLS = ("pytest>=8", "pytest-timeout>=2", "hypothesis>=6")
-MODALITY_LIBRARIES = frozenset({"transformers", "timm", "torch_geometric", "torchaudio", "torchvision", "diffusers"})
+MODALITY_LIBRARIES = frozenset(
+    {"transformers", "timm", "torch_geometric", "torchaudio", "torchvision", "diffusers", "rdkit", "open_clip"}
+)
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """What a package's own environment may hold: modality libraries by import name, and the extras its tests need."""
+    """What a package's own environment may hold: modality libraries by import name (those of all its extras too), and the
+    extras its tests need."""
 
     uses: frozenset[str] = frozenset()
     extras: tuple[str, ...] = ()
@@ -41,9 +44,9 @@ class Isolation:
 
 ISOLATION = {
     "pt-core": Isolation(extras=("report", "tensorboard")),
-    "pt-graph": Isolation(uses=frozenset({"torch_geometric"}), extras=("demo",)),
+    "pt-graph": Isolation(uses=frozenset({"torch_geometric", "rdkit"}), extras=("demo",)),
     "pt-nlp": Isolation(uses=frozenset({"transformers"}), extras=("demo", "peft")),
-    "pt-vl": Isolation(uses=frozenset({"transformers", "torchvision"}), extras=("demo",)),
+    "pt-vl": Isolation(uses=frozenset({"transformers", "torchvision", "open_clip"}), extras=("demo",)),
 }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import http.server
 import json
 import os
 import pickle
@@ -9,15 +12,18 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import types
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
@@ -373,76 +379,179 @@ def test_write_folder_takes_any_files(tmp_path: Path) -> None:
 # --- hub -------------------------------------------------------------------------------------------------------------
 
 
-class FakeHub:
-    """`snapshot_download` and `HfApi` over a folder, with a branch for every revision."""
+class Hub:
+    """A hub on this machine, for the real client: repositories of plain files, each revision with its commit."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.downloads: list[tuple[str, str | None]] = []
+    def __init__(self) -> None:
+        self.revisions: dict[tuple[str, str], tuple[str, dict[str, bytes]]] = {}  # (id, revision) -> commit, files
+        self.asked: list[str] = []
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Answers, self))
+        self.host = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def snapshot_download(self, repo_id: str, *, revision: str | None = None, allow_patterns: list[str]) -> str:
-        self.downloads.append((repo_id, revision))
-        source = self.root / "hub" / repo_id / (revision or "main")
-        if not source.is_dir():
-            raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub\nlong explanation")
-        target = self.root / "cache" / repo_id
-        target.mkdir(parents=True, exist_ok=True)
-        for name in allow_patterns:
-            shutil.copy(source / name, target / name)
-        return str(target)
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
 
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
-        (self.root / "hub" / repo_id / "main").mkdir(parents=True, exist_ok=exist_ok)
+    def commit(self, repo: str, revision: str, files: dict[str, bytes]) -> str:
+        commit = hashlib.sha1(repr((repo, sorted(files.items()))).encode()).hexdigest()
+        self.revisions[repo, revision] = self.revisions[repo, commit] = (commit, files)
+        return commit
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> Any:
-        for file in Path(folder_path).iterdir():
-            if file.name in allow_patterns:
-                shutil.copy(file, self.root / "hub" / repo_id / "main" / file.name)
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Those of the hub to what `push` and `load_artifact` ask."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, hub: Hub, *arguments: Any) -> None:
+        self.hub = hub
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.hub.asked.append(f"{self.command} {path}")
+        if found := re.fullmatch(r"/api/models/(me/\w+)/(revision|tree)/(\w+)", path):
+            repo, what, revision = found.groups()
+            if (repo, revision) not in self.hub.revisions:
+                known = any(repo == other for other, _ in self.hub.revisions)
+                return self.send({}, 404, {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
+            commit, files = self.hub.revisions[repo, revision]
+            if what == "revision":
+                return self.send({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+            rows = [{"type": "file", "path": n, "size": len(d), "oid": sha(d)} for n, d in files.items()]
+            return self.send(rows)
+        if found := re.fullmatch(r"/(me/\w+)/resolve/(\w+)/(.+)", path):
+            commit, files = self.hub.revisions[found[1], found[2]]
+            return self.send(files[found[3]], 200, {"ETag": f'"{sha(files[found[3]])}"', "X-Repo-Commit": commit})
+        return self.send({}, 404)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        path, body = self.path, self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.asked.append(f"POST {path}")
+        if self.headers["Authorization"] != "Bearer hf_me":
+            return self.send({}, 401)
+        if path == "/api/validate-yaml":
+            return self.send({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            made = json.loads(body)
+            repo = f"{made['organization']}/{made['name']}"
+            if (repo, "main") in self.hub.revisions:
+                return self.send({"url": f"{self.hub.host}/{repo}"}, 409)
+            self.hub.commit(repo, "main", {})
+            return self.send({"url": f"{self.hub.host}/{repo}"})
+        repo = "/".join(path.split("/")[3:5])
+        if path == f"/api/models/{repo}/preupload/main":
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.send({"files": files})
+        assert path == f"/api/models/{repo}/commit/main"
+        lines = [json.loads(line)["value"] for line in body.splitlines()]
+        files = {line["path"]: base64.b64decode(line["content"]) for line in lines if "path" in line}
+        commit = self.hub.commit(repo, "main", self.hub.revisions[repo, "main"][1] | files)
+        return self.send({"commitUrl": f"{self.hub.host}/{repo}/commit/{commit}", "commitOid": commit})
+
+    def send(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    fake = FakeHub(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that the client of this process talks to, as the user `me`; the working folder is empty of its repositories."""
+    made = Hub()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", made.host)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.host + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.chdir(tmp_path)
-    return fake
+    huggingface_hub.close_session()  # the next one reads these settings
+    yield made
+    huggingface_hub.close_session()
+    made.close()
 
 
-def test_push_and_load_from_the_hub(saved: Path, hub: FakeHub) -> None:
+def test_push_and_load_from_the_hub(saved: Path, hub: Hub) -> None:
     (saved / "secrets.env").write_text("TOKEN=1")
-    assert push(saved, "me/prompt") == "https://hub/me/prompt/commit/1"
-    assert sorted(f.name for f in (hub.root / "hub/me/prompt/main").iterdir()) == sorted(FILES)
+    url = push(saved, "me/prompt")
+    commit, files = hub.revisions["me/prompt", "main"]
+    assert url == f"{hub.host}/me/prompt/commit/{commit}"
+    assert files == {name: (saved / name).read_bytes() for name in FILES}
     loaded = load_artifact("me/prompt")
-    assert torch.equal(loaded.tensors["p"], torch.ones(2, 3)) and loaded.folder == hub.root / "cache/me/prompt"
-    shutil.copytree(hub.root / "hub/me/prompt/main", hub.root / "hub/me/prompt/v2")
-    load_artifact("me/prompt", "v2")
-    assert hub.downloads == [("me/prompt", None), ("me/prompt", "v2")]
+    assert torch.equal(loaded.tensors["p"], torch.ones(2, 3)) and loaded.config == load_artifact(saved).config
+    assert loaded.folder.is_relative_to(Path("hub-cache").absolute())
+    push(saved, "me/prompt")  # to a repository that is there
 
 
-def test_a_folder_goes_before_the_hub_and_has_no_revision(saved: Path, hub: FakeHub) -> None:
+def test_a_revision_of_the_hub_is_the_one_that_is_loaded_and_only_once(saved: Path, hub: Hub) -> None:
+    first = {name: (saved / name).read_bytes() for name in FILES}
+    hub.commit("me/prompt", "v1", first | {"other.bin": b"large"})
+    save_artifact(saved, {"p": torch.zeros(1)}, config())
+    hub.commit("me/prompt", "main", {name: (saved / name).read_bytes() for name in FILES})
+    assert load_artifact("me/prompt").tensors["p"].shape == (1,)
+    folder = load_artifact("me/prompt", "v1").folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == first  # and nothing else
+    hub.asked.clear()
+    assert load_artifact("me/prompt", "v1").folder == folder
+    assert not [asked for asked in hub.asked if "/resolve/" in asked]
+    with pytest.raises(InputError, match="me/prompt: neither a folder here nor to be had from the hub"):
+        load_artifact("me/prompt", "v3")
+
+
+def test_a_folder_goes_before_the_hub_and_has_no_revision(saved: Path, hub: Hub) -> None:
     load_artifact("a")
-    assert hub.downloads == []
     with pytest.raises(InputError, match="a: is a folder, which has no revision 'v1'"):
         load_artifact("a", "v1")
+    assert hub.asked == []
 
 
-def test_what_is_neither_a_folder_nor_on_the_hub_is_named(hub: FakeHub) -> None:
-    with pytest.raises(
-        InputError, match=r"me/nothing: neither a folder here nor to be had from the hub \(cannot reach the hub\)"
-    ):
-        load_artifact("me/nothing")
+def test_what_is_neither_a_folder_nor_on_the_hub_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"\./a/b/c: no such folder"):
         load_artifact("./a/b/c")
-    assert hub.downloads == [("me/nothing", None)]
+    assert hub.asked == []
+    with pytest.raises(
+        InputError, match=r"me/nothing: neither a folder here nor to be had from the hub \(.*404"
+    ) as error:
+        load_artifact("me/nothing")
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"me/nothing: neither a folder here nor to be had from the hub \(Cannot find"):
+        load_artifact("me/nothing")
 
 
-def test_a_damaged_artifact_is_not_pushed(saved: Path, hub: FakeHub) -> None:
+@pytest.mark.parametrize(
+    "text", ["A review of a film that nobody should see. " * 10, "x" * 300], ids=["words", "a word"]
+)
+def test_a_long_text_in_the_place_of_a_folder_is_no_folder(text: str, hub: Hub) -> None:
+    with pytest.raises(InputError, match="no such folder|neither a folder here nor to be had from the hub"):
+        load_artifact(text)
+    assert hub.asked == []
+
+
+def test_a_damaged_artifact_is_not_pushed(saved: Path, hub: Hub) -> None:
     (saved / TENSORS).write_bytes(b"")
     with pytest.raises(InputError, match="damaged"):
         push(saved, "me/prompt")
-    assert not (hub.root / "hub").exists()
+    assert hub.asked == []
 
 
 # --- model card ------------------------------------------------------------------------------------------------------
@@ -582,11 +691,12 @@ def test_no_code_that_a_file_names_is_imported(tmp_path: Path, registry: dict[st
         load(tmp_path / "a", backbone())
 
 
-def test_a_method_from_the_hub_is_downloaded_once(tmp_path: Path, registry: dict[str, Any], hub: FakeHub) -> None:
+def test_a_method_from_the_hub_is_downloaded_once(tmp_path: Path, registry: dict[str, Any], hub: Hub) -> None:
     trained().save_pretrained(tmp_path / "a")
     push(tmp_path / "a", "me/toy")
     assert load("me/toy", backbone(), revision="main").config.length == 3
-    assert hub.downloads == [("me/toy", "main")]
+    asked = [asked.rpartition("/")[2] for asked in hub.asked if asked.startswith("GET /me/toy/resolve/")]
+    assert sorted(asked) == sorted(FILES)
 
 
 def test_a_method_that_trains_its_backbone_is_not_held_against_it(tmp_path: Path, registry: dict[str, Any]) -> None:

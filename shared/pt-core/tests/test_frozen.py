@@ -116,9 +116,9 @@ def test_minus_zero_is_a_change() -> None:
 
 def test_attaching_a_prompt_changes_neither_fingerprint_nor_snapshot() -> None:
     trunk = Trunk()
-    before, short, full = snapshot(trunk), fingerprint(trunk), fingerprint(trunk, full=True)
+    before, short, full = snapshot(trunk), fingerprint(trunk, full=False), fingerprint(trunk)
     trunk.layers[1].add_module("pt_prompt_0", OnePrompt())
-    assert (fingerprint(trunk), fingerprint(trunk, full=True)) == (short, full)
+    assert (fingerprint(trunk, full=False), fingerprint(trunk)) == (short, full)
     assert_unchanged(trunk, before)
 
 
@@ -143,7 +143,7 @@ def test_fingerprint_sees_names_shapes_and_dtypes() -> None:
     def of(name: str, tensor: Tensor) -> str:
         module = nn.Module()
         module.register_parameter(name, nn.Parameter(tensor))
-        return fingerprint(module, full=True)
+        return fingerprint(module)
 
     zeros = [
         of("a", torch.zeros(4)),
@@ -156,20 +156,20 @@ def test_fingerprint_sees_names_shapes_and_dtypes() -> None:
 
 def test_full_fingerprint_reads_every_value_and_the_short_one_a_sample() -> None:
     module = nn.Linear(1000, 1, bias=False)
-    short, full = fingerprint(module), fingerprint(module, full=True)
+    short, full = fingerprint(module, full=False), fingerprint(module)
     module.weight.data[0, 0] += 1  # 64 middles of segments of 15.6 values: not among them
-    assert fingerprint(module) == short and fingerprint(module, full=True) != full
+    assert fingerprint(module, full=False) == short and fingerprint(module) != full
     module.weight.data += 1e-3
-    assert fingerprint(module) != short
+    assert fingerprint(module, full=False) != short
 
 
 def test_fingerprint_covers_persistent_buffers_only_and_ties_once() -> None:
     trunk = Trunk()
-    full = fingerprint(trunk, full=True)
+    full = fingerprint(trunk)
     trunk.table.fill_(7)
-    assert fingerprint(trunk, full=True) == full
+    assert fingerprint(trunk) == full
     trunk.layers[0][1].running_mean.fill_(7)
-    assert fingerprint(trunk, full=True) != full
+    assert fingerprint(trunk) != full
     assert snapshot(Trunk()).count("[11, 16]") == 1
     assert identity(Trunk()).parameters == 11 * 16 + 3 * (16 * 16 + 16 + 2 * 16)
 
@@ -177,6 +177,19 @@ def test_fingerprint_covers_persistent_buffers_only_and_ties_once() -> None:
 def test_a_tensor_that_is_not_in_memory_has_no_fingerprint() -> None:
     with pytest.raises(InputError, match="bias is not in memory"):
         fingerprint(nn.Linear(2, 2, device="meta"))
+
+
+def test_one_changed_weight_makes_another_fingerprint_which_a_cache_refuses(tmp_path: Path) -> None:
+    tower = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    images = torch.randn(5, 64)
+    before = fingerprint(tower)
+    FeatureCache(tmp_path, before, "as it is").get_or_compute(range(5), lambda rows: tower(images[rows]))
+    with torch.no_grad():
+        tower[0].weight[3, 5] += 1
+    after = fingerprint(tower)
+    assert after != before and fingerprint(copy.deepcopy(tower)) == after
+    with pytest.raises(InputError, match=f"the features are of backbone '{before}', not of '{after}'"):
+        FeatureCache(tmp_path, after, "as it is")
 
 
 # --- identity --------------------------------------------------------------------------------------------------------

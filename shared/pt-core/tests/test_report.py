@@ -21,7 +21,6 @@ from pt_core.report import (
     over,
     over_grid,
     results_grid,
-    samples_grid,
     table,
     to_csv,
     to_json,
@@ -136,19 +135,6 @@ def test_differences_are_paired_by_seed_and_marked_where_the_interval_excludes_z
     assert differences_grid(results(), ["accuracy"], reference="zero-shot").rows == []
 
 
-def test_samples_are_cut_short_and_right_ones_marked():
-    samples = [
-        {"input": "x" * 400, "target": 1, "prediction": 1},
-        {"input": "y", "target": 0, "prediction": 1, "score": 0.25},
-        {"input": "z", "target": 0, "prediction": 0},
-    ]
-    grid = samples_grid(samples, limit=2)
-    assert grid.header == ["input", "target", "prediction", "score"]
-    assert grid.rows == [["x" * 300 + "…", "1", "1", ""], ["y", "0", "1", "0.250"]]
-    assert grid.marked == {(0, 2)}
-    assert grid.caption.startswith("2 of 3 rows")
-
-
 @pytest.mark.parametrize(
     ("rows", "metrics", "message"),
     [
@@ -181,11 +167,9 @@ def test_files_hold_full_precision_and_strict_json(tmp_path):
 # Pictures
 
 
-def test_curves_draw_files_and_rows_alike(tmp_path):
+def test_curves_draw_one_run_and_a_list_of_one_alike(tmp_path):
     pytest.importorskip("matplotlib")
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in history(0.8)))
-    curves({"soft": file, "dept": [history(0.9)]}, tmp_path / "a.png")
+    curves({"soft": [history(0.8)], "dept": [history(0.9)]}, tmp_path / "a.png")
     curves({"soft": history(0.8), "dept": history(0.9)}, tmp_path / "b.png")
     a, b = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
     assert a.std() > 0.01 and np.array_equal(a, b)
@@ -288,13 +272,9 @@ def test_heatmap_writes_each_number_and_leaves_nan_grey(tmp_path, drawn):
     [
         ([{"step": 1, "time": 2.0}], None, "no run has loss. Keys there are: step, time"),
         ([{"step": 1, "loss": 2.0}], "f1", "no run has loss, validation/f1"),
-        ("gone.jsonl", None, "gone.jsonl: no such file"),
-        ("bad.jsonl", None, r"bad.jsonl, row 2: not valid JSON"),
     ],
 )
-def test_runs_that_cannot_be_drawn_are_refused(tmp_path, monkeypatch, run, metric, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.jsonl").write_text('{"step": 1, "loss": 1}\n{"step"\n')
+def test_runs_that_cannot_be_drawn_are_refused(tmp_path, run, metric, message):
     with pytest.raises(InputError, match=message):
         curves({"soft": run}, tmp_path / "c.png", metric)
     assert not (tmp_path / "c.png").exists()
@@ -339,9 +319,8 @@ def test_only_a_png_is_embedded_and_a_refused_page_leaves_the_old_one(tmp_path):
 
 def test_a_comparison_writes_every_file_and_a_page_that_needs_no_other(tmp_path):
     pytest.importorskip("matplotlib")
-    samples = [{"input": "<script>x</script>", "target": "pos", "prediction": "pos"}]
     histories = {"dept": [history(0.8), history(0.9)], "soft": history(0.7)}
-    path = write_comparison(tmp_path / "new" / "out", results(), histories, "SST-2", "16 shots", samples=samples)
+    path = write_comparison(tmp_path / "new" / "out", results(), histories, "SST-2", "16 shots <i>")
     folder = path.parent
     assert sorted(p.name for p in folder.iterdir()) == [
         "bars.png",
@@ -354,10 +333,10 @@ def test_a_comparison_writes_every_file_and_a_page_that_needs_no_other(tmp_path)
     page = path.read_text(encoding="utf-8")
     assert page.count('src="data:image/png;base64,') == page.count("src=") == page.count("<img") == 2
     assert not re.search(r"https?:|<link|<script|@import|url\(", page)
-    for text in ("0.820 ± 0.017", "+0.100 [+0.075, +0.125]", "16 shots", "&lt;script&gt;x&lt;/script&gt;"):
+    for text in ("0.820 ± 0.017", "+0.100 [+0.075, +0.125]", "16 shots &lt;i&gt;"):
         assert text in page
     markdown = (folder / "table.md").read_text()
-    assert markdown.startswith("# SST-2\n\n16 shots\n\n| method |") and "**0.820 ± 0.017**" in markdown
+    assert markdown.startswith("# SST-2\n\n16 shots <i>\n\n| method |") and "**0.820 ± 0.017**" in markdown
     assert "## Paired differences" in markdown
     for name in ("bars.png", "curves.png"):
         picture = pixels(folder / name)
@@ -369,6 +348,16 @@ def test_a_comparison_without_histories_has_no_curves(tmp_path):
     path = write_comparison(tmp_path, results()[-1:])
     assert not (tmp_path / "curves.png").exists()
     assert "Paired differences" not in path.read_text()
+
+
+def test_without_matplotlib_a_comparison_has_all_but_the_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    path = write_comparison(tmp_path, results(), {"soft": history(0.7)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "results.csv", "results.json", "table.md"]
+    page = path.read_text(encoding="utf-8")
+    assert "0.820 ± 0.017" in page and "<img" not in page
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "no pictures: pictures need matplotlib. Install pt-core[report]\n")
 
 
 def test_pictures_of_the_comparison_are_in_its_report(tmp_path):

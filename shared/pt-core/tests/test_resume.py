@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from pt_core import training
 from pt_core.errors import InputError
+from pt_core.method import Loss
 from pt_core.testing import (
     SHORT,
     Case,
@@ -248,21 +249,37 @@ def test_the_newest_checkpoint_is_found_by_number(tmp_path):
 
 @pytest.mark.parametrize("optimiser", ["adamw", "adafactor"])
 def test_a_checkpoint_has_what_is_trained_and_nothing_of_the_backbone(optimiser, tmp_path):
+    class Wide(TinyPrompt):
+        def __init__(self, backbone, config=None):
+            super().__init__(backbone, config)
+            self.wide = torch.nn.Parameter(torch.ones(600_000))
+
+        def loss(self, batch):
+            loss = super().loss(batch)
+            return Loss(loss.total + loss.count * self.wide.square().mean(), loss.count)
+
+        def parameter_groups(self):
+            return [*super().parameter_groups(), {"name": "wide", "params": [self.wide]}]
+
     backbone = TinyLM(vocabulary=20_000, dim=64)
     weights = sum(p.numel() * 4 for p in backbone.parameters())
-    assert weights > 9 * 2**20
-    method, _ = short(tmp_path, backbone, optimiser=optimiser)
+    method, run = Wide(backbone), FitConfig.model_validate(SHORT.model_dump() | {"optimiser": optimiser})
+    fit(method, tiny_split(9), tiny_split(5, 1), run, tmp_path)
     trained = sum(t.numel() * t.element_size() for t in method.trained_state().values())
+    assert min(weights, trained) > 2 * 2**20  # neither weights nor a second copy of what is trained would pass as slack
     (folder,) = tmp_path.glob("checkpoint-*")
     size = sum(path.stat().st_size for path in folder.iterdir())
     moments = 2 * trained if optimiser == "adamw" else 1.1 * trained
     assert trained < size <= trained + moments + 2**20
     (best,) = tmp_path.glob("best-*")
-    assert best.stat().st_size <= trained + 1000
+    assert trained < best.stat().st_size <= trained + 1000
+    everything = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert everything <= 2 * trained + moments + 2**20
     names = load_file(folder / "state.safetensors").keys()
     assert {name for name in names if name.startswith("method.")} == {
         "method.prompt.weight",
         "method.bias",
+        "method.wide",
         "method.rows_seen",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,18 @@ def test_the_test_rows_are_read_once_after_training(tmp_path: Path) -> None:
     assert metrics == runs.evaluate(job.method, tiny_split(6, seed=2))  # those of the best step's validation
 
 
+def test_a_metric_that_is_not_finite_does_not_cost_the_prompt(tmp_path: Path) -> None:
+    job, config = Maker()("tiny", 0)
+    assert job.test is not None
+    job.test.scorer = lambda method, split: {"roc-auc": math.nan, "accuracy": 0.5}  # one class among the test rows
+    outcome = runs.train(job, config, tmp_path)
+    assert outcome.artifact is not None
+    assert load_artifact(outcome.artifact).config.metrics.keys() == {"accuracy", "loss"}
+    assert math.isnan(outcome.result.metrics["roc-auc"])  # told as it is
+    report.to_json([outcome.result], tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text())[0]["metrics"]["roc-auc"] is None
+
+
 def test_a_method_that_trains_nothing_leaves_no_artifact(tmp_path: Path) -> None:
     job, config = Maker()("untrained", 0)
     outcome = runs.train(job, config, tmp_path)
@@ -133,6 +146,21 @@ def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
     runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "x", "data": {"train": "a.jsonl"}})
     with pytest.raises(InputError, match=r"holds results of something else \(rows differ\)\. Choose another"):
         runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "y", "data": {"train": "a.jsonl"}})
+
+
+@pytest.mark.parametrize("below", [".", "deeper"])
+def test_a_file_in_the_place_of_the_folder_is_refused_and_left_alone(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    make = Maker()
+    job, config = make("tiny", 0)
+    for run in (
+        lambda: runs.train(job, config, file / below, identity={}),
+        lambda: runs.compare(make, ["tiny"], [0], file / below),
+    ):
+        with pytest.raises(InputError, match=r"notes\.txt: is a file\. Choose another output folder"):
+            run()
+    assert file.read_text() == "mine" and make.made == [("tiny", 0)]
 
 
 def test_a_comparison_runs_every_method_with_every_seed(tmp_path: Path) -> None:

@@ -81,6 +81,22 @@ def test_a_run_has_one_length():
         FitConfig(max_steps=3, batchsize=4)
 
 
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [("max_steps", True), ("batch_size", True), ("lr", True), ("min_delta", False), ("monitor", True)],
+)
+def test_true_and_false_are_no_numbers(field, given):
+    with pytest.raises(ValueError, match=f"{field}\n.*true and false are no value of this setting"):
+        FitConfig(**{"max_steps": 3} | {field: given})
+
+
+def test_whole_numbers_may_be_rates_and_switches_stay_switches():
+    run = FitConfig.model_validate(
+        {"max_steps": 3, "lr": 1, "min_delta": "1e-3", "keep_best": False, "progress": False}
+    )
+    assert (run.lr, run.min_delta, run.keep_best, run.progress) == (1.0, 0.001, False, False)
+
+
 def test_epochs_count_short_last_batches():
     result = fit(line(), pairs([1.0] * 10, [1.0] * 10), config=config(epochs=3, batch_size=4))
     assert result.steps == 9
@@ -546,6 +562,14 @@ def test_monitor_names_a_metric_and_is_checked_before_the_first_step():
     ):
         fit(method, train, validation, config(monitor="macro-f1"))
     assert torch.equal(method.prompt.weight, before)
+
+
+@pytest.mark.parametrize("setting", [{"patience": 2}, {"interrupt_below": 0.1}], ids=str)
+def test_what_stops_by_validation_needs_validation(setting):
+    method = tiny()[1]
+    with pytest.raises(InputError, match=f"field '{next(iter(setting))}': there are no validation rows to stop by"):
+        fit(method, tiny_split(8), None, config(**setting))
+    assert fit(method, tiny_split(8), tiny_split(4, 1), config(**setting)).steps > 0
 
 
 def test_a_scorer_gives_the_metrics_and_their_names():

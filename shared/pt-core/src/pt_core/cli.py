@@ -16,7 +16,8 @@ and, where `pt transfer` is to work, its Bench has (see `pt_core.transfer.Transf
     .transfer_job(label, seed, task, source)        -> (Job, FitConfig): a method on a task, from its start values, or
                                                     from the `trained_state` in the safetensors file `source`
 
-Bad input ends in one line on stderr and exit code 2. Results go to stdout.
+Bad input ends in one line on stderr and exit code 2, a loss that is not finite in one line and code 1. Results go to
+stdout.
 """
 
 from __future__ import annotations
@@ -24,21 +25,28 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from pt_core import registry
-from pt_core.errors import InputError
+from pt_core.errors import InputError, NonFiniteLoss
+from pt_core.files import check_folder
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Prompt tuning for every modality."
 )
 
+
+def _new_or_folder(output: Path) -> Path:
+    check_folder(output)
+    return output
+
+
 Setting = Annotated[
     list[str] | None, typer.Option("--set", help="change a key of the recipe: key.key=value (repeatable)")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="folder for results")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="folder for results", callback=_new_or_folder)]
 Source = Annotated[str, typer.Argument(help="installed recipe (`pt list --recipes`) or path of a YAML file")]
 Prompt = Annotated[str, typer.Argument(help="folder or hub id of a trained prompt")]
 Backbone = Annotated[str | None, typer.Option(help="hub id or folder of the backbone; default: the prompt's own")]
@@ -91,7 +99,11 @@ def demo(
     if not installed:
         raise InputError("no modality package is installed", remedy="Install one, such as packages/pt-nlp")
     chosen = modality or ("nlp" if "nlp" in installed else next(iter(installed)))
-    registry.workbench(chosen).demo(output, seeds=seeds, shots=shots, data=data)
+    workbench = registry.workbench(chosen)
+    from pt_core import report
+
+    report.need_matplotlib()  # a demo shows pictures: better told now than after its runs
+    workbench.demo(output, seeds=seeds, shots=shots, data=data)
 
 
 @app.command()
@@ -113,7 +125,7 @@ def train(
     _show(report.table([outcome.result], title=recipe))
     if outcome.artifact is not None:
         print(f"trained prompt: {outcome.artifact}")
-    if outcome.history:
+    if outcome.history and report.can_draw():
         report.curves({outcome.result.method: outcome.history}, output / "curves.png")
         print(f"curves: {output / 'curves.png'}")
 
@@ -135,6 +147,8 @@ def compare(
     package, checked = recipes.load(recipe, recipes.parse_settings(settings or []))
     labels = [label.strip() for label in methods.split(",")] if methods else checked.labels()
     for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(f"{label!r} is there twice", field="methods", remedy="Name each method once")
         checked.with_method(label)
     bench = registry.workbench(package).Bench(checked)
     outcomes = runs.compare_recipe(bench, labels, range(checked.seed, checked.seed + seeds), output)
@@ -260,5 +274,11 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        typer.secho(f"pt: {' '.join(str(error).split())}", fg="red", err=True)
-        sys.exit(2)
+        _end(error, 2)
+    except NonFiniteLoss as error:
+        _end(error, 1)
+
+
+def _end(error: Exception, code: int) -> NoReturn:
+    typer.secho(f"pt: {' '.join(str(error).split())}", fg="red", err=True)
+    sys.exit(code)

@@ -1,4 +1,4 @@
-"""The one error that a user can mend: bad input, named precisely, raised before anything starts."""
+"""What ends a run in one line: bad input, named precisely and before anything starts, and a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ class InputError(ValueError):
         where += [f"field {field!r}"] if field is not None else []
         message = f"{', '.join(where)}: {problem}" if where else problem
         super().__init__(f"{message}. {remedy}" if remedy else message)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient is NaN or infinite. Says the step, the sample ids and the last good checkpoint.
+
+    The command line prints it as one line and exits with code 1.
+    """

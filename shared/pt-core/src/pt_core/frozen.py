@@ -49,15 +49,15 @@ def freeze(module: M) -> M:
     return module
 
 
-def fingerprint(module: nn.Module, full: bool = False) -> str:
+def fingerprint(module: nn.Module, full: bool = True) -> str:
     """sha256 (hex) over names, shapes, dtypes and values of parameters and persistent buffers.
 
     Names are sorted, so the order of registration does not matter; tied weights count once.
 
     Args:
         module: a backbone.
-        full: read every byte. Otherwise 64 values of each tensor, spread evenly: milliseconds for a model of billions of
-            values, sees any training, and misses a change of single values.
+        full: read every byte, so that a change of one value is seen. Otherwise 64 values of each tensor, spread evenly:
+            milliseconds for a model of billions of values, sees any training, and misses a change of single values.
 
     Raises:
         InputError: a tensor is not in memory (meta device).
@@ -146,7 +146,7 @@ class BackboneIdentity(BaseModel):
         config_hash: sha256 of its configuration without what changes with loading (dtype, attention kernel, labels ...).
         shapes: name pattern of parameters (`layers.*.weight`) -> how many, of which shape (`12 x [768, 768]`).
         sample: tensor name -> a few of its values, rounded to bfloat16 (four decimal digits hold them exactly).
-        full_hash: `fingerprint(module, full=True)`, for `compare(..., strict=True)`.
+        full_hash: `fingerprint(module)`, for `compare(..., strict=True)`.
         dtype: dtypes of the parameters, joined by `+`.
         parameters: number of parameters as stored, tied ones once.
         quantised: whether its weights are packed or of 8 bits and fewer.
@@ -192,7 +192,7 @@ def identity(
         config_hash=_config_hash(config) if config is not None else None,
         shapes=_shapes(parameters),
         sample=_sample(module, quantised),
-        full_hash=fingerprint(module, full=True) if full else None,
+        full_hash=fingerprint(module) if full else None,
         dtype="+".join(sorted({_plain(t.dtype) for t in parameters.values()})),
         parameters=sum(t.numel() for t in parameters.values()),
         quantised=quantised,
@@ -237,7 +237,7 @@ def compare(saved: BackboneIdentity, module: nn.Module, strict: bool = False) ->
                 "strict comparison needs a full hash of the backbone, and none was saved",
                 remedy="Save with identity(..., full=True), or load without strict",
             )
-        if fingerprint(module, full=True) != saved.full_hash:
+        if fingerprint(module) != saved.full_hash:
             same_sample = f"full hashes differ (dtype {saved.dtype} when saved, {now.dtype} here)"
             raise InputError(f"not bit for bit {source}: {'; '.join(doubts) or same_sample}", remedy=remedy)
     elif doubts:
@@ -372,7 +372,7 @@ class FeatureCache:
 
     Args:
         folder: made if needed; one for each backbone, transform and data set.
-        backbone_fingerprint: `fingerprint(trunk)`.
+        backbone_fingerprint: `fingerprint(trunk)`, of every value: features of a trunk that differs in one are others.
         transform: all that turns a stored sample into the trunk's input, as text or JSON values.
 
     Raises:

@@ -1,7 +1,7 @@
 """Results as tables, pictures and one self-contained page.
 
-Pictures need matplotlib (`pt-core[report]`), which is imported when the first one is drawn. Every file is written beside
-its place and then renamed.
+Pictures need matplotlib (`pt-core[report]`), which is imported when the first one is drawn; reports are written without
+pictures where it is absent. Every file is written beside its place and then renamed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import html as markup
 import io
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,14 +56,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as text: `marked` holds the (row, column) cells that stand out. The first column names the row."""
+    """A table as text: `marked` holds the (row, column) cells that stand out. The first column names the row, the others are
+    numbers."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     marked: frozenset[tuple[int, int]] = frozenset()
     caption: str = ""
-    numbers: bool = True
-    """Whether the columns after the first are numbers, to be set flush right."""
 
 
 # Tables
@@ -165,20 +165,6 @@ def over_grid(points: Mapping[float, Sequence[Result]], metric: str, unit: str) 
     return Grid(header, rows, frozenset(marked), f"{_arrow(metric)}. {_caption(next(iter(groups.values())))}")
 
 
-def samples_grid(samples: Sequence[Mapping[str, Any]], limit: int = 20) -> Grid:
-    """The first `limit` sample predictions, one column per key; a prediction equal to its "target" is marked."""
-    shown = samples[:limit]
-    header = list(dict.fromkeys(key for sample in shown for key in sample))
-    rows = [[_short(sample.get(key, "")) for key in header] for sample in shown]
-    marked = {
-        (row, header.index("prediction"))
-        for row, sample in enumerate(shown)
-        if "target" in sample and "prediction" in sample and sample["prediction"] == sample["target"]
-    }
-    caption = f"{len(shown)} of {len(samples)} rows; marked: the prediction equals the target."
-    return Grid(header, rows, frozenset(marked), caption, numbers=False)
-
-
 def table(results: Sequence[Result], metrics: Sequence[str] | None = None, title: str = "") -> Table:
     """`results_grid` for the terminal; the best of a metric is bold with a star."""
     return to_rich(results_grid(results, metrics), title)
@@ -210,7 +196,7 @@ def to_markdown(grid: Grid | Sequence[Result], metrics: Sequence[str] | None = N
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
-    rules = ["---", *(["---:" if grid.numbers else "---"] * (len(grid.header) - 1))]
+    rules = ["---", *(["---:"] * (len(grid.header) - 1))]
     lines = [f"## {title}", ""] if title else []
     lines += [line(grid.header), line(rules)]
     for i, row in enumerate(grid.rows):
@@ -241,8 +227,31 @@ def to_json(results: Sequence[Result], path: str | Path) -> None:
 
 # Pictures
 
-History = str | Path | Sequence[Mapping[str, Any]]
-"""A run's `metrics.jsonl`, or its rows: {"step": ..., "loss": ..., "validation/accuracy": ...}."""
+History = Sequence[Mapping[str, Any]]
+"""The rows of a run's log: {"step": ..., "loss": ..., "validation/accuracy": ...}."""
+
+
+def need_matplotlib() -> type[Figure]:
+    """The class of figures.
+
+    Raises:
+        InputError: matplotlib is absent.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("pictures need matplotlib", remedy="Install pt-core[report]") from error
+    return Figure
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; if not, a line on stderr says what is missing for the pictures that are left out."""
+    try:
+        need_matplotlib()
+    except InputError as error:
+        print(f"no pictures: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def curves(
@@ -256,7 +265,7 @@ def curves(
         metric: "accuracy" for the rows' "validation/accuracy"; default: the first one that is not the loss.
 
     Raises:
-        InputError: a file that is not there or not JSON lines, nothing to draw, or matplotlib is absent.
+        InputError: nothing to draw, or matplotlib is absent.
     """
     histories = {method: _histories(run) for method, run in runs.items()}
     rows = [row for group in histories.values() for history in group for row in history]
@@ -459,11 +468,10 @@ p { white-space: pre-line; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; }
 caption { caption-side: bottom; text-align: left; padding-top: .5rem; font-size: .85rem; opacity: .8; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
+  white-space: nowrap; font-variant-numeric: tabular-nums; }
 thead th { border-bottom-width: 2px; } tbody th { font-weight: 500; } tbody tr:nth-child(even) { background: var(--soft); }
-thead th { white-space: nowrap; }
-table.numbers :is(th, td) { white-space: nowrap; font-variant-numeric: tabular-nums; }
-table.numbers :is(th, td):not(:first-child) { text-align: right; }
+:is(th, td):not(:first-child) { text-align: right; }
 td.marked { font-weight: 700; color: var(--mark); }
 img { max-width: 100%; background: #ffffff; border-radius: 6px; }
 """
@@ -509,18 +517,16 @@ def write_comparison(
     title: str = "Comparison",
     notes: str = "",
     metrics: Sequence[str] | None = None,
-    samples: Sequence[Mapping[str, Any]] = (),
     more: Mapping[str, Item] | None = None,
 ) -> Path:
     """Write results.json, results.csv, table.md, bars.png, curves.png (where there are histories) and report.html.
 
-    Numbers come first, so that they are there even where pictures cannot be drawn.
+    Numbers come first. Without matplotlib there are no pictures, and a line on stderr says so.
 
     Args:
         folder: made if it is not there.
         histories: method -> its run or runs, as for `curves`.
         metrics: which, the main one first; default: all there are.
-        samples: predictions to show, as for `samples_grid`.
         more: heading -> what else belongs on the page (text, a grid, a PNG file), after the results.
 
     Returns:
@@ -536,17 +542,18 @@ def write_comparison(
     text += [to_markdown(differences, title="Paired differences")] if differences.rows else []
     write(folder / "table.md", "\n\n".join(part.strip() for part in text).encode() + b"\n")
 
-    bars(results, folder / "bars.png", metrics)
     sections: list[tuple[str, Sequence[Item]]] = [("Results", [*([notes] if notes else []), grid])]
-    sections.append(("Metrics by method", [folder / "bars.png"]))
+    drawn = can_draw()
+    if drawn:
+        bars(results, folder / "bars.png", metrics)
+        sections.append(("Metrics by method", [folder / "bars.png"]))
     sections += [("Paired differences", [differences])] if differences.rows else []
-    if histories:
+    if drawn and histories:
         # In the order of the results, so that a method has one colour in both pictures.
         order = dict.fromkeys([result.method for result in results], ())
         curves({**order, **histories}, folder / "curves.png")
         sections.append(("Training", [folder / "curves.png"]))
     sections += [(heading, [item]) for heading, item in (more or {}).items()]
-    sections += [("Sample predictions", [samples_grid(samples)])] if samples else []
     html(folder / "report.html", title, sections)
     return folder / "report.html"
 
@@ -617,41 +624,18 @@ def _size(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def _short(value: Any, limit: int = 300) -> str:
-    text = _number(value) if isinstance(value, float) else str(value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
-
-
 def _histories(runs: Any) -> list[list[Mapping[str, Any]]]:
-    """The rows of each run of a method, whether it is given as a file, as rows, or as several of these."""
-    if isinstance(runs, str | Path):
-        return [_read_history(Path(runs))]
+    """The rows of each run of a method, whether one run is given or several."""
     if all(isinstance(row, Mapping) for row in runs):
         return [list(runs)]
-    return [history for run in runs for history in _histories(run)]
-
-
-def _read_history(path: Path) -> list[Mapping[str, Any]]:
-    if not path.is_file():
-        raise InputError("no such file", remedy="Give a run's metrics.jsonl", file=path)
-    rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"not valid JSON ({error})", file=path, row=number) from error
-    return rows
+    return [list(run) for run in runs]
 
 
 def _figure(width: float, height: float, panels: int, title: str, abreast: int = 3) -> tuple[Figure, list[Axes]]:
     """Panels of `width` x `height` inches, drawn by Agg; pyplot's global state is not touched."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("pictures need matplotlib", remedy="Install pt-core[report]") from error
     columns = min(panels, abreast)
     lines = math.ceil(panels / columns)
-    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    figure = need_matplotlib()(figsize=(width * columns, height * lines), layout="constrained")
     all_axes: list[Axes] = list(figure.subplots(lines, columns, squeeze=False).flat)
     for unused in all_axes[panels:]:
         unused.set_axis_off()
@@ -698,7 +682,7 @@ def _html_table(grid: Grid) -> str:
     caption = f"<caption>{markup.escape(grid.caption)}</caption>" if grid.caption else ""
     return "\n".join(
         [
-            f'<div class="scroll"><table class="{"numbers" if grid.numbers else "text"}">{caption}',
+            f'<div class="scroll"><table>{caption}',
             f"<thead><tr>{head}</tr></thead>",
             "<tbody>",
             *rows,

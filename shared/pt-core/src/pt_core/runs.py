@@ -9,6 +9,7 @@ A comparison is a grid of cells (method, seed). Every finished cell is kept, so 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from urllib.parse import quote
 from pt_core.artifacts import TENSORS
 from pt_core.data import Split
 from pt_core.errors import InputError
-from pt_core.files import write
+from pt_core.files import check_folder, write
 from pt_core.method import Method
 from pt_core.report import Result
 from pt_core.training import FitConfig, FitResult, evaluate
@@ -86,8 +87,10 @@ def train(
     metrics = evaluate(method, job.test, config.eval_batch_size) if job.test is not None else fitted.metrics
     artifact, size = None, None
     if method.kept_state():
+        # An artifact refuses what is not finite; a metric that these rows do not define must not cost the prompt.
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         artifact = method.save_pretrained(
-            folder / "prompt", backbone_name=job.backbone_name, revision=job.revision, task=job.task, metrics=metrics
+            folder / "prompt", backbone_name=job.backbone_name, revision=job.revision, task=job.task, metrics=finite
         )
         size = (artifact / TENSORS).stat().st_size
     result = Result(
@@ -184,8 +187,9 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Mark a folder with what it holds results of, or refuse one that holds others.
 
     Raises:
-        InputError: the folder holds results of another identity.
+        InputError: the folder holds results of another identity, or is a file.
     """
+    check_folder(folder)
     stamp, ours = folder / "identity.json", json.loads(json.dumps(identity))
     if stamp.exists():
         theirs = json.loads(stamp.read_text("utf-8"))

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast
 from unittest import mock
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test asks the hub
+
 import numpy as np
 import pytest
 import torch

@@ -41,14 +41,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pt_core.data import Split
-from pt_core.errors import InputError
+from pt_core.errors import InputError, NonFiniteLoss
 from pt_core.files import write
 from pt_core.frozen import fingerprint
 from pt_core.method import Batch, Loss, Method
@@ -57,10 +57,6 @@ from pt_core.packing import packed
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "epoch-cosine", "epoch-cosine-plain"]
 BY_EPOCHS = ("epoch-cosine", "epoch-cosine-plain")  # schedules that count epochs
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient is NaN or infinite. Says the step, the sample ids and the last good checkpoint."""
 
 
 class NotLearning(UserWarning):
@@ -110,6 +106,13 @@ class FitConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="of the batches and of all random numbers of the run")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     progress: bool = True
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are no value of this setting")  # pydantic would take true for 1
+        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> FitConfig:
@@ -260,8 +263,9 @@ class Loop:
     Args:
         method: what is trained; it is placed on the device.
         config: the run.
-        output_dir: folder for `metrics.jsonl`, checkpoints and trackers; None keeps everything in memory. If a killed run
-            of the same configuration left a checkpoint there, the loop goes on from it. One folder for each loop.
+        output_dir: folder for `metrics.jsonl`, trackers, one checkpoint, and beside it (`best-STEP.safetensors`, if the
+            run keeps the best) one more copy of what is trained; None keeps everything in memory. If a killed run of the
+            same configuration left a checkpoint there, the loop goes on from it. One folder for each loop.
         total_steps: length of the run in the loop's own steps.
         identity: anything JSON that must be the same for a run to be resumed (data size, recipe).
 
@@ -631,7 +635,7 @@ class Loop:
         method, config = self.method, self.config
         weights = None
         if method.frozen_backbone and not any(p.is_meta for p in method.backbone.parameters()):
-            weights = fingerprint(method.backbone)
+            weights = fingerprint(method.backbone, full=False)  # asked at the start of every run
         return {
             "method": method.name,
             "method_config": method.config.model_dump(mode="json"),
@@ -897,6 +901,9 @@ def check_fit(method: Method, train: Split, validation: Split | None, config: Fi
     """Refuse, before the first step, settings that could not be followed."""
     if config.bucket_by_length and train.lengths is None:
         raise InputError("the training rows have no lengths", remedy="Leave bucket_by_length off", field="lengths")
+    for name in ("patience", "interrupt_below"):
+        if validation is None and getattr(config, name) is not None:
+            raise InputError("there are no validation rows to stop by", remedy="Give some, or leave it out", field=name)
     if config.monitor is None or validation is None:
         return
     known = {*validation.metrics} | ({"loss"} if method.loss_comes_from() else set())

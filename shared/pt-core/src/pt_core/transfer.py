@@ -43,7 +43,7 @@ from safetensors.torch import save
 
 from pt_core import report, runs
 from pt_core.errors import InputError
-from pt_core.files import write
+from pt_core.files import check_folder, write
 from pt_core.metrics import higher_is_better, mean_spread
 from pt_core.report import Grid
 from pt_core.training import FitConfig, evaluate
@@ -187,6 +187,7 @@ def run(
             rows; the metric is not there; the folder holds another study; Ray is not installed; a worker died.
     """
     folder, seeds = Path(folder).absolute(), tuple(seeds)
+    check_folder(folder)
     if ray:
         _import_ray()
     bench = make()
@@ -531,7 +532,8 @@ def in_words(study: Study) -> str:
 
 
 def write_report(study: Study, folder: str | Path, title: str = "Transfer", notes: str = "") -> Path:
-    """Write transfer.json, transfer.md, gains.png, zero-shot.png and report.html; numbers come first.
+    """Write transfer.json, transfer.md, gains.png, zero-shot.png and report.html; numbers come first, and without
+    matplotlib there are no pictures.
 
     Returns:
         The path of report.html.
@@ -564,12 +566,14 @@ def write_report(study: Study, folder: str | Path, title: str = "Transfer", note
     bases = {t: f"{mean_spread(study.scratch(t))[0]:.3f}" for t in tasks}
     texts = [[bases[t] if s == t else f"{study.mean_gain(s, t):+.3f}" for s, t in row] for row in pairs]
     label = f"gain in {study.metric}; grey: from scratch"
-    report.heatmap(matrix, tasks, tasks, folder / "gains.png", label, title, axes, texts=texts, centre=0.0)
-    report.heatmap(content["zero_shot_mean"], tasks, tasks, folder / "zero-shot.png", study.metric, title, axes)
+    pictures = [folder / "gains.png", folder / "zero-shot.png"] if report.can_draw() else []
+    if pictures:
+        report.heatmap(matrix, tasks, tasks, pictures[0], label, title, axes, texts=texts, centre=0.0)
+        report.heatmap(content["zero_shot_mean"], tasks, tasks, pictures[1], study.metric, title, axes)
     sections: list[tuple[str, Sequence[report.Item]]] = [
         ("Summary", [*([notes] if notes else []), words]),
-        ("Gains", [folder / "gains.png", gains]),
-        ("Zero-shot transfer", [folder / "zero-shot.png", zero_shot]),
+        ("Gains", [*pictures[:1], gains]),
+        ("Zero-shot transfer", [*pictures[1:], zero_shot]),
     ]
     report.html(folder / "report.html", title, sections)
     return folder / "report.html"
