@@ -93,21 +93,21 @@ def test_list_shows_the_recipes(pt: Command) -> None:
     assert max(map(len, out.splitlines())) <= 100 and "…" not in out
 
 
-def test_the_table_of_the_readme_is_the_one_that_list_prints(pt: Command) -> None:
+def test_the_tables_of_the_readmes_are_the_one_that_list_prints(pt: Command) -> None:
     code, out, _ = pt("list", "--markdown")
     assert code == 0 and out.count("\n") == len(registry.all_methods()) + 2
-    readme = ROOT / "README.md"
-    found = (
-        re.search(r"<!-- methods -->\n(.*?)<!-- /methods -->", readme.read_text("utf-8"), re.S)
-        if readme.exists()
-        else None
-    )
-    if found is None:
-        pytest.skip("README.md has no <!-- methods --> block")
-    assert found[1].strip() == out.strip(), "put the output of `pt list --markdown` between the markers"
+
+    def table(readme: Path) -> list[str]:
+        found = re.search(r"<!-- methods -->\n(.*?)<!-- /methods -->", readme.read_text("utf-8"), re.S)
+        assert found is not None, readme
+        return found[1].strip().splitlines()
+
+    printed = out.strip().splitlines()
+    assert table(ROOT / "README.md") == printed, "put the output of `pt list --markdown` between the markers"
+    own = [line for line in printed[2:] if "| nlp |" in line]
+    assert table(ROOT / "packages" / "pt-nlp" / "README.md") == printed[:2] + own
 
 
-# --- doctor ----------------------------------------------------------------------------------------------------------
 def test_doctor_names_the_set_that_the_workspace_pins() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     pinned = dict(line.split("==") for line in settings["tool"]["uv"]["constraint-dependencies"])

@@ -19,7 +19,7 @@ def build(kind: str, head: str | None = None, seed: int = 0, **changes: Any) -> 
 
     Args:
         kind: prefix of a class of transformers (`Llama`, `GPT2` ...).
-        head: suffix of the class; default: the language model, for BERT and RoBERTa the bare encoder.
+        head: suffix of the class; default: the language model, for encoders the bare one.
         changes: fields of the configuration.
     """
     special = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
@@ -36,9 +36,25 @@ def build(kind: str, head: str | None = None, seed: int = 0, **changes: Any) -> 
         "OPT": special
         | {"hidden_size": WIDTH, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.3}
         | {"word_embed_proj_dim": WIDTH, "max_position_embeddings": 96},
+        "Mpt": special | {"d_model": WIDTH, "n_layers": 2, "n_heads": 4, "max_seq_len": 96, "initializer_range": 0.3},
+        "Falcon": special
+        | {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3},
+        "GPTBigCode": special
+        | {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 96, "initializer_range": 0.3},
         "Mamba": special | {"hidden_size": WIDTH, "state_size": 4, "num_hidden_layers": 2, "initializer_range": 0.3},
         "Bert": common | {"eos_token_id": 1},
         "Roberta": common | {"pad_token_id": 1, "eos_token_id": 2},
+        "XLMRoberta": common | {"pad_token_id": 1, "eos_token_id": 2},
+        "Camembert": common | {"pad_token_id": 1, "eos_token_id": 2},
+        "Data2VecText": common | {"pad_token_id": 1, "eos_token_id": 2},
+        "Electra": common | {"embedding_size": 8, "eos_token_id": 1},
+        "Albert": common | {"embedding_size": 8, "eos_token_id": 1},
+        "Ernie": common | {"eos_token_id": 1},
+        "BigBird": common | {"eos_token_id": 1, "attention_type": "original_full"},
+        "ModernBert": common | {"eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 2},
+        "DistilBert": special
+        | {"dim": WIDTH, "hidden_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 96}
+        | {"initializer_range": 0.3, "eos_token_id": 1},
         "T5": special
         | {"d_model": WIDTH, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
         | {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
@@ -47,7 +63,8 @@ def build(kind: str, head: str | None = None, seed: int = 0, **changes: Any) -> 
         | {"decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 2},
     }
     heads = {"GPT2": "LMHeadModel", "T5": "ForConditionalGeneration", "Bart": "ForConditionalGeneration"}
-    heads |= {"Bert": "Model", "Roberta": "Model"}
+    bare = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Data2VecText", "Electra", "Albert", "Ernie", "BigBird")
+    heads |= dict.fromkeys((*bare, "ModernBert", "DistilBert"), "Model")
     config = getattr(hf, f"{kind}Config")(**own[kind] | changes)
     torch.manual_seed(seed)
     model = getattr(hf, kind + (head or heads.get(kind, "ForCausalLM")))(config)

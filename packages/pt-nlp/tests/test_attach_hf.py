@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EsmConfig, EsmModel, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pt_core.attachment import Handle, attach, off, route
@@ -30,6 +31,7 @@ SHARED = {
     "GPTNeoX": "gpt_neox",
 }
 BACKBONES = [*SHARED, "OPT", "Bert", "Roberta", "T5"]
+LEAVE_OUT_PADDING = ("Roberta", "XLMRoberta", "Camembert", "Data2VecText")  # their positions start behind its index, 1
 Build = Callable[..., nn.Module]
 
 
@@ -141,7 +143,7 @@ def test_prompt_positions_show_nowhere_in_a_language_model(
 
 
 @pytest.mark.parametrize("what", ["tokens", "keys and values"])
-@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta", "Camembert"])
 def test_prompt_positions_show_nowhere_in_an_encoder(tiny: Build, kind: str, what: str) -> None:
     model, batch = tiny(kind), texts()
     attach(model, soft() if what == "tokens" else keys(model))
@@ -447,6 +449,51 @@ def test_sliding_windows_take_the_plain_path(tiny: Build, kind: str, caplog: pyt
     assert gap(logits, tiny(kind)(**batch).logits) > 1e-2  # the window is narrower than the text
 
 
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "longrope": {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "short_factor": [1.0, 1.0]}
+    | {"long_factor": [2.0, 4.0], "original_max_position_embeddings": 8},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotations_that_depend_on_the_length_take_the_plain_path(
+    tiny: Build, rope: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"rope_parameters": ROPES[rope], "max_position_embeddings": 8 if rope == "dynamic" else 96}
+    model, batch = tiny("Llama", **options), texts()  # 5 + 9 positions
+    reason = "rotations of the prompt depend on the length of the text"
+    exact = refused(model, reason, caplog, batch)
+    monkeypatch.setattr(backbones, "_rotates_by_length", lambda config: False)
+    model = tiny("Llama", **options)
+    attach(model, soft())
+    assert gap(model(**batch).logits, exact) > 1e-2  # the keys of the prompt alone are rotated otherwise
+
+
+def test_rotations_are_looked_up_for_every_type_of_layer(tiny: Build) -> None:
+    base = tiny("Llama").model
+    plain, llama3 = {"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "llama3", "rope_theta": 1e4}
+    for kinds, wanted in (((plain, llama3), False), ((plain, ROPES["dynamic"]), True), ((ROPES["longrope"],), True)):
+        base.config.rope_parameters = {f"layers_{i}": kind for i, kind in enumerate(kinds)}
+        assert (backbones.shortcut_refused(base) is not None) == wanted
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_keys_and_values_in_one_row_see_the_length_of_the_texts_not_of_the_row(tiny: Build, rope: str) -> None:
+    limit = 12 if rope == "dynamic" else 96
+    batch = texts("left")
+    results = []
+    for way in (contextlib.nullcontext, backbones.padding_unread):
+        model = tiny("Llama", rope_parameters=ROPES[rope], max_position_embeddings=limit)
+        prompt, passes = keys(model), rows_and_tokens(model)
+        attach(model, prompt)
+        with way():
+            results.append(with_gradient(model, prompt, batch, use_cache=False))
+        assert passes == [(3, 9) if way is contextlib.nullcontext else (1, int(batch["attention_mask"].sum()))]
+    for a, b in zip(*results, strict=True):
+        assert gap(a, b) < 1e-5
+
+
 def test_active_dropout_takes_the_plain_path(tiny: Build, caplog: pytest.LogCaptureFixture) -> None:
     model, batch = tiny("GPT2"), texts()
     quiet = concatenated(model, soft().weight, batch)
@@ -518,6 +565,64 @@ def test_the_keys_and_values_of_prompt_rows_do_what_the_rows_do(tiny: Build, kin
     _, gradient, logits = with_gradient(model, prompt, batch)
     assert gap(logits, expected[batch["attention_mask"].bool()]) < 1e-5
     assert float(gradient.abs().amax(dim=(1, 2, 3, 4)).min()) > 1e-4  # every layer gets its gradient
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "kv_heads"),
+    [
+        ("Falcon", {"multi_query": True}, 1),
+        ("Falcon", {"multi_query": False}, 4),
+        ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, 4),  # its cache holds a copy for each query
+        ("GPTBigCode", {"multi_query": True}, 1),
+        ("GPTBigCode", {"multi_query": False}, 4),
+    ],
+    ids=str,
+)
+def test_keys_and_values_have_the_heads_that_the_cache_has(
+    tiny: Build, kind: str, options: dict[str, Any], kv_heads: int
+) -> None:
+    model, rows, batch = tiny(kind, **options), soft(), texts("left")
+    assert backbones.shape_of(model).kv_heads == kv_heads
+    prompt = keys(model)
+    with torch.no_grad():
+        cache = model.base_model(inputs_embeds=rows.weight[None], use_cache=True).past_key_values
+        for i, layer in enumerate(cache.layers):
+            prompt.weight[i] = torch.stack([layer.keys[0], layer.values[0]])
+    expected = concatenated(model, rows.weight, batch)
+    attach(model, prompt)
+    _, gradient, logits = with_gradient(model, prompt, batch)
+    assert gap(logits, expected[batch["attention_mask"].bool()]) < 1e-5
+    assert float(gradient.abs().amax(dim=(1, 2, 3, 4)).min()) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta", "Camembert", "Electra"])
+def test_keys_and_values_stand_in_front_of_those_of_every_layer_of_an_encoder(tiny: Build, kind: str) -> None:
+    """Worked by hand, with gradients: softmax(Q [PK; K]^T / sqrt(d_h)) [PV; V], real tokens at positions m, m + 1, ..."""
+    model, batch = tiny(kind), texts()
+    prompt = keys(model)
+    attach(model, prompt)
+    real = batch["attention_mask"].bool()
+    weight = torch.linspace(-1, 1, int(real.sum()) * WIDTH).view(-1, WIDTH)
+    ours = model(**batch).last_hidden_state[real]
+    (gradient,) = torch.autograd.grad((ours * weight).sum(), prompt.weight)
+
+    table, start = model.embeddings, M + 2 * (kind in LEAVE_OUT_PADDING)
+    positions = torch.arange(start, start + 9)
+    x = table.word_embeddings(batch["input_ids"]) + table.position_embeddings(positions)
+    x = table.LayerNorm(x + table.token_type_embeddings.weight[0])
+    x = model.embeddings_project(x) if kind == "Electra" else x
+    seen = F.pad(real, (M, 0), value=True)[:, None, None]
+    for block, (k_ahead, v_ahead) in zip(model.encoder.layer, prompt.weight, strict=True):
+        layer = block.attention.self
+        q, k, v = (part(x).view(3, 9, 4, 4).transpose(1, 2) for part in (layer.query, layer.key, layer.value))
+        k, v = (torch.cat([y.expand(3, -1, -1, -1), z], 2) for y, z in ((k_ahead, k), (v_ahead, v)))
+        scores = (q @ k.mT / 2).masked_fill(~seen, -torch.inf)
+        mixed = block.attention.output((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), x)
+        x = block.output(block.intermediate(mixed), mixed)
+    (expected,) = torch.autograd.grad((x[real] * weight).sum(), prompt.weight)
+    assert gap(ours, x[real]) < 1e-5
+    assert gap(gradient, expected) < 1e-5 * max(1.0, float(expected.abs().max()))
+    assert float(expected.abs().amax(dim=(1, 2, 3, 4)).min()) > 1e-3
 
 
 # --- stored keys and values -------------------------------------------------------------------------------------------
@@ -722,6 +827,59 @@ def test_rows_before_the_first_block_are_rows_of_the_embeddings(tiny: Build, kin
     assert torch.equal(written, model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False))
 
 
+# --- which models are causal --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kind", "causal"),
+    [(kind, True) for kind in ("Llama", "GPT2", "OPT", "Mamba", "Mpt")]
+    + [(kind, False) for kind in ("Bert", "Roberta", "XLMRoberta", "Ernie", "BigBird", "Data2VecText", "Albert")]
+    + [(kind, False) for kind in ("Electra", "ModernBert", "DistilBert", "T5", "Bart")],
+)
+def test_the_last_token_changes_the_first_one_in_all_but_causal_models(tiny: Build, kind: str, causal: bool) -> None:
+    model, ids = tiny(kind), texts()["input_ids"][:1].clamp(min=3)
+    assert backbones.is_causal(model) == causal
+    if not model.config.is_encoder_decoder:
+        other = torch.cat([ids[:, :-1], ids[:, -1:] % 20 + 20], dim=1)
+        base = backbones.base_of(model)
+        moved = gap(base(input_ids=ids).last_hidden_state[:, 0], base(input_ids=other).last_hidden_state[:, 0])
+        assert (moved < 1e-6) == causal
+
+
+def test_a_configuration_may_say_what_is_causal(tiny: Build) -> None:
+    assert backbones.is_causal(tiny("Bert", "LMHeadModel", is_decoder=True))
+    assert backbones.is_causal(tiny("Bart", "ForCausalLM"))
+    model, rows, batch = tiny("Llama", is_causal=False), soft(), texts()
+    assert not backbones.is_causal(model)
+    expected = concatenated(model, rows.weight, batch)
+    attach(model, rows)
+    real = batch["attention_mask"].bool()
+    assert gap(model(**batch).logits[real], expected[real]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Ernie", "BigBird", "Data2VecText", "Albert", "Electra", "DistilBert"])
+def test_rows_of_token_embeddings_do_what_the_tokens_do_in_an_encoder(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts()
+    first = torch.tensor([[9, 4, 11, 30, 7]])
+    whole = {
+        "input_ids": torch.cat([first.expand(3, -1), batch["input_ids"]], 1),
+        "attention_mask": F.pad(batch["attention_mask"], (M, 0), value=1),
+    }
+    if kind in LEAVE_OUT_PADDING:
+        whole["position_ids"] = whole["attention_mask"].cumsum(1) * whole["attention_mask"] + 1
+    expected = model(**whole).last_hidden_state[:, M:]
+    prompt = soft(width=backbones.shape_of(model).dim)
+    prompt.weight.data = model.get_input_embeddings()(first[0]).clone()
+    attach(model, prompt)
+    real = batch["attention_mask"].bool()
+    assert gap(model(**batch).last_hidden_state[real], expected[real]) < 1e-5
+
+
+def test_an_encoder_that_reads_input_embeddings_otherwise_is_refused() -> None:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = EsmModel(EsmConfig(vocab_size=VOCAB, pad_token_id=1, max_position_embeddings=40, **sizes))
+    with pytest.raises(InputError, match="EsmModel does not read input embeddings under a mask as it reads tokens"):
+        attach(model, soft())
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 def test_a_cache_that_was_filled_without_the_prompt_is_refused(tiny: Build) -> None:
     model, batch = tiny("Llama"), texts()
@@ -757,15 +915,43 @@ def test_a_prompt_that_does_not_fit_is_refused(tiny: Build, kind: str) -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", ["GPT2", "Bert", "Roberta"])
+LEARNED = ["GPT2", "OPT", "Bert", "DistilBert", "Electra", "Albert", "BigBird", "Ernie", "Bart", *LEAVE_OUT_PADDING]
+
+
+def of_twelve_positions(tiny: Build, kind: str) -> nn.Module:
+    limit = 12 + 2 * (kind in LEAVE_OUT_PADDING)
+    return tiny(kind, **{"n_positions" if kind == "GPT2" else "max_position_embeddings": limit})
+
+
+@pytest.mark.parametrize("kind", LEARNED)
 def test_prompt_and_text_must_fit_the_positions(tiny: Build, kind: str) -> None:
-    sizes = {"n_positions": 12} if kind == "GPT2" else {"max_position_embeddings": 12 + 2 * (kind == "Roberta")}
-    model = tiny(kind, **sizes)
-    attach(model, soft())
+    model = of_twelve_positions(tiny, kind)
+    attach(model, soft(width=backbones.shape_of(model).dim))
     batch = {name: tensor[:, :7] for name, tensor in texts().items()}
-    model(**batch)  # 12 positions
+    outputs(model, batch)  # 12 positions
     with pytest.raises(InputError, match=r"prompt and text take 13 positions, .* has 12. Cut the text"):
-        model(**{name: tensor[:, :8] for name, tensor in texts().items()})
+        outputs(model, {name: tensor[:, :8] for name, tensor in texts().items()})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["GPT2", "OPT", *LEAVE_OUT_PADDING])
+def test_padding_that_takes_no_position_is_not_counted(tiny: Build, kind: str, side: str) -> None:
+    model = of_twelve_positions(tiny, kind)
+    attach(model, soft())
+    short = {name: tensor[1:] for name, tensor in texts(side).items()}  # 9 slots, of which 6 and 4 are text
+    cut = {name: tensor[:, :6] if side == "right" else tensor[:, -6:] for name, tensor in short.items()}
+    mask = short["attention_mask"].bool()
+    assert gap(outputs(model, short)[mask], outputs(model, cut)[cut["attention_mask"].bool()]) < 1e-5
+
+
+def test_trained_keys_and_values_of_a_decoder_must_fit_its_positions(tiny: Build) -> None:
+    model = of_twelve_positions(tiny, "Bart")
+    attach(model, keys(model))
+    batch = {name: tensor[:, :4] for name, tensor in texts().items()}
+    words = torch.full((3, 8), 5)
+    model(**batch, decoder_input_ids=words[:, :7])
+    with pytest.raises(InputError, match="prompt and text take 13 positions, BartDecoder has 12"):
+        model(**batch, decoder_input_ids=words)
 
 
 def test_masks_of_four_dimensions_are_refused(tiny: Build) -> None:
@@ -800,12 +986,22 @@ def test_keys_and_values_refuse_a_text_beyond_the_window(tiny: Build) -> None:
         model(input_ids=torch.ones(1, 10, dtype=torch.long))
 
 
+def test_distances_in_slots_refuse_padding_between_trained_keys_and_the_text(tiny: Build) -> None:
+    model, batch = tiny("Mpt"), texts("right")
+    attach(model, keys(model))
+    together = model(**batch).logits
+    for i, mask in enumerate(batch["attention_mask"].bool()):
+        assert gap(together[i][mask], model(input_ids=batch["input_ids"][i][mask][None]).logits[0]) < 1e-5
+    with pytest.raises(InputError, match=r"MptModel \(ALiBi\) counts the padding.*Pad on the right"):
+        model(**texts("left"))
+
+
 def test_recurrent_models_take_no_keys_and_values_and_no_padding_on_the_left(tiny: Build) -> None:
     model = tiny("Mamba")
     with pytest.raises(InputError, match="no cache of keys and values"):
         attach(model, KeyValuePrompt(2, 4, 4, M))
     attach(model, soft())
-    with pytest.raises(InputError, match="padding between prompt and text"):
+    with pytest.raises(InputError, match="a state through the padding"):
         model(**texts("left"))
 
 

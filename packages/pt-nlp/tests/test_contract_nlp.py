@@ -60,28 +60,32 @@ def t5() -> T5ForConditionalGeneration:
 BACKBONES = {"causal-lm": llama, "encoder": bert, "seq2seq": t5}
 SETTINGS = {
     "prompt-tuning": {"prompt_length": 3, "lr": 0.05},
-    "prefix-tuning": {"prompt_length": 3, "lr": 0.05},
+    "spot": {"prompt_length": 3, "lr": 0.05},
+    "prefix-tuning": {"prompt_length": 3, "lr": 0.05, "init": "random"},
     "p-tuning": {"prompt_length": 3, "lr": 0.01},
     "p-tuning-v2": {"prompt_length": 3, "lr": 0.05},
     "dept": {"prompt_length": 3, "rank": 2, "max_source_length": 12, "lr": 0.05, "low_rank_lr": 0.05},
     "ptec": {"prompt_length": 3, "lr": 0.05, "init": "vocabulary"},
+    "trie-search": {"prompt_length": 3, "lr": 0.05, "end_id": 1},
     "lora": {"r": 2, "lr": 0.01},
     "ia3": {"lr": 0.01},
     "linear-probe": {},
     "zero-shot": {"calibrate": "train-mean"},
     "in-context": {"demonstrations": 1},
 }
-# What a method needs: "verbalizer" reads label words, trained on their tokens or as "classes"; "head" trains one; "text" is
-# trained on target tokens.
+# What a method needs: "verbalizer" reads label words, trained on their tokens or as "classes"; "head" trains one, "labels"
+# one for rows of several labels; "text" is trained on target tokens.
 CELLS = [
     *[
         (name, "causal-lm", "verbalizer")
-        for name in ("prompt-tuning", "prefix-tuning", "p-tuning", "dept", "lora", "ia3")
+        for name in ("prompt-tuning", "spot", "prefix-tuning", "p-tuning", "dept", "lora", "ia3")
     ],
     *[(name, "causal-lm", "head") for name in ("p-tuning-v2", "ptec", "linear-probe")],
     *[(name, "causal-lm", "verbalizer") for name in ("zero-shot", "in-context")],
     *[(name, "causal-lm", reading) for name in ("prompt-tuning", "dept") for reading in ("classes", "text")],
     *[(name, "encoder", "head") for name in ("prompt-tuning", "p-tuning-v2", "dept", "ptec", "lora", "linear-probe")],
+    *[(name, "causal-lm", "labels") for name in ("ptec", "trie-search")],
+    ("trie-search", "seq2seq", "labels"),
     *[(name, "seq2seq", "verbalizer") for name in ("prompt-tuning", "prefix-tuning", "dept", "lora")],
 ]
 
@@ -90,19 +94,29 @@ def make(name: str, backbone: str, reading: str) -> Callable[[int], tuple[torch.
     def build(seed: int) -> tuple[torch.nn.Module, object]:
         cls = find_method("nlp", name)
         settings = SETTINGS[name] | {"seed": seed}
-        if reading == "head":
-            settings |= {"num_labels": 2} | ({"multilabel": False} if name == "ptec" else {})
+        if reading in ("head", "labels"):
+            settings |= {"num_labels": 2, "multilabel": reading == "labels"}
+        if name == "trie-search":  # "news", "sport news", "; " is "film"
+            settings["label_tokens"] = (((6, 5), (6, 1)) * 2, ((7, 6, 5), (7, 6, 1)) * 2)
         settings = {k: v for k, v in settings.items() if k in cls.config_class.model_fields}
         model = BACKBONES[backbone]()
-        return model, cls(model, cls.config_class(**settings))
+        method = cls(model, cls.config_class(**settings))
+        if name == "spot":
+            method.load_trained_state({"prompt.weight": torch.randn(3, 16, generator=torch.Generator().manual_seed(9))})
+        if name == "ptec" and reading == "labels":  # some checks ask for the loss before `fit` has counted
+            method.pos_weight.copy_(torch.tensor([3.0, 1.0]))
+        return model, method
 
     return build
 
 
 def case(name: str, backbone: str, reading: str) -> Case:
-    kind = {"head": "classification", "text": "text-to-text"}.get(reading, "verbalizer")
+    kind = {"head": "classification", "labels": "multilabel", "text": "text-to-text"}.get(reading, "verbalizer")
+    rows = ROWS
+    if reading == "labels":  # 3 positives and 4 negatives: weights of 4/3 and 1
+        rows = [row | {"label": sorted({row["label"], *(["negative"] * (i == 0))})} for i, row in enumerate(ROWS)]
     task = TextTask.from_rows(
-        {"train": ROWS, "validation": ROWS[:4]},
+        {"train": rows, "validation": rows[:4]},
         tokenizer(),
         kind=kind,
         backbone=backbone,

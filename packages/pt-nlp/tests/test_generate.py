@@ -115,6 +115,18 @@ def test_with_sliding_windows_the_text_is_the_same_with_and_without_a_cache(tiny
         assert torch.equal(write(model, batch, **WAYS[way]), write(model, batch, **WAYS[way], use_cache=False))
 
 
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Mpt", "Falcon"])
+def test_padding_on_the_left_is_no_distance_between_prompt_and_text(tiny: Build, kind: str) -> None:
+    window = {"sliding_window": 6} | ({} if kind == "Mistral" else {"use_sliding_window": True, "max_window_layers": 1})
+    options = {"Mpt": {}, "Falcon": {"alibi": True}}.get(kind, window)
+    model, prompt, batch = tiny(kind, **options), soft(), texts()
+    expected = [by_hand(model, prompt, ids[m.bool()][None]) for ids, m in zip(*batch.values(), strict=True)]
+    attach(model, prompt)
+    for cached in (True, False):
+        for row, alone in zip(write(model, batch, use_cache=cached), expected, strict=True):
+            assert torch.equal(row[-7:], alone[0, -7:])
+
+
 def test_a_recurrent_model_writes_the_same_with_and_without_a_cache(tiny: Build) -> None:
     model, prompt = tiny("Mamba"), soft()
     ids = texts()["input_ids"][:1]

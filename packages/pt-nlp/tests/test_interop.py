@@ -106,8 +106,10 @@ def ours(family: str, kind: str):
         return PromptTuning(small(family), PromptTuningConfig(prompt_length=LENGTH, init="random"))
     if kind.startswith("prefix"):
         hidden = 12 if kind.endswith("projected") else None
-        return PrefixTuning(small(family), PrefixTuningConfig(prompt_length=LENGTH, projection_dim=hidden, dropout=0.5))
-    return PTuning(small(family), PTuningConfig(prompt_length=LENGTH, encoder=kind, dropout=0.5))
+        config = PrefixTuningConfig(prompt_length=LENGTH, projection_dim=hidden, dropout=0.5, init="random")
+        return PrefixTuning(small(family), config)
+    dropout = 0.5 if kind == "lstm" else 0.0
+    return PTuning(small(family), PTuningConfig(prompt_length=LENGTH, encoder=kind, dropout=dropout))
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)

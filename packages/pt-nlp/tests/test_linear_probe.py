@@ -107,6 +107,20 @@ def test_logits_are_those_of_scikit_learn_on_standardised_frozen_features(make, 
     assert_unchanged(backbone, before)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("Albert", {"embedding_size": 8}), ("Electra", {"embedding_size": 8}), ("OPT", {"word_embed_proj_dim": 8})],
+)
+def test_a_probe_is_as_wide_as_the_states_that_it_reads(tiny, kind, options):
+    method = LinearProbe(tiny(kind, **options), LinearProbeConfig(num_labels=C))
+    method.fit(split(30, 1), None, RUN)
+    batch = split(12, 2).batch(list(range(12)))
+    with torch.no_grad():
+        output = method(batch)
+    assert float(output.logits.abs().max()) > 1e-2
+    assert output.features.shape[1] == method.head.in_features == (8 if kind == "OPT" else 16)
+
+
 def test_mean_pooling_reads_real_tokens_only():
     backbone = llama()
     method = LinearProbe(backbone, LinearProbeConfig(num_labels=C))

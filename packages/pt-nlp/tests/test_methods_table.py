@@ -47,11 +47,13 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 # method -> the settings that `reference` names
 SETTINGS: dict[str, dict[str, Any]] = {
     "prompt-tuning": dict(prompt_length=100),
+    "spot": dict(prompt_length=100),
     "prefix-tuning": dict(prompt_length=200),
     "p-tuning": dict(prompt_length=20, encoder="mlp", hidden_dim=1024),
     "p-tuning-v2": dict(prompt_length=20, num_labels=2),
     "dept": dict(prompt_length=60, rank=30, max_source_length=256),
     "ptec": dict(prompt_length=53, num_labels=22, init_ids=(1, 2, 3)),
+    "trie-search": dict(prompt_length=100, label_tokens=(((3, 4), (3, 1), (3, 4), (3, 1)),)),
     "lora": dict(r=8),
     "ia3": {},
     "linear-probe": dict(num_labels=5),

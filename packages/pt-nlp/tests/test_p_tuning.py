@@ -104,6 +104,13 @@ def test_folding_gives_prompt_tuning_with_equal_outputs(settings: dict) -> None:
     torch.testing.assert_close(plain(batch).logits, method(batch).logits, atol=1e-6, rtol=1e-6)
 
 
+def test_dropout_is_a_setting_of_the_lstm_only() -> None:
+    with pytest.raises(ValueError, match="dropout would not be used: it is a setting of the LSTM, encoder is mlp"):
+        PTuningConfig(dropout=0.1)
+    assert PTuningConfig(encoder="lstm", dropout=0.1).dropout == 0.1
+    assert PTuningConfig.model_validate(PTuningConfig().model_dump()) == PTuningConfig()
+
+
 # --- fast == plain ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])  # one row; two passes

@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CamembertConfig,
+    CamembertModel,
+    ElectraConfig,
+    ElectraModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 
 from pt_core.errors import InputError
 from pt_nlp.methods.p_tuning_v2 import PTuningV2, PTuningV2Config
@@ -60,7 +73,7 @@ def test_bert_large_with_20_rows_trains_983_040_values_without_the_head() -> Non
 def test_defaults_are_those_of_the_card() -> None:
     config = PTuningV2Config(num_labels=2)
     assert (config.prompt_length, config.dropout, config.init_std, config.lr) == (20, 0.1, 0.02, 5e-3)
-    assert config.projection_dim is None
+    assert (config.init, config.projection_dim) == ("random", None)
 
 
 def test_start_is_normal_with_standard_deviation_0_02() -> None:
@@ -85,7 +98,15 @@ def test_the_head_is_required() -> None:
         PTuningV2(bert(), PTuningV2Config())
 
 
-@pytest.mark.parametrize("make", [bert, lambda: bert(2, RobertaModel, RobertaConfig), llama])
+ENCODERS = {
+    "roberta": (RobertaModel, RobertaConfig),
+    "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig),
+    "camembert": (CamembertModel, CamembertConfig),
+    "electra": (ElectraModel, ElectraConfig),  # embeddings of 128, hidden states of 32
+}
+
+
+@pytest.mark.parametrize("make", [bert, *(lambda kind=kind: bert(2, *kind) for kind in ENCODERS.values()), llama])
 def test_prefix_and_head_both_learn_and_the_classes_are_told_apart(make) -> None:
     method, batch = v2(make(), prompt_length=4), texts()
     before = {name: value.clone() for name, value in method.trained_state().items()}

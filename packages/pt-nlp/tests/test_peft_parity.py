@@ -71,7 +71,7 @@ def ours_and_theirs(family: str, method: str) -> tuple[nn.Module, nn.Module, lis
         config = PeftPrompt(**common)
     elif method.startswith("prefix"):
         hidden = 12 if method == "prefix-projected" else None
-        mine = PrefixTuning(model, PrefixTuningConfig(prompt_length=LENGTH, projection_dim=hidden))
+        mine = PrefixTuning(model, PrefixTuningConfig(prompt_length=LENGTH, projection_dim=hidden, init="random"))
         config = PeftPrefix(**common, prefix_projection=hidden is not None, encoder_hidden_size=hidden)
     else:
         mine = PTuning(model, PTuningConfig(prompt_length=LENGTH, hidden_dim=12, encoder=method))
@@ -169,28 +169,50 @@ def test_two_adamw_steps_make_the_same_updates_as_peft(family: str, method: str)
         torch.testing.assert_close(as_theirs(a, b), b, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layers", [2, 3])
-def test_a_t5_prefix_of_peft_is_ours_with_layer_i_reading_columns_4i_modulo_2n(layers: int) -> None:
-    """For even N half of peft's columns never get a gradient, and layers i and i + N/2 share one pair."""
-    model = small("t5", layers)
-    mine = PrefixTuning(model, PrefixTuningConfig(prompt_length=LENGTH)).double()
+def t5_prefixes(layers: int) -> tuple[PrefixTuning, nn.Module, Tensor, list[int]]:
+    """Ours and peft's prefix of T5 with the same values, peft's columns, and the pair of columns that each layer reads."""
+    mine = PrefixTuning(small("t5", layers), PrefixTuningConfig(prompt_length=LENGTH, init="random")).double()
     config = PeftPrefix(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=LENGTH, num_layers=layers)
     theirs = get_peft_model(copy.deepcopy(small("t5", layers)), config).double().eval()
     columns = theirs.prompt_encoder["default"].embedding.weight
-    assert mine.count() == columns.numel() == 2 * layers * LENGTH * WIDTH
     read = [2 * i % layers for i in range(layers)]
-    shape = mine.prompt.weight.shape
     with torch.no_grad():
         mine.prompt.weight.copy_(columns.view(LENGTH, layers, 2, 4, 8).permute(1, 2, 3, 0, 4)[read])
-    ours, other, loss, other_loss = run(mine, theirs, "t5", "right")
+    return mine, theirs, columns, read
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("layers", [2, 3])
+def test_a_t5_prefix_of_peft_is_ours_with_layer_i_reading_columns_4i_modulo_2n(layers: int, padding: str) -> None:
+    """For even N half of peft's columns never get a gradient, and layers i and i + N/2 share one pair."""
+    mine, theirs, columns, read = t5_prefixes(layers)
+    assert mine.count() == columns.numel() == 2 * layers * LENGTH * WIDTH
+    ours, other, loss, other_loss = run(mine, theirs, "t5", padding)
     torch.testing.assert_close(ours, other, atol=1e-5, rtol=0)
     loss.backward()
     other_loss.backward()
-    summed = torch.zeros(shape, dtype=torch.float64).index_add(0, torch.tensor(read), mine.prompt.weight.grad)
+    own = mine.prompt.weight
+    summed = torch.zeros_like(own).index_add(0, torch.tensor(read), own.grad)
     torch.testing.assert_close(flatten(summed), columns.grad, atol=1e-5, rtol=1e-4)
     silent = sum(float(pair.abs().max()) == 0 for pair in columns.grad.view(LENGTH, layers, -1).unbind(1))
     assert silent == (1 if layers == 2 else 0)
-    assert all(float(layer.abs().max()) > 0 for layer in mine.prompt.weight.grad)  # ours trains all of them
+    assert all(float(layer.abs().max()) > 0 for layer in own.grad)  # ours trains all of them
+
+
+def test_two_adamw_steps_on_a_t5_prefix_make_the_same_updates_as_peft() -> None:
+    """With three layers, where each layer of peft's has columns of its own."""
+    mine, theirs, columns, read = t5_prefixes(3)
+    start = columns.detach().clone()
+    optimisers = [torch.optim.AdamW([p], lr=1e-2, weight_decay=0.01) for p in (mine.prompt.weight, columns)]
+    for padding in ("right", "left"):
+        losses = run(mine, theirs, "t5", padding)[2:]
+        for optimiser, loss in zip(optimisers, losses, strict=True):
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    assert (columns - start).abs().max() > 1e-2
+    expected = columns.view(LENGTH, 3, 2, 4, 8).permute(1, 2, 3, 0, 4)[read]
+    torch.testing.assert_close(mine.prompt.weight, expected, atol=1e-5, rtol=0)
 
 
 def test_explicit_positions_agree_for_prefix_tuning_with_padding_on_the_left() -> None:

@@ -64,7 +64,8 @@ def ragged(padding: str = "right") -> dict[str, Tensor]:
 
 
 def prefix(backbone: nn.Module, **settings) -> PrefixTuning:
-    return PrefixTuning(backbone, PrefixTuningConfig(prompt_length=LENGTH, **settings))
+    """From a random start unless told: rows of the default one are alike."""
+    return PrefixTuning(backbone, PrefixTuningConfig(**{"prompt_length": LENGTH, "init": "random"} | settings))
 
 
 # --- 1. counts --------------------------------------------------------------------------------------------------------
@@ -115,6 +116,25 @@ def test_zero_start_shrinks_values_by_n_over_n_plus_l_where_all_scores_are_zero(
     torch.testing.assert_close(seen[1], seen[0] * 9 / (9 + LENGTH), atol=1e-6, rtol=1e-5)
 
 
+def test_the_default_start_and_rate_are_the_better_ones_of_pefts_comparison() -> None:
+    config = PrefixTuningConfig()
+    assert (config.init, config.lr) == ("zero", 5e-3)
+    assert not PrefixTuning(llama(), config).prompt.weight.any()
+    assert not PrefixTuning(llama(), PrefixTuningConfig(projection_dim=8)).prompt.key_values().any()
+
+
+def test_rows_of_a_zero_start_stay_equal_unless_dropout_tells_them_apart() -> None:
+    for dropout in (0.0, 0.5):
+        method = prefix(llama(), init="zero", dropout=dropout).train()
+        batch = ragged()
+        with method.active():
+            method.backbone(**batch).logits.square().mean().backward()
+        gradient = method.prompt.weight.grad
+        assert gradient.abs().max() > 0
+        apart = (gradient - gradient[:, :, :, :1]).abs().max() > 1e-3 * gradient.abs().max()
+        assert bool(apart) == (dropout > 0)
+
+
 def test_random_start_is_normal_with_its_own_seed() -> None:
     backbone = llama(layers=3, kv_heads=4)
     first, again, other = (prefix(backbone, seed=s).prompt.weight.detach() for s in (3, 3, 4))
@@ -135,6 +155,13 @@ def test_prefix_from_the_cache_of_a_text_is_that_text_in_front_of_every_input(ma
         written = torch.cat([torch.tensor(instruction[:LENGTH]), row[real]])
         logits = backbone(input_ids=written[None]).logits[0, LENGTH:]
         torch.testing.assert_close(ours[i, real], logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_that_would_not_be_used_is_refused() -> None:
+    for init in ("zero", "random"):
+        with pytest.raises(ValueError, match=f"init_text would not be used: init is {init}, not text"):
+            PrefixTuningConfig(init=init, init_text="Classify:")
+    assert PrefixTuningConfig(init="text", init_text="Classify:").init_text
 
 
 def test_a_text_start_that_cannot_be_is_refused() -> None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -18,6 +20,7 @@ from transformers import (
 
 from pt_core.errors import InputError
 from pt_nlp import backbones
+from pt_nlp.methods.dept import DePTConfig
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 VOCAB, WIDTH, LENGTH = 61, 32, 5
@@ -48,6 +51,13 @@ def bert() -> nn.Module:
 def t5() -> nn.Module:
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     return small(T5ForConditionalGeneration, T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes))
+
+
+def gemma() -> nn.Module:
+    """Its embeddings are multiplied by sqrt(d) where they are read."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "initializer_range": 0.3}
+    return small(Gemma3ForCausalLM, Gemma3TextConfig(vocab_size=VOCAB, **sizes, **heads))
 
 
 def ragged(padding: str = "right") -> dict[str, Tensor]:
@@ -94,7 +104,7 @@ def written_out(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.cat([torch.ones(3, LENGTH).long(), batch["attention_mask"]], 1)}
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, bert, t5])
+@pytest.mark.parametrize("make", [llama, gpt2, bert, t5, gemma])
 def test_rows_of_a_text_equal_that_text_as_hard_tokens_exactly(make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbones, "SHARED_PREFIX", set())  # the plain path runs the very same sums
     backbone, batch = make(), ragged()
@@ -172,6 +182,18 @@ def test_vocabulary_start_takes_embedding_rows_of_the_first_ids_only() -> None:
     assert int(torch.cdist(everywhere, table).argmin(1).max()) > 40
 
 
+def test_every_start_from_tokens_takes_them_as_the_backbone_reads_them() -> None:
+    """Gemma reads sqrt(d) times the rows of its table."""
+    backbone = gemma()
+    read = backbone.get_input_embeddings().weight * WIDTH**0.5
+    sampled = prompt(backbone).prompt.weight
+    assert torch.cdist(sampled, read).min(1).values.max() < 1e-3
+    labels = prompt(backbone, init="labels", label_ids=((4, 9), (20,))).prompt.weight
+    torch.testing.assert_close(labels[0], (read[4] + read[9]) / 2)
+    torch.testing.assert_close(labels[1], read[20])
+    assert torch.cdist(labels[2:], read).min(1).values.max() < 1e-3
+
+
 def test_text_start_tiles_and_cuts() -> None:
     backbone = llama()
     rows = prompt(backbone, init="text", init_ids=(4, 9)).prompt.weight
@@ -215,3 +237,11 @@ def test_uniform_and_random_starts_have_their_spread_and_their_seed() -> None:
 def test_a_start_that_cannot_be_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         prompt(llama(), **settings)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, DePTConfig])
+def test_a_text_that_would_not_be_used_is_refused(config: type[PromptTuningConfig]) -> None:
+    with pytest.raises(ValueError, match="init_text would not be used: init is vocabulary, not text"):
+        config(init_text="Classify:")
+    assert config(init="text", init_text="Classify:").init_text == "Classify:"
+    assert config.model_validate(config().model_dump()) == config()  # as a saved prompt is opened

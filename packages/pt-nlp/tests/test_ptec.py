@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -191,6 +193,19 @@ def test_property_7_start_from_label_names_by_hand():
     assert torch.equal(method.prompt.weight, table[torch.tensor([5, 9, 7, 1000, 1001])])
 
 
+@pytest.mark.parametrize("init", ["labels", "vocabulary"])
+def test_the_start_is_what_a_backbone_reads_that_scales_its_embeddings(init):
+    """Gemma reads sqrt(d) times the rows of its table."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    backbone = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=24, num_key_value_heads=2, head_dim=8, **sizes))
+    rows = ptec(backbone, init=init, init_ids=(5, 9, 7), fill="labels").prompt.weight
+    distances = torch.cdist(rows, backbone.get_input_embeddings().weight * D**0.5)
+    assert distances.min(1).values.max() < 1e-3
+    if init == "labels":
+        assert distances.argmin(1)[:3].tolist() == [5, 9, 7]
+
+
 def test_property_8_exponential_schedule():
     config = PTEC.recommended_fit(max_steps=100)
     assert lr_factor(config, 0, 100) == 1
@@ -271,14 +286,24 @@ def test_unknown_weights_and_absent_labels_are_refused():
     method, task = ptec(llama(), pos_weight=None), task_of()
     with pytest.raises(InputError, match=r"the weights of the labels are not known.*method\.fit"):
         fit(method, task.train, None, FitConfig(max_steps=1, **CONFIG))
-    only_cold = task_of([row for row in ROWS if row["label"] in (["cold"], [])] * 2)
+    only_cold = task.split([row for row in ROWS if row["label"] in (["cold"], [])])
     with pytest.raises(InputError, match="no training row has the labels of columns 1, 2"):
-        method.fit(only_cold.train, None, FitConfig(max_steps=1, **CONFIG))
+        method.fit(only_cold, None, FitConfig(max_steps=1, **CONFIG))
     for weights, problem in (((1.0, 2.0), "2 values"), ((1.0, 0.0, 1.0), "positive")):
         with pytest.raises(ValueError, match=problem):
             PTECConfig(num_labels=3, pos_weight=weights)
     with pytest.raises(ValueError, match="belongs to multilabel"):
         PTECConfig(num_labels=3, pos_weight=(1.0, 1.0, 1.0), multilabel=False)
+
+
+def test_rows_of_one_class_are_refused_unless_multilabel_is_off():
+    classes = task_of([row | {"label": row["label"][0]} for row in ROWS if row["label"]], kind="classification")
+    config = FitConfig(max_steps=1, **CONFIG)
+    with pytest.raises(InputError, match=r"'multilabel': labels of shape \[10\] have no positives to weigh"):
+        ptec(llama(), pos_weight=None).fit(classes.train, None, config)
+    with pytest.raises(InputError, match=r"'multilabel': labels of shape \[4\].*3 classes with multilabel on"):
+        ptec(llama()).fit(classes.train, None, config)
+    ptec(llama(), pos_weight=None, multilabel=False).fit(classes.train, None, config)
 
 
 def test_micro_batches_give_the_step_of_the_whole_batch():
@@ -304,6 +329,8 @@ def test_starts_that_cannot_be_made_are_refused():
     with pytest.raises(InputError, match=r"the vocabulary of 24 ends before.*Set fill to `labels`"):
         ptec(llama(), init="labels", init_ids=(5, 9, 7))
     ptec(llama(), init="labels", init_ids=(5, 9, 7), fill="labels")
+    with pytest.raises(ValueError, match="init_text would not be used: init is vocabulary, not labels"):
+        PTECConfig(num_labels=3, init="vocabulary", init_text="cold fast warm")
     with pytest.raises(InputError, match="num_labels"):
         PTEC(llama())
 

@@ -11,6 +11,7 @@ from pt_core import artifacts, recipe, registry
 from pt_core.assets import Unavailable
 from pt_core.testing import one_thread
 from pt_nlp import assets, workbench
+from pt_nlp.methods.ptec import PTEC
 
 RECIPES = [name for name in recipe.installed() if name.startswith("nlp/")]
 
@@ -42,6 +43,14 @@ def test_what_a_recipe_monitors_is_a_metric_of_its_kind_of_task(name: str) -> No
     assert isinstance(checked, workbench.Recipe)
     # None: the loss, or the first metric of a method that has none (zero-shot).
     assert checked.training.monitor in {None, "loss", *(checked.data.metrics or METRICS[checked.data.kind])}
+
+
+@pytest.mark.parametrize("name", ["nlp/naics-sectors", "nlp/naics-writing"])
+def test_a_recipe_of_ptec_is_its_published_run_but_for_the_epochs(name: str) -> None:
+    _, checked = recipe.load(name)
+    assert checked.method.name == "ptec"
+    recommended = PTEC.recommended_fit(epochs=checked.training.epochs)
+    assert checked.training.model_dump() == recommended.model_dump()
 
 
 @pytest.mark.network

@@ -132,6 +132,16 @@ def test_the_loss_of_a_head_is_that_of_its_logits(tiny: Build, kind: str, multil
     assert gap(loss.value, criterion(logits, labels)) < 1e-6
 
 
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_labels_that_are_not_those_of_the_head_are_refused(tiny: Build, multilabel: bool) -> None:
+    made, batch = method(tiny("Bert"), num_labels=CLASSES, multilabel=multilabel), sources("right")
+    several, one = torch.eye(4, CLASSES), torch.tensor([0, 2, 1, 2])
+    wrong, state = (one, "on") if multilabel else (several, "off")
+    with pytest.raises(InputError, match=rf"'multilabel': labels of shape \[4.* 3 classes with multilabel {state}\."):
+        made.loss(batch | {"labels": wrong})
+    assert made.loss(batch | {"labels": several if multilabel else one}).value > 0
+
+
 @pytest.mark.parametrize(
     ("kind", "side"),
     # T5 counts distances over padding: its sources are padded on the right.
@@ -150,6 +160,19 @@ def test_pooled_features_are_those_of_real_tokens(tiny: Build, kind: str, side: 
             hidden = made.hidden(row)[0, -int(keep.sum()) :]
         expected = hidden.mean(0) if kind == "T5" else hidden[0] if kind == "Bert" else hidden[-1]
         assert gap(pooled[i], expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("Albert", {"embedding_size": 8}), ("Electra", {"embedding_size": 8}), ("OPT", {"word_embed_proj_dim": 8})],
+)
+def test_a_head_is_as_wide_as_the_states_that_it_reads(tiny: Build, kind: str, options: dict[str, int]) -> None:
+    made, batch = method(tiny(kind, **options), num_labels=CLASSES), sources("right")
+    width = 8 if kind == "OPT" else 16  # OPT projects its states back to the width of its embeddings
+    assert (made.prompt.weight.shape, made.head.weight.shape) == ((M, 8), (CLASSES, width))
+    loss, gradient = with_gradient(made, lambda: made.loss(batch | {"labels": torch.tensor([0, 2, 1, 2])}).total)
+    assert made(batch).features.shape == (4, width)
+    assert float(loss) > 0 and float(gradient.abs().max()) > 1e-4
 
 
 # --- label words ------------------------------------------------------------------------------------------------------
@@ -195,6 +218,25 @@ def test_scores_of_label_words_of_one_token_equal_full_sequences(tiny: Build, ki
         return scores.log_softmax(-1)
 
     agree(made, lambda: relative(scored(made, batch))[:, :2], lambda: relative(naive_scores(made, batch))[:, :2])
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 3, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "OPT"])
+def test_sources_of_a_causal_model_may_be_padded_on_either_side(
+    tiny: Build, kind: str, lengths: tuple[int, ...]
+) -> None:
+    made, words, labels = method(tiny(kind)), candidates(lengths), torch.tensor([1, 0, 2, 1])
+    target = words["candidates"].masked_fill(words["candidate_mask"] == 0, -100)[labels]
+    left, found = sources("left"), []
+    shifts = left["attention_mask"].sum(1).tolist()
+    right = {k: torch.stack([row.roll(n) for row, n in zip(v, shifts, strict=True)]) for k, v in left.items()}
+    assert right["attention_mask"][:, 0].all()
+    for batch in (left, right):
+        whole = batch | words | {"labels": labels, "target_ids": target}
+        written = made.generate(batch, max_new_tokens=4, do_sample=False, pad_token_id=0)[:, 7:]
+        found.append((scored(made, batch | words), made.loss(whole).total, made(whole).logits, written))
+    for a, b in zip(*found, strict=True):
+        assert gap(a, b) < 1e-5 * max(1.0, float(b.abs().max()))
 
 
 def test_the_shortcut_for_one_token_projects_the_label_words_only(tiny: Build) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+import yaml
 
 from pt_core import artifacts, doctor, recipe, runs
 from pt_core.errors import InputError
@@ -225,6 +227,15 @@ def test_a_method_that_reads_a_head_needs_classes(folder: Path) -> None:
             made(folder, data={"kind": "text-to-text"}).with_method(method)
 
 
+@pytest.mark.parametrize("template", ["{text}", " {text}\n", "{topic} : {text}"])
+def test_content_free_calibration_says_which_template_it_needs(folder: Path, template: str) -> None:
+    settings = {"name": "zero-shot", "calibrate": "content-free"}
+    with pytest.raises(InputError, match=r"'data\.template'.*needs words around \{text\} and no other field"):
+        made(folder, settings, {"template": template}).config()
+    assert made(folder, settings, {"template": "{text} Topic :"}).config()
+    assert made(folder, settings | {"content_free_ids": [[3]]}, {"template": template}).config()
+
+
 # --- jobs ------------------------------------------------------------------------------------------------------------
 def test_what_the_task_tells_reaches_the_method(folder: Path) -> None:
     settings = {
@@ -406,3 +417,60 @@ def test_the_demo_leaves_lora_out_where_peft_is_not_installed(monkeypatch: pytes
     baselines = ["zero-shot", "zero-shot-calibrated", "shots-calibrated", "in-context", "linear-probe"]
     assert checked.labels() == ["prompt-tuning", *baselines, "dept", "lora"]
     assert torch.tensor(checked.data.shots) == 16  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("labels", "normalised"), [(["1", "10", "2"], True), (["sport", "sports"], True), (["10", "12"], False)]
+)
+def test_the_demo_scores_words_that_begin_others_by_their_mean(
+    tmp_path: Path, labels: list[str], normalised: bool
+) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": f"text {i}", "label": x}) + "\n" for i, x in enumerate(labels)))
+    _, checked = recipe.load(demo.RECIPE, demo.settings(3, own))
+    assert checked.data.length_normalised is normalised  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("positions", "room"), [(99, 4), (37, 2), (36, 1), (27, 1), (26, 0), (10, 0)])
+def test_the_demo_shows_as_many_texts_of_each_class_as_have_room(folder: Path, positions: int, room: int) -> None:
+    """Of four, with five tokens each and two classes, beside an input of 16 tokens and a label word of one."""
+    bench = Bench(made(folder, data={"template": "{text} :", "max_source_length": 16}))
+    bench.backbone.config.max_position_embeddings = positions
+    assert demo.demonstrations(bench, range(2)) == room
+
+
+# --- the demo ----------------------------------------------------------------------------------------------------------
+def test_the_demo_runs_on_a_file_of_ones_own(
+    folder: Path, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One label word begins the other, and more demonstrations are asked for than there are."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `report` of pt-core")
+    tiny("Llama", max_position_embeddings=256).save_pretrained(folder / "backbone")
+    text = {"init": "text", "init_text": "news :", "prompt_length": 2}
+    content = {
+        "package": "nlp",
+        "method": {"name": "prompt-tuning", **text},
+        "backbone": {"name": str(folder / "backbone"), "dtype": "float32"},
+        "data": {"train": str(folder / "rows.jsonl"), "validation_shots": 1},
+        "training": {"max_steps": 2, "batch_size": 2, "evaluate_every": 1, "progress": False},
+        "compare": {"zero-shot": {}, "in-context": {"demonstrations": 3}, "dept": {"rank": 1, **text}, "lora": {}},
+    }
+    (folder / "own.yaml").write_text(yaml.safe_dump(content))
+    words = {"positive": "good", "negative": "good film"}
+    rows = [row | {"label": words[row["label"]]} for row in ROWS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(demo, "RECIPE", str(folder / "own.yaml"))
+    monkeypatch.setattr(demo, "TEST_ROWS", 10)
+    monkeypatch.chdir(folder)  # the fresh process finds the backbone by the name of its folder
+    workbench.demo(folder / "demo", 1, 2, folder / "rows.jsonl")
+    told = capsys.readouterr().out
+    assert "in-context shows 2 of each class, not 3" in told
+    assert re.search(r"in a fresh process, 'good red film' -> \{.*good", told)
+    results = json.loads((folder / "demo" / "results.json").read_text("utf-8"))
+    lora = {"lora"} if find_spec("peft") else set()
+    assert {row["method"] for row in results} == {"prompt-tuning", "zero-shot", "in-context", "dept"} | lora
+    assert all(0 <= row["metrics"]["accuracy"] <= 1 for row in results)
+    page = (folder / "demo" / "report.html").read_text("utf-8")
+    assert "prompt-tuning" in page and page.count("data:image/png;base64,") >= 2  # curves
+    history = json.loads(next((folder / "demo" / "cells").glob("prompt-tuning-0.json")).read_text("utf-8"))["history"]
+    assert len(history) >= 2

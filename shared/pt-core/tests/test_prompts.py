@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pt_core.errors import InputError
-from pt_core.prompts import DeepPrompt, KeyValuePrompt, LowRankOffset, Prompt, SoftPrompt, sample_rows, tile
+from pt_core.prompts import DeepPrompt, KeyValuePrompt, LowRankOffset, Prompt, SoftPrompt, tile
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -66,16 +66,6 @@ def test_rows_of_a_text_are_tiled_and_cut():
     for bad in (torch.zeros(0, 2), torch.zeros(3)):
         with pytest.raises(InputError, match="cannot start from rows of shape"):
             tile(bad, 2)
-
-
-def test_rows_are_sampled_from_the_top_of_a_table():
-    table = torch.arange(1000.0)[:, None].bfloat16()
-    rows = sample_rows(table, 400, seeded(), top=100)
-    assert rows.dtype == torch.float32
-    assert rows.max() < 100
-    assert len(rows.unique()) < 100  # with repetition
-    assert torch.equal(rows, sample_rows(table, 400, seeded(), top=100))
-    assert sample_rows(table, 400, seeded(), top=5000).max() > 500
 
 
 def test_deep_prompts_go_to_their_blocks():

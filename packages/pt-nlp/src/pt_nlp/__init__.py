@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
     from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
     from pt_nlp.methods.ptec import PTEC, PTECConfig
+    from pt_nlp.methods.spot import SPoT, SPoTConfig, similarities
+    from pt_nlp.methods.trie_search import TrieSearch, TrieSearchConfig
     from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
 
 __all__ = [
@@ -41,13 +43,18 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptTuning",
     "PromptTuningConfig",
+    "SPoT",
+    "SPoTConfig",
     "TaskSpec",
     "TextTask",
+    "TrieSearch",
+    "TrieSearchConfig",
     "ZeroShot",
     "ZeroShotConfig",
     "export_peft",
     "import_peft",
     "load_backbone",
+    "similarities",
 ]
 
 _ROOMS = {
@@ -63,6 +70,8 @@ _ROOMS = {
     "methods.prefix_tuning": ("PrefixTuning", "PrefixTuningConfig"),
     "methods.prompt_tuning": ("PromptTuning", "PromptTuningConfig"),
     "methods.ptec": ("PTEC", "PTECConfig"),
+    "methods.spot": ("SPoT", "SPoTConfig", "similarities"),
+    "methods.trie_search": ("TrieSearch", "TrieSearchConfig"),
     "methods.zero_shot": ("ZeroShot", "ZeroShotConfig"),
 }
 _WHERE = {name: room for room, names in _ROOMS.items() for name in names}

@@ -6,8 +6,10 @@ the forward of the base model only, so that heads, losses, `generate`, pipelines
 - A prompt in front of a causal model does not attend to the input. Its keys and values are computed once for the whole
   batch (with gradient in training, stored at inference) and stand in the cache as a prefix: exact, and far cheaper than a
   prompt in every row. This is done only for model types on which it is tested (`SHARED_PREFIX`) and only where nothing
-  forbids it (sliding windows, recurrence, active dropout, gradient checkpointing); else the plain path concatenates the
-  prompt to the input embeddings and drops its rows from the output, with the same numbers, and says so once.
+  forbids it (sliding windows, rotations that depend on the length, recurrence, active dropout, gradient checkpointing); else
+  the plain path concatenates the prompt to the input embeddings and drops its rows from the output, with the same numbers,
+  and says so once. Where windows or ALiBi count slots, padding on the left stands in front of the prompt and not between
+  prompt and text: rows do not depend on the padding that others need.
 - Where neither the cache nor states at padding are asked for (`padding_unread`, as methods do in training), prompt and texts
   pass such a model as one row without padding (pt_nlp.one_row).
 - Encoders and encoder-decoders are bidirectional where the prompt enters: they always take the plain path.
@@ -36,6 +38,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from pt_core.attachment import Forward, Handle, Rows, register_family
 from pt_core.errors import InputError
@@ -47,7 +53,10 @@ log = logging.getLogger(__name__)
 Model = Any  # a transformers model: what its class has, nn.Module's annotations do not know
 
 SHARED_PREFIX = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # the types the exact shortcut is tested on
-KEY_VALUE_ENCODERS = {"bert", "roberta"}
+KEY_VALUE_ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
+SLOT_DISTANCES = {"mpt"}  # ALiBi from slots; BLOOM and Falcon count with the attention mask
+BIDIRECTIONAL = {"bert-generation", "xlnet"}  # write text, but read it both ways unless `is_decoder` is set
+POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 RELATIVE_POSITIONS = {"t5", "mt5", "umt5"}  # encoder-decoders in which only distances count
 ATTENTION_LAYERS = {
     "full_attention",
@@ -129,7 +138,17 @@ def shape_of(backbone: Model) -> Shape:
     dim = backbone.get_input_embeddings().embedding_dim
     layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
     head_dim = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shape(dim, layers, getattr(config, "num_key_value_heads", None) or heads, head_dim)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        kv_heads = 1  # Falcon; its new architecture caches a copy for every query head
+    return Shape(dim, layers, kv_heads, head_dim)
+
+
+def width_of(backbone: Model) -> int:
+    """Width of the last hidden states, which a head reads. That of the embeddings is another one in ALBERT and ELECTRA."""
+    back = getattr(base_of(backbone), "project_out", None)  # OPT-350m returns to the width of its embeddings
+    width: int = backbone.config.get_text_config().hidden_size if back is None else back.out_features
+    return width
 
 
 def checkpoints_blocks(base: Model) -> bool:
@@ -165,11 +184,20 @@ def shortcut_refused(base: Model) -> str | None:
     window = getattr(config, "sliding_window", None) if not kinds and config.model_type == "mistral" else None
     if kinds - {"full_attention"} or window:
         return "the model has layers without full attention"
+    if _rotates_by_length(config):
+        return "rotations of the prompt depend on the length of the text"
     if checkpoints_blocks(base):
         return "gradient checkpointing is on"
     if _dropout_active(base):
         return "dropout is active in the backbone"
     return None
+
+
+def _rotates_by_length(config: Any) -> bool:
+    """Whether rotary frequencies depend on the longest position of a call: keys of the prompt alone are then not its keys."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one for each type of layer
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
 _ANNOUNCED: set[tuple[str, str]] = set()
@@ -319,14 +347,26 @@ def _embeds(base: Model, arguments: dict[str, Any]) -> Tensor:
     return embeds
 
 
-def _trim(output: Any, rows: int) -> Any:
-    """Drop the first `rows` positions of every sequence in a base model's output (attention keeps its columns)."""
-    if rows:
-        output.last_hidden_state = output.last_hidden_state[:, rows:]
+def _trim(output: Any, rows: int, order: Tensor | None = None) -> Any:
+    """Drop the first `rows` positions of every sequence in a tower's output.
+
+    Attention keeps its columns, in the order of the cache. `order`: see `_slots`; positions are put back from it first.
+    """
+    places = None if order is None else order.argsort(1)[:, rows:]
+
+    def text(x: Tensor, dim: int) -> Tensor:
+        if places is None:
+            return x.narrow(dim, rows, x.shape[dim] - rows)
+        shape = [len(places), *[1] * (x.ndim - 1)]
+        shape[dim] = -1
+        return x.take_along_dim(places.view(shape).to(x.device), dim)
+
+    if rows or order is not None:
+        output.last_hidden_state = text(output.last_hidden_state, 1)
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(h[:, rows:] for h in output.hidden_states)
+            output.hidden_states = tuple(text(h, 1) for h in output.hidden_states)
         if getattr(output, "attentions", None) is not None:
-            output.attentions = tuple(None if a is None else a[:, :, rows:] for a in output.attentions)
+            output.attentions = tuple(None if a is None else text(a, 2) for a in output.attentions)
     return output
 
 
@@ -347,6 +387,7 @@ def _hiding(kind: type[Cache]) -> type[Cache]:
     class Hiding(kind):  # type: ignore[misc, valid-type]
         pt_kind = kind
         pt_prefix: int
+        pt_ahead: int  # slots of the first call, if its padding on the left stands in front of the prompt; else 0
         pt_owner: tuple[int, ...]
         pt_inside = False  # while the model itself reads it
 
@@ -377,9 +418,9 @@ def _kind(cache: Any) -> type[Any]:
     return kind
 
 
-def _mark(cache: Any, carried: Carried) -> None:
+def _mark(cache: Any, carried: Carried, ahead: int = 0) -> None:
     cache.__class__ = _hiding(_kind(cache))  # type: ignore[arg-type]
-    cache.pt_prefix, cache.pt_owner = carried.longest, carried.owner
+    cache.pt_prefix, cache.pt_ahead, cache.pt_owner = carried.longest, ahead, carried.owner
 
 
 @contextmanager
@@ -508,7 +549,7 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
     batch, n, device = first.shape[0], first.shape[1], first.device
     carried = Carried.of(rows, batch, device)
     slot = "cache_params" if "cache_params" in names else "past_key_values"
-    cache = arguments.get(slot)
+    cache: Any = arguments.get(slot)
     past = _seen(cache, carried)
     mask: Any = arguments.get("attention_mask")
     positions: Any = arguments.get("position_ids")
@@ -546,14 +587,19 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
             output[slot].pt_owner = carried.owner
         return output
 
-    _check_length(base, carried.longest + mask.shape[1])
+    own = positions + carried.row_lengths(device)[:, None]
+    _check_length(base, carried.longest + mask.shape[1], own)
     keys_given = any(h is not None and h.prompt.offers("key_values") for h in carried.handles)
     if keys_given:
         _check_key_values(base, cache, carried.longest + mask.shape[1])
+        _check_distances(base, mask)
     arguments["attention_mask"] = torch.cat([carried.mask(batch, mask), mask], dim=1)
     if "position_ids" in names:
-        arguments["position_ids"] = positions + carried.row_lengths(device)[:, None]
+        arguments["position_ids"] = own
     if past:
+        if cache.pt_ahead:
+            slots = _slots(carried, mask, cache.pt_ahead)
+            arguments["attention_mask"] = arguments["attention_mask"].gather(1, slots)
         with _inside(cache):
             return original(**arguments)
     refused = shortcut_refused(base) or _cache_refused(cache)
@@ -572,17 +618,18 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
         output.past_key_values = cache if wanted else None
         return output
     _announce(base, refused)
-    _prepend(base, names, arguments, carried, mask)
+    order = _prepend(base, names, arguments, carried, mask)
+    ahead = 0 if order is None else n
     if checkpoints_blocks(base):
         arguments["use_cache"] = False  # the blocks would leave it empty
     if cache is not None:
         _check_room(cache, arguments["attention_mask"].shape[1])
-        _mark(cache, carried)
+        _mark(cache, carried, ahead)
     with _inside(cache):
         output = original(**arguments)
     if cache is None and output.get(slot) is not None:
-        _mark(output[slot], carried)
-    return _trim(output, carried.longest)
+        _mark(output[slot], carried, ahead)
+    return _trim(output, carried.longest, order)
 
 
 def _may_be_one_row(base: Model, arguments: dict[str, Any], carried: Carried) -> bool:
@@ -636,12 +683,36 @@ def _in_one_row(
     return output
 
 
-def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: Carried, mask: Tensor) -> None:
-    """Put the prompt in front of the input embeddings of every row, with positions of its own."""
+def _counts_slots(base: Model, names: list[str]) -> bool:
+    """Whether padding between prompt and text would be distance: for a window, or where no positions are taken."""
+    windows = ("sliding_window", "attention_chunk_size", "window_size")
+    local = set(getattr(base.config, "layer_types", None) or []) - {"full_attention"}
+    return bool(local) or "position_ids" not in names or any(getattr(base.config, name, None) for name in windows)
+
+
+def _slots(carried: Carried, mask: Tensor, ahead: int) -> Tensor:
+    """Which of the slots [prompt, text] stands at each place, [b, l + n], with all padding on the left in front.
+
+    Args:
+        mask: [b, n] real tokens among those of the text.
+        ahead: slots of the first call; what is written later stands behind the prompt in any case.
+    """
+    text = mask.cumsum(1) > 0
+    text[:, ahead:] = True
+    return torch.cat([carried.mask(len(mask), mask).bool(), text], dim=1).long().argsort(dim=1, stable=True)
+
+
+def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: Carried, mask: Tensor) -> Tensor | None:
+    """Put the prompt in front of the input embeddings of every row, with positions of its own.
+
+    Returns:
+        Where slots count and texts are padded on the left: the order in which everything stands, see `_slots`; else None.
+    """
+    padded = bool((mask[:, 0] == 0).any())
     mixed = set(getattr(base.config, "layer_types", None) or []) - ATTENTION_LAYERS
-    if ("cache_params" in names or mixed) and bool((mask[:, 0] == 0).any()):
+    if ("cache_params" in names or mixed) and padded:
         raise InputError(
-            f"a recurrent model ({type(base).__name__}) reads the padding between prompt and text",
+            f"a recurrent model ({type(base).__name__}) carries a state through the padding of a prompted text",
             remedy="Pad on the right, or pass texts of one length",
         )
     batch = len(mask)
@@ -655,6 +726,14 @@ def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: 
         positions = arguments["position_ids"].expand(batch, -1)
         ahead = (carried.mask(batch, mask).long().cumsum(-1) - 1).clamp(min=0)
         arguments["position_ids"] = torch.cat([ahead, positions], dim=1)
+    if not padded or not _counts_slots(base, names):
+        return None  # behind the prompt padding has something to see: softmax over nothing may be no number
+    order = _slots(carried, mask, mask.shape[1])
+    arguments["inputs_embeds"] = arguments["inputs_embeds"].take_along_dim(order[..., None], 1)
+    for name in ("attention_mask", "position_ids"):
+        if name in arguments:
+            arguments[name] = arguments[name].gather(1, order)
+    return order
 
 
 def _inner_prompts(carried: Carried) -> dict[int, Any] | None:
@@ -691,6 +770,15 @@ def _check_key_values(base: Model, cache: Any, length: int) -> None:
         )
 
 
+def _check_distances(base: Model, mask: Tensor) -> None:
+    """Trained keys and values stand in front of the padding, which a model that counts slots takes for distance."""
+    if base.config.model_type in SLOT_DISTANCES and bool((mask[:, 0] == 0).any()):
+        raise InputError(
+            f"{type(base).__name__} (ALiBi) counts the padding between trained keys and values and the text",
+            remedy="Pad on the right, pass texts of one length, or use a prompt of input embeddings",
+        )
+
+
 def _check_room(cache: Any, length: int) -> None:
     """A static cache must be made with room for the prompt."""
     for layer in getattr(cache, "layers", []):
@@ -701,13 +789,28 @@ def _check_room(cache: Any, length: int) -> None:
             )
 
 
-def _check_length(base: Model, length: int) -> None:
-    """Learned absolute positions end somewhere; a look-up beyond them fails with an index error deep inside."""
-    limit = getattr(base.config, "max_position_embeddings", None)
-    learned = base.config.model_type in {"gpt2", "opt", "bert", "roberta"}
-    if base.config.model_type == "roberta" and limit is not None:
-        limit -= 2  # its positions start behind the padding index
-    if learned and limit is not None and length > limit:
+def _position_table(base: Model) -> nn.Embedding | None:
+    """The table of absolute positions of a tower, if it has one."""
+    owners = (base, getattr(base, "embeddings", None), getattr(base, "encoder", None))
+    tables = (getattr(owner, name, None) for owner in owners for name in POSITION_TABLES)
+    return next((table for table in tables if isinstance(table, nn.Embedding)), None)
+
+
+def _check_length(base: Model, length: int, positions: Tensor | None = None) -> None:
+    """Learned absolute positions end somewhere; a look-up beyond them fails with an index error deep inside.
+
+    Args:
+        length: slots of prompt and text.
+        positions: those of the tokens; padding may take fewer than it has slots.
+    """
+    table = _position_table(base)
+    if table is None:
+        return
+    start = _first_position(base)
+    limit = table.num_embeddings - start - getattr(table, "offset", 0)  # OPT and BART add an offset to all
+    if length > limit and positions is not None:
+        length = int(positions.max()) + 1 - start
+    if length > limit:
         raise InputError(
             f"prompt and text take {length} positions, {type(base).__name__} has {limit}",
             remedy="Cut the text, or use a shorter prompt",
@@ -748,13 +851,13 @@ def _encoder_call(base: Model, original: Forward, names: list[str], arguments: d
         return deep_forward(base, deep, **arguments)
     if carried.longest == 0 and not carried.has_offset:
         return original(**arguments)
-    _check_length(base, carried.longest + n)
     mask = arguments.get("attention_mask")
     if mask is None:
         mask = torch.ones(batch, n, dtype=torch.long, device=device)
     soft, keys = (Carried.of(rows, batch, device, what) for what in ("tokens", "key_values"))
     ahead = soft.mask(batch, mask)
     arguments["attention_mask"] = torch.cat([keys.mask(batch, mask), ahead, mask], dim=1)
+    own = None
     if "position_ids" in names:
         start, own = _encoder_positions(base, mask, arguments.get("position_ids"))
         own = own + carried.row_lengths(device)[:, None]
@@ -765,6 +868,7 @@ def _encoder_call(base: Model, original: Forward, names: list[str], arguments: d
             f"a {type(base).__name__} takes no positions, so its rows cannot carry prompts of their own",
             remedy="Run the rows of each prompt by themselves",
         )
+    _check_length(base, carried.longest + n, own)
     if soft.longest or carried.has_offset:
         embeds = carried.offset(_embeds(base, arguments), mask)
         prompt = _token_rows(soft, embeds).expand(batch, -1, -1)
@@ -788,16 +892,29 @@ def _encoder_call(base: Model, original: Forward, names: list[str], arguments: d
     return _trim(output, soft.longest)
 
 
+def _padding_index(base: Model) -> int | None:
+    """The position of padding in RoBERTa and its like, which count from behind it; None in all others."""
+    embeddings = getattr(base, "embeddings", None)
+    padding: int | None = getattr(embeddings, "padding_idx", None)
+    return None if isinstance(embeddings, nn.Embedding) else padding  # XLM's is a table of tokens
+
+
+def _first_position(base: Model) -> int:
+    """Where an encoder starts to count."""
+    padding = _padding_index(base)
+    if padding is not None:
+        return padding + 1
+    table, own = _position_table(base), getattr(getattr(base, "embeddings", None), "position_ids", None)
+    return 0 if table is None or own is None else table.num_embeddings - own.shape[-1]  # 2 in Nyströmformer
+
+
 def _encoder_positions(base: Model, mask: Tensor, given: Tensor | None) -> tuple[int, Tensor]:
     """The first position of an encoder, and the positions that it gives to the tokens of a text, [b or 1, n]."""
-    padding = getattr(getattr(base, "embeddings", None), "padding_idx", None)
-    start = (
-        0 if padding is None else padding + 1
-    )  # RoBERTa counts from behind the padding index, and leaves out padding
+    start, padding = _first_position(base), _padding_index(base)
     if given is not None:
         return start, given
     if padding is None:
-        return start, torch.arange(mask.shape[1], device=mask.device)[None]
+        return start, start + torch.arange(mask.shape[1], device=mask.device)[None]
     return start, mask.long().cumsum(-1) * mask.long() + padding
 
 
@@ -817,16 +934,21 @@ def _text_encoder(encoder: Model, selected: Callable[[], Rows | None]) -> Callab
             batch, n, _ = embeds.shape
             soft = Carried.of(rows, batch, embeds.device, "tokens")
             _check_equal(encoder, soft)
+            _check_length(encoder, soft.longest + n)
             mask = arguments.get("attention_mask")
             if mask is None:
                 mask = torch.ones(batch, n, dtype=torch.long, device=embeds.device)
-            embeds = soft.offset(embeds, mask)
-            prompt = _token_rows(soft, embeds).expand(batch, -1, -1)
-            arguments |= {
-                "inputs_embeds": torch.cat([prompt, embeds], dim=1),
-                "attention_mask": torch.cat([soft.mask(batch, mask), mask], dim=1),
-            }
-            return original(**arguments)
+            embeds = torch.cat([_token_rows(soft, embeds).expand(batch, -1, -1), soft.offset(embeds, mask)], dim=1)
+            whole = torch.cat([soft.mask(batch, mask), mask], dim=1)
+            if encoder.config.model_type not in RELATIVE_POSITIONS or not bool((mask[:, 0] == 0).any()):
+                return original(**arguments | {"inputs_embeds": embeds, "attention_mask": whole})
+            # Padding on the left goes in front of the prompt: between prompt and text it would be distance.
+            order = _slots(soft, mask, n)
+            embeds = embeds.take_along_dim(order[..., None], 1)
+            as_tuple = arguments.pop("return_dict", None) is False
+            output = original(**arguments | {"inputs_embeds": embeds, "attention_mask": whole.gather(1, order)})
+            output = _trim(output, 0, order)
+            return output.to_tuple() if as_tuple else output
 
         return forward
 
@@ -875,6 +997,7 @@ def _decoder_with_prefix(
     mask = arguments.get("attention_mask")
     if mask is None:
         mask = torch.ones(batch, past + n, dtype=torch.long, device=memory.device)
+    _check_length(decoder, keys.longest + mask.shape[1])
     _check_key_values(decoder, own, keys.longest + mask.shape[1])
     if not past:
         own.layers = _prefix_layers(decoder, original, keys, batch, memory.dtype)
@@ -956,8 +1079,12 @@ class _TextFamily:
             raise InputError(
                 f"the prompt is {tokens.shape[1]} wide, the embeddings of {_name(backbone)} are {shape.dim}"
             )
-        causal = not backbone.config.is_encoder_decoder and is_causal(backbone)
-        caches = {"past_key_values", "cache_params"} & set(inspect.signature(base_of(backbone).forward).parameters)
+        kind, causal, parameters = backbone.config.model_type, is_causal(backbone), _parameters(base_of(backbone))
+        encoder = not causal and not backbone.config.is_encoder_decoder
+        # ESM takes input embeddings, but then leaves out what it does to those of tokens.
+        if encoder and (kind == "esm" or not {"inputs_embeds", "attention_mask"} <= parameters):
+            raise InputError(f"{_name(backbone)} does not read input embeddings under a mask as it reads tokens")
+        caches = {"past_key_values", "cache_params"} & parameters
         if causal and (not caches or (key_values is not None and "past_key_values" not in caches)):
             raise InputError(
                 f"{_name(backbone)} has no cache of keys and values that prompts could stand in",
@@ -996,22 +1123,22 @@ class _TextFamily:
 
 def is_causal(backbone: Model) -> bool:
     """Whether tokens attend only to earlier ones (decoder-only models)."""
-    encoders = (
-        "bert",
-        "roberta",
-        "electra",
-        "deberta",
-        "albert",
-        "mpnet",
-        "xlm",
-        "camembert",
-        "modernbert",
-        "longformer",
-    )
-    if backbone.config.is_encoder_decoder:
+    config = backbone.config
+    if config.is_encoder_decoder:
         return False
-    kind = backbone.config.model_type
-    return not any(name in kind for name in encoders) or bool(getattr(backbone.config, "is_decoder", False))
+    if getattr(config, "is_decoder", False):
+        return True
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None) is True:
+        return False
+    kind = config.model_type
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind in BIDIRECTIONAL:
+        return False
+    # The rest are no language models by themselves, like the language part of a vision-language model.
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "past_key_values" in _parameters(base_of(backbone))
+
+
+def _parameters(base: Model) -> set[str]:
+    return set(inspect.signature(base.forward).parameters)
 
 
 def _name(backbone: Model) -> str:

@@ -10,12 +10,15 @@ of the training split first, joined by "; ".
     constrained_labels(method, task, texts, labels)                    # existing, distinct labels
     [parse_labels(a["text"], labels) for a in task.predict(method, texts)]     # free decoding
 
+The method `trie-search` is the first of the two on a multi-label task, beside PTEC: from a recipe, saved and opened.
+
 The released code weighs each example's loss by the sum of its labels' weights; here every target token counts alike. It finds
 labels in free text as substrings, so that a label within another counts as well; here text is split at the separator.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +26,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from pt_core.data import Split, encode_multilabels
 from pt_core.errors import InputError
@@ -66,6 +70,42 @@ def parse_labels(text: str, labels: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(part for part in parts if part in known))
 
 
+def label_ids(task: TextTask, labels: Sequence[str]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Token ids of each label where it is written first or later, and others follow or it is the last, [C][4].
+
+    In this order: first of several, alone, in the middle, last of several. Each ends with the separator or the
+    end-of-sequence token. They are what the tokenizer makes of a label at its place: " a" and "; a", or "(a)" and "(a);",
+    need not have any token in common.
+
+    Raises:
+        InputError: labels that are not distinct as text, or that hold the separator.
+    """
+    _check(labels)
+    tokenizer, end = task.tokenizer, task.tokenizer.eos_token_id
+    if end is None:
+        raise InputError("the tokenizer has no end-of-sequence token", remedy="Set its eos_token")
+    sign = SEPARATOR.strip()
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(f"{task.encoder.target_prefix}{text}", add_special_tokens=False)["input_ids"])
+
+    ahead = ids(f"a{sign}")  # stands for the labels before
+
+    def follow(text: str) -> tuple[int, ...]:
+        tokens = ids(f"a{SEPARATOR}{text}")
+        if tokens[: len(ahead)] != ahead:
+            raise InputError(
+                f"this tokenizer merges {SEPARATOR!r} with the label {text!r} behind it",
+                field="labels",
+                remedy="Rename the label, or decode freely and use parse_labels",
+            )
+        return tokens[len(ahead) :]
+
+    return tuple(
+        (ids(f"{label}{sign}"), (*ids(label), end), follow(f"{label}{sign}"), (*follow(label), end)) for label in labels
+    )
+
+
 @dataclass
 class _Node:
     """A place in a prefix tree: what may follow, the labels below (this one included), and the label that ends here."""
@@ -80,9 +120,8 @@ class LabelTree:
     """What may be written next: labels, each once, with separators between them and the end-of-sequence token behind.
 
     Two prefix trees of tokens, one for the first label and one for those that follow; in both, each label ends with the
-    separator or the end-of-sequence token. Tokens are those that the tokenizer makes of a label at its place: " a" and "; a",
-    or "(a)" and "(a);", need not have any in common. A label that was written is no longer open. The tree keeps no state:
-    everything is read again from the tokens, so any batch, beam or thread can use it.
+    separator or the end-of-sequence token (`label_ids`). A label that was written is no longer open. The tree keeps no
+    state: everything is read again from the tokens, so any batch, beam or thread can use it.
 
     Args:
         first, later: the trees.
@@ -103,29 +142,23 @@ class LabelTree:
         Raises:
             InputError: labels that are not distinct, as text or as tokens, or that hold the separator.
         """
-        _check(labels)
-        tokenizer, end = task.tokenizer, task.tokenizer.eos_token_id
-        sign = SEPARATOR.strip()
+        return cls.from_ids(label_ids(task, labels), task.tokenizer.eos_token_id, task.encoder.pad, labels)
 
-        def ids(text: str) -> list[int]:
-            return list(tokenizer(f"{task.encoder.target_prefix}{text}", add_special_tokens=False)["input_ids"])
+    @classmethod
+    def from_ids(
+        cls, ids: Sequence[Sequence[Sequence[int]]], end: int, pad: int, labels: Sequence[str] | None = None
+    ) -> Self:
+        """The tree of labels in tokens.
 
-        ahead = ids(f"a{sign}")  # stands for the labels before
-
-        def follow(text: str) -> list[int]:
-            tokens = ids(f"a{SEPARATOR}{text}")
-            if tokens[: len(ahead)] != ahead:
-                raise InputError(
-                    f"this tokenizer merges {SEPARATOR!r} with the label {text!r} behind it",
-                    field="labels",
-                    remedy="Rename the label, or decode freely and use parse_labels",
-                )
-            return tokens[len(ahead) :]
-
-        first = [(ids(f"{label}{sign}"), [*ids(label), end]) for label in labels]
-        later = [(follow(f"{label}{sign}"), [*follow(label), end]) for label in labels]
-        longest = sum(max(len(a), len(b)) for (a, _), (b, _) in zip(first, later, strict=True)) + 1
-        return cls(_tree(first, labels), _tree(later, labels), end, task.encoder.pad, longest)
+        Args:
+            ids: see `label_ids`.
+            end, pad: token ids.
+            labels: names, for messages; default: numbers.
+        """
+        names = labels if labels is not None else [str(i) for i in range(len(ids))]
+        longest = sum(max(map(len, places)) for places in ids) + 1
+        first, later = ([places[at : at + 2] for places in ids] for at in (0, 2))
+        return cls(_tree(first, names), _tree(later, names), end, pad, longest)
 
     def allowed(self, written: Sequence[int]) -> list[int]:
         """Tokens that may follow `written` (which has no source in it): never none."""
@@ -139,9 +172,16 @@ class LabelTree:
         """Indices of the labels in `written`, in order; one that is not closed does not count."""
         return self._walk(written)[1]
 
-    def constrain(self, source: int) -> Callable[[int, Tensor], list[int]]:
-        """`prefix_allowed_tokens_fn` for `generate`, where the first `source` tokens of every row are not written ones."""
-        return lambda row, tokens: self.allowed(tokens[source:].tolist())
+    def constrain(self, source: int) -> LogitsProcessorList:
+        """`logits_processor` for `generate`, where the first `source` tokens of every row are not written ones."""
+
+        def keep(tokens: Tensor, scores: Tensor) -> Tensor:
+            shut = torch.full(scores.shape, -math.inf)  # made here and moved once, not row by row on the device
+            for row, written in enumerate(tokens[:, source:].tolist()):
+                shut[row, self.allowed(written)] = 0.0
+            return scores + shut.to(scores)
+
+        return LogitsProcessorList([keep])
 
     def _walk(self, written: Sequence[int]) -> tuple[_Node | None, list[int]]:
         """Where `written` leads (None: it is closed, or not of this tree), and the labels that are closed in it."""
@@ -263,8 +303,6 @@ def _written(
             "eos_token_id": tree.end,
             "pad_token_id": tree.pad,
         }
-        tokens = method.generate(
-            batch, prefix_allowed_tokens_fn=tree.constrain(source), **settings | dict(options or {})
-        )
+        tokens = method.generate(batch, logits_processor=tree.constrain(source), **settings | dict(options or {}))
         found += [[labels[i] for i in tree.read(row)] for row in tokens[:, source:].tolist()]
     return found

@@ -7,14 +7,17 @@ the trained prompt is opened in a fresh process and used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
 from pt_core import recipe, report, runs
 from pt_core.errors import InputError
+from pt_nlp.backbones import Model
 from pt_nlp.data import read_rows
 from pt_nlp.workbench import Bench
 
@@ -27,6 +30,7 @@ NOTES = (
     "are wall time in this one run."
 )
 TEST_ROWS = 150  # half of the recipe's: eight methods within eight minutes on two cores
+SHOWN_TOKENS = 2048  # of demonstrations in front of every input: more would outlast all other methods together
 HEADLINE = "Champions fight back to win the cup final in extra time"
 
 
@@ -40,9 +44,28 @@ def settings(shots: int, data: Path | None) -> dict[str, Any]:
         ask = f"Classify the text. Possible labels: {', '.join(labels[:20])}.\n"
         changes |= {"data.train": str(data), "data.template": "{text}\nLabel:", "data.max_source_length": 96}
         changes |= {"method.init_text": ask, "compare.dept.init_text": ask}
+        if any(after.startswith(label) for label, after in pairwise(labels)):  # sorted: 1, 10, 2
+            changes["data.length_normalised"] = True  # by sums, the longer one could never be the likelier one
     if find_spec("peft") is None:
         changes["compare.lora"] = None
     return changes
+
+
+def demonstrations(bench: Bench, seeds: Sequence[int]) -> int:
+    """Training texts of each class that there are, and room for, in front of every input, whichever are drawn."""
+    data, backbone = bench.recipe.data, cast(Model, bench.backbone)
+    found = [data.shots or SHOWN_TOKENS]
+    for seed in seeds:
+        task = data.task(bench.rows, bench.tokenizer, bench.recipe.backbone.kind, seed)
+        assert task.train is not None and task.train.lengths is not None
+        longest: dict[int, int] = {}
+        for row, length in zip(task.train.rows, task.train.lengths, strict=True):
+            longest[row["label"]] = max(length, longest.get(row["label"], 0))
+        last = data.max_source_length + max(map(len, task.encoder.candidates()))
+        limit = getattr(backbone.config.get_text_config(), "max_position_embeddings", SHOWN_TOKENS + last)
+        room = min(SHOWN_TOKENS, limit - last)
+        found.append(max(room, 0) // sum(longest.values()))
+    return min(found)
 
 
 def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
@@ -54,11 +77,20 @@ def run(folder: Path, seeds: int, shots: int, data: Path | None) -> None:
         shots: training texts of each class.
         data: a table with columns `text` and `label` instead of BBC news.
     """
-    console = Console()
-    _, checked = recipe.load(RECIPE, settings(shots, data))
+    console, changes = Console(), settings(shots, data)
+    _, checked = recipe.load(RECIPE, changes)
     bench = Bench(checked)  # type: ignore[arg-type]
     console.print(f"{checked.about}\nbackbone: {bench.recipe.backbone.name}; {len(bench.rows['train']):,} texts")
-    outcomes = runs.compare_recipe(bench, checked.labels(), range(checked.seed, checked.seed + seeds), folder)
+    numbers = range(checked.seed, checked.seed + seeds)
+    shown: Any = bench.recipe.with_method("in-context").config()
+    room = demonstrations(bench, numbers)
+    if room < shown.demonstrations:
+        what = f"shows {room} of each class, not {shown.demonstrations}" if room else "is left out"
+        console.print(f"in-context {what}: there are no more, or more would be too long in front of every input")
+        changes["compare.in-context.demonstrations" if room else "compare.in-context"] = room or None
+        _, checked = recipe.load(RECIPE, changes)
+        bench.recipe = checked  # type: ignore[assignment]
+    outcomes = runs.compare_recipe(bench, checked.labels(), numbers, folder)
     results = [outcome.result for outcome in outcomes]
     metrics = ("accuracy", "macro-f1")
     console.print(report.table(results, metrics, title="pt demo nlp"))

@@ -27,7 +27,7 @@ from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 READ = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-WRITTEN = ("prompt-tuning", "p-tuning", "prefix-tuning")
+WRITTEN = ("prompt-tuning", "p-tuning", "prefix-tuning", "spot")
 
 
 def import_peft(path: str | Path, backbone: Model) -> Method:
@@ -75,7 +75,7 @@ def export_peft(method: Method, path: str | Path) -> Path:
     """Write the prompt of a method as an adapter folder that peft loads, whole or not at all.
 
     Args:
-        method: prompt tuning, P-tuning (its rows are written as prompt tuning) or prefix tuning (its keys and values,
+        method: prompt tuning or SPoT, P-tuning (its rows are written as prompt tuning) or prefix tuning (its keys and values,
             without a projection), without a head.
         path: folder; replaced if it holds an adapter and nothing else.
 

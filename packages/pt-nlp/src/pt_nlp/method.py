@@ -29,8 +29,8 @@ from pt_nlp.backbones import (
     is_causal,
     keep_checkpointing,
     padding_unread,
-    shape_of,
     source_tokens,
+    width_of,
 )
 
 LINEAR_HEADS = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # logits = W h + b and nothing else
@@ -80,7 +80,7 @@ class TextMethod(Method):
 
     def build_head(self) -> nn.Linear:
         """Linear head [d -> C], drawn as the language models draw theirs: N(0, initializer_range^2), bias 0."""
-        head = nn.Linear(shape_of(self.backbone).dim, self.config.num_labels, bias=self.config.head_bias)
+        head = nn.Linear(width_of(self.backbone), self.config.num_labels, bias=self.config.head_bias)
         std = getattr(self.backbone.config, "initializer_range", None) or 0.02
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=self.generator) * std)
@@ -141,7 +141,7 @@ class TextMethod(Method):
         by_tokens = self.head is None and "target_ids" in batch
         if by_tokens and not (self._scores_words(batch) and self._ends_at_source(batch)):
             if "candidates" in batch and is_causal(self.backbone):
-                batch = _written_out(batch)
+                batch = written_out(batch)
             with self.active():
                 return self.token_loss(batch)
         loss = self.loss_of(self(batch), batch)
@@ -173,15 +173,33 @@ class TextMethod(Method):
 
     def class_loss(self, logits: Tensor, labels: Tensor) -> Loss:
         """Cross-entropy (sum over rows), or for multi-label heads binary cross-entropy (sum over cells)."""
+        self.check_labels(logits, labels)
         if self.config.multilabel:
             total = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
             return Loss(total, logits.numel())
         return Loss(F.cross_entropy(logits.float(), labels, reduction="sum"), len(logits))
 
+    def check_labels(self, logits: Tensor, labels: Tensor) -> None:
+        """Refuse labels that are not [b], or with `multilabel` [b, C]: cross-entropy would take sets of labels as shares.
+
+        Raises:
+            InputError: labels of another shape.
+        """
+        wanted = logits.shape if self.config.multilabel else logits.shape[:1]
+        if labels.shape != wanted:
+            raise InputError(
+                f"labels of shape {list(labels.shape)} are not those of {logits.shape[1]} classes with multilabel "
+                f"{'on' if self.config.multilabel else 'off'}",
+                field="multilabel",
+                remedy="Switch it on for rows of several labels, off for rows of one class",
+            )
+
     def generate(self, batch: Mapping[str, Any], **options: Any) -> Tensor:
         """Token ids that the prompted backbone generates from a batch of sources (as the backbone's own `generate`)."""
         if checkpoints_blocks(self.model):
             options["use_cache"] = False  # blocks that are checkpointed keep none
+        if is_causal(self.backbone):
+            batch = _left_padded(batch)
         # Without a cache every step reads source and continuation again: only the source is source.
         with self.active(), source_tokens(torch.ones_like(batch["input_ids"])):
             tokens: Tensor = self.model.generate(
@@ -265,6 +283,8 @@ class TextMethod(Method):
         trains, the whole head is read, and scores are log-probabilities.
         """
         words, mask = batch["candidates"], batch["candidate_mask"]
+        if is_causal(self.backbone):
+            batch = _left_padded(batch)
         if self.backbone.config.is_encoder_decoder:
             scores = self._seq2seq_scores(batch, words)
         elif self._ends_at_source(batch):
@@ -323,8 +343,17 @@ class TextMethod(Method):
         return logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0].view(b, c, t)
 
 
-def _written_out(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _left_padded(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of sources that are padded on the left, wherever they were before: text goes on from the last column."""
+    mask = batch["attention_mask"]
+    order = mask.argsort(dim=1, stable=True)
+    moved = {"input_ids": batch["input_ids"].gather(1, order), "attention_mask": mask.gather(1, order)}
+    return {**batch, **moved}
+
+
+def written_out(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Sources with their right label words behind them, as a text-to-text batch of a causal model."""
+    batch = _left_padded(batch)
     source, words = batch["input_ids"], batch["target_ids"]
     real = (words != -100).to(batch["attention_mask"])
     return {

@@ -19,6 +19,7 @@ from pt_core.runs import Job
 from pt_core.training import FitConfig, evaluate
 from pt_nlp import assets
 from pt_nlp.backbones import load_backbone
+from pt_nlp.constrained import label_ids
 from pt_nlp.data import METRICS, SCORED_AS, Kind, TaskSpec, TextTask, check_rows, read_rows, template_fields
 
 BACKBONE_ASSETS = {"asset:smollm2": assets.smollm2, "asset:minilm": assets.minilm}
@@ -163,8 +164,16 @@ class Recipe(recipe.Recipe):
 
     def config(self, section: str = "method", **known: Any) -> MethodConfig:
         settings = self.method.model_extra or {}
-        if settings.get("calibrate") == "content-free":  # the tokenizer makes them; until then anything stands in
-            known = {"content_free_ids": ((0,),), **known}
+        if settings.get("calibrate") == "content-free" and "content_free_ids" not in settings:
+            template = self.data.template
+            if not template.replace("{text}", "").strip() or set(template_fields(template)) != {"text"}:
+                raise InputError(
+                    f"an input without content would leave nothing of {template!r} to read, or an open field",
+                    field="data.template",
+                    remedy="`calibrate: content-free` needs words around {text} and no other field, such as "
+                    "'{text}\\nTopic:'; or calibrate by train-mean",
+                )
+            known = {"content_free_ids": ((0,),), **known}  # the tokenizer makes them; until then anything stands in
         if self.data.kind == "text-to-text" and _reads_head(self.method.name):
             raise InputError(f"{self.method.name} needs classes, data.kind is text-to-text", field=section)
         scored = ["loss", *(self.data.metrics or METRICS[self.data.kind])]
@@ -308,6 +317,9 @@ def _known_to_task(chosen: Recipe, task: TextTask) -> dict[str, Any]:
         known["separator_ids"] = ids(text)
     if getattr(settings, "calibrate", None) == "content-free":
         known["content_free_ids"] = tuple(tuple(row["source"]) for row in task.texts(NO_CONTENT))
+    if "label_tokens" in type(settings).model_fields:
+        known["label_tokens"] = label_ids(task, spec.words)
+        known |= {"end_id": task.tokenizer.eos_token_id, "pad_id": task.encoder.pad}
     if spec.kind in ("classification", "multilabel") or _reads_head(chosen.method.name):
         known |= {"num_labels": len(spec.labels), "multilabel": spec.kind == "multilabel"}
     return known

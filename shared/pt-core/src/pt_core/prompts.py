@@ -63,15 +63,6 @@ def tile(rows: Tensor, length: int) -> Tensor:
     return rows.repeat(math.ceil(length / len(rows)), 1)[:length].detach().float().clone()
 
 
-def sample_rows(table: Tensor, length: int, generator: torch.Generator | None = None, top: int | None = None) -> Tensor:
-    """`length` random rows of an embedding table [V, d], with repetition; `top` restricts to the first `top` rows.
-
-    Source: Lester et al. 2021, section 3.2 (vocabulary sample; the first 5000 ids are the most frequent pieces there).
-    """
-    ids = torch.randint(0, min(top or len(table), len(table)), (length,), generator=generator)
-    return table[ids.to(table.device)].detach().float().cpu()
-
-
 class SoftPrompt(Prompt):
     """Trained rows in front of the input embeddings: H = [P; E(x)].
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pt_core.prompts import Prompt
@@ -32,6 +32,12 @@ class PTuningConfig(TextConfig):
         gt=0,
         description="design choice for short runs; 1e-5 in the released LAMA scripts, for hundreds of epochs",
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.dropout and self.encoder == "mlp":
+            raise ValueError("dropout would not be used: it is a setting of the LSTM, encoder is mlp")
+        return self
 
 
 class PTuning(TextMethod):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pt_core.errors import InputError
@@ -13,6 +15,7 @@ class PTuningV2Config(PrefixTuningConfig):
     """Settings of P-tuning v2."""
 
     prompt_length: int = Field(20, ge=1, description="l; 8 to 128 by task in the released scripts")
+    init: Literal["random", "zero", "text"] = Field("random", description="N(0, init_std^2), as released")
     init_std: float = Field(
         0.02,
         gt=0,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from pt_core.errors import InputError
-from pt_core.prompts import SoftPrompt, sample_rows, tile
+from pt_core.prompts import SoftPrompt, tile
 from pt_nlp.backbones import shape_of
 from pt_nlp.method import TextConfig, TextMethod
 
@@ -41,6 +41,12 @@ class PromptTuningConfig(TextConfig):
         description="1e-3 to 1e-2 for Llama, GPT-2 and BERT embeddings; 0.3 for the original T5's (baselines card)",
     )
 
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.init_text and self.init != "text":
+            raise ValueError(f"init_text would not be used: init is {self.init}, not text")
+        return self
+
 
 class PromptTuning(TextMethod):
     """Prompt tuning: H = [P; E(x)], only P [l, d] is trained.
@@ -69,14 +75,14 @@ class PromptTuning(TextMethod):
 
     def start(self, config: Any, dim: int) -> Tensor:
         """Start values of the prompt, [l, d]."""
-        table, length = self.backbone.get_input_embeddings().weight, config.prompt_length
+        words, length = self.backbone.get_input_embeddings(), config.prompt_length
         if config.init == "vocabulary":
-            return sample_rows(table, length, self.generator, config.vocabulary_top)
+            return sampled_rows(words, length, self.generator, config.vocabulary_top)
         if config.init == "text":
-            return rows_of_text(table, config.init_ids, length)
+            return rows_of_text(words, config.init_ids, length)
         if config.init == "labels":
-            labels = rows_of_labels(table, config.label_ids)[:length]
-            rest = sample_rows(table, length - len(labels), self.generator, config.vocabulary_top)
+            labels = rows_of_labels(words, config.label_ids)[:length]
+            rest = sampled_rows(words, length - len(labels), self.generator, config.vocabulary_top)
             return torch.cat([labels, rest])
         if config.init == "uniform":
             return (torch.rand(length, dim, generator=self.generator) * 2 - 1) * config.uniform_scale
@@ -97,24 +103,46 @@ def check_ids(ids: Sequence[int], vocabulary: int, field: str) -> None:
         )
 
 
-def rows_of_text(table: Tensor, ids: tuple[int, ...], length: int) -> Tensor:
-    """Embedding rows of a text, tiled and cut to `length`.
+@torch.no_grad()
+def embedded(words: nn.Embedding, ids: Sequence[int] | Tensor) -> Tensor:
+    """What a backbone reads for token ids, [k, d] float32: the table's rows, or their multiples (Gemma, mBART, XGLM ...).
 
-    Raises:
-        InputError: there are no ids, or one is outside the table.
+    Args:
+        words: the backbone's input embeddings.
     """
-    check_ids(ids, len(table), "init_ids")
-    return tile(table[torch.tensor(ids, device=table.device)], length).cpu()
+    rows: Tensor = words(torch.as_tensor(ids, dtype=torch.long).to(words.weight.device))
+    return rows.float().cpu()
 
 
-def rows_of_labels(table: Tensor, labels: tuple[tuple[int, ...], ...]) -> Tensor:
-    """One row for each label, the mean of the embedding rows of its pieces, [C, d] (Lester et al. 2021, section 3.2).
+def sampled_rows(
+    words: nn.Embedding, length: int, generator: torch.Generator | None = None, top: int | None = None
+) -> Tensor:
+    """`length` random tokens as they are read, with repetition, [l, d]; `top` restricts to the first ids.
+
+    Source: Lester et al. 2021, section 3.2 (the first 5000 ids are the most frequent pieces there).
+    """
+    vocabulary = len(words.weight)
+    return embedded(words, torch.randint(0, min(top or vocabulary, vocabulary), (length,), generator=generator))
+
+
+def rows_of_text(words: nn.Embedding, ids: tuple[int, ...], length: int) -> Tensor:
+    """A text as it is read, tiled and cut to `length`.
 
     Raises:
-        InputError: there are no labels, one has no ids, or an id is outside the table.
+        InputError: there are no ids, or one is outside the vocabulary.
+    """
+    check_ids(ids, len(words.weight), "init_ids")
+    return tile(embedded(words, ids), length)
+
+
+def rows_of_labels(words: nn.Embedding, labels: tuple[tuple[int, ...], ...]) -> Tensor:
+    """One row for each label, the mean of its pieces as they are read, [C, d] (Lester et al. 2021, section 3.2).
+
+    Raises:
+        InputError: there are no labels, one has no ids, or an id is outside the vocabulary.
     """
     if not labels:
         raise InputError("there are no labels to start from", field="label_ids", remedy="Pass the ids of each label")
     for ids in labels:
-        check_ids(ids, len(table), "label_ids")
-    return torch.stack([rows_of_text(table, ids, len(ids)).mean(0) for ids in labels])
+        check_ids(ids, len(words.weight), "label_ids")
+    return torch.stack([embedded(words, ids).mean(0) for ids in labels])

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from pt_core.errors import InputError
 from pt_core.method import Loss, Output
-from pt_core.prompts import SoftPrompt, sample_rows
+from pt_core.prompts import SoftPrompt
 from pt_nlp.backbones import shape_of
 from pt_nlp.method import TextConfig, TextMethod
-from pt_nlp.methods.prompt_tuning import check_ids
+from pt_nlp.methods.prompt_tuning import check_ids, embedded, sampled_rows
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -66,6 +66,12 @@ class PTECConfig(TextConfig):
         if value is not None and not all(0 < weight < float("inf") for weight in value):
             raise ValueError("weights must be positive and finite")
         return value
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.init_text and self.init != "labels":
+            raise ValueError(f"init_text would not be used: init is {self.init}, not labels")
+        return self
 
     @model_validator(mode="after")
     def _one_weight_for_each_label(self) -> Self:
@@ -124,29 +130,30 @@ class PTEC(TextMethod):
 
     def build_prompt(self) -> SoftPrompt:
         config, dim = self.config, shape_of(self.backbone).dim
-        table = self.backbone.get_input_embeddings().weight
+        words = self.backbone.get_input_embeddings()
         if config.init == "vocabulary":
-            return SoftPrompt(config.prompt_length, dim, init=sample_rows(table, config.prompt_length, self.generator))
-        check_ids(config.init_ids, len(table), "init_ids")
+            return SoftPrompt(config.prompt_length, dim, init=sampled_rows(words, config.prompt_length, self.generator))
+        vocabulary = len(words.weight)
+        check_ids(config.init_ids, vocabulary, "init_ids")
         ids = prompt_ids(config.init_ids, config.prompt_length, config.fill, self.generator)
-        if max(ids, default=0) >= len(table):
+        if max(ids, default=0) >= vocabulary:
             raise InputError(
-                f"the vocabulary of {len(table)} ends before the ids that fill the prompt ({FIRST_FILL_ID}, ...)",
+                f"the vocabulary of {vocabulary} ends before the ids that fill the prompt ({FIRST_FILL_ID}, ...)",
                 field="fill",
                 remedy="Set fill to `labels`, or shorten the prompt",
             )
-        rows = table[torch.tensor(ids, dtype=torch.long, device=table.device)]
-        return SoftPrompt(config.prompt_length, dim, init=rows.cpu())
+        return SoftPrompt(config.prompt_length, dim, init=embedded(words, ids))
 
     def loss_of(self, output: Output, batch: Mapping[str, Any]) -> Loss | None:
         """Binary cross-entropy, positives weighted by label: sum over rows and labels (b * C terms).
 
         Raises:
-            InputError: the weights of the labels are not known.
+            InputError: the weights of the labels are not known, or a row has one class rather than several labels.
         """
         if not self.config.multilabel:
             return super().loss_of(output, batch)
         logits = cast(Tensor, output.logits)
+        self.check_labels(logits, batch["labels"])
         self._weighted = self._weighted or bool((self.pos_weight > 0).all())  # read once: it makes a device wait
         if not self._weighted:
             raise InputError(
@@ -206,8 +213,14 @@ def positive_weights(labels: Tensor) -> Tensor:
     """pos_weight_c = max_k n_k / n_c, [C], from labels [n, C] in {0, 1}: the most frequent label weighs 1.
 
     Raises:
-        InputError: a label has no positive row: its weight would be infinite.
+        InputError: rows of one class, or a label has no positive row: its weight would be infinite.
     """
+    if labels.ndim != 2:
+        raise InputError(
+            f"labels of shape {list(labels.shape)} have no positives to weigh",
+            field="multilabel",
+            remedy="Switch multilabel off for rows of one class",
+        )
     counts = labels.double().sum(0)
     absent = (counts == 0).nonzero()[:, 0].tolist()
     if absent:
