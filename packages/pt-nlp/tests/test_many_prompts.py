@@ -162,17 +162,16 @@ def test_padding_in_front_of_the_prompt_shows_in_no_state_and_no_step(tiny: Buil
 
 
 @pytest.mark.parametrize("what", ["mixed", "rows only"])
-@pytest.mark.parametrize(("kind", "side"), [("Bert", "right"), ("Roberta", "right"), ("T5", "right"), ("T5", "left")])
-def test_rows_of_encoders_and_encoder_decoders_get_what_they_get_alone(
-    tiny: Build, kind: str, side: str, what: str
-) -> None:
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "T5"])
+def test_rows_of_encoders_and_encoder_decoders_get_what_they_get_alone(tiny: Build, kind: str, what: str) -> None:
     model = tiny(kind)
-    check_rows(model, texts(side), several(model, what))
+    check_rows(model, texts("right"), several(model, what))
 
 
 @pytest.mark.parametrize("kind", ["Llama", "T5"])
 def test_prompts_of_one_batch_get_the_gradients_that_they_get_alone(tiny: Build, kind: str) -> None:
-    model, batch = tiny(kind), texts("left")
+    # T5 counts distances over padding: its sources are padded on the right, so that the prompt stays beside the text.
+    model, batch = tiny(kind), texts("right" if kind == "T5" else "left")
     rows = several(model)
 
     def gradients(call: Callable[[], Tensor]) -> list[Tensor]:
@@ -197,7 +196,8 @@ def test_prompts_of_one_batch_get_the_gradients_that_they_get_alone(tiny: Build,
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "GPTNeoX", "T5"])
 def test_rows_write_what_they_write_alone(tiny: Build, kind: str, way: dict) -> None:
-    model, batch = tiny(kind), texts("left")
+    # T5 counts distances over padding: its sources are padded on the right, so that the prompt stays beside the text.
+    model, batch = tiny(kind), texts("right" if kind == "T5" else "left")
     rows = several(model)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0} | way
     with route(model, rows):
@@ -210,7 +210,7 @@ def test_rows_write_what_they_write_alone(tiny: Build, kind: str, way: dict) -> 
         with route(model, [handle]):
             row = model.generate(input_ids=batch["input_ids"][i][keep][None], **options)
         assert torch.equal(together[i * each : (i + 1) * each, -6:], row[:, -6:])
-    assert len({tuple(row[-6:].tolist()) for row in together}) > (1 if kind == "T5" else 3)  # it likes to repeat itself
+    assert len({tuple(row[-6:].tolist()) for row in together}) > 3
 
 
 def test_a_cache_belongs_to_its_rows(tiny: Build) -> None:

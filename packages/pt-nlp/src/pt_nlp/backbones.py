@@ -34,6 +34,7 @@ from typing import Any, Literal
 from weakref import WeakSet
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
@@ -89,18 +90,23 @@ def load_backbone(
         InputError: nothing loadable is found there.
     """
     auto = {"causal-lm": AutoModelForCausalLM, "encoder": AutoModel, "seq2seq": AutoModelForSeq2SeqLM}[kind]
+    remedy = "Give a folder with config.json and safetensors, or a hub id"
+    if _is_path(name) and not Path(name).exists():
+        raise InputError(f"no such folder here: {str(name)!r}", remedy=remedy)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model = auto.from_pretrained(name, revision=revision, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"no {kind} backbone could be loaded from {name!r}: {reason}",
-            remedy="Give a folder with config.json and safetensors, or a hub id",
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise InputError(f"no {kind} backbone could be loaded from {str(name)!r}: {reason}", remedy=remedy) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _is_path(name: str | Path) -> bool:
+    """Whether a name can only be that of a folder: hub ids have at most one `/`, and no dot or `/` in front."""
+    return isinstance(name, Path) or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
 # --- what the engine may rely on ------------------------------------------------------------------------------------
@@ -348,7 +354,7 @@ def _embeds(base: Model, arguments: dict[str, Any]) -> Tensor:
 
 
 def _trim(output: Any, rows: int, order: Tensor | None = None) -> Any:
-    """Drop the first `rows` positions of every sequence in a tower's output.
+    """Drop the first `rows` positions of every sequence in a base model's output.
 
     Attention keeps its columns, in the order of the cache. `order`: see `_slots`; positions are put back from it first.
     """
@@ -361,7 +367,7 @@ def _trim(output: Any, rows: int, order: Tensor | None = None) -> Any:
         shape[dim] = -1
         return x.take_along_dim(places.view(shape).to(x.device), dim)
 
-    if rows or order is not None:
+    if rows:
         output.last_hidden_state = text(output.last_hidden_state, 1)
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(text(h, 1) for h in output.hidden_states)
@@ -938,17 +944,14 @@ def _text_encoder(encoder: Model, selected: Callable[[], Rows | None]) -> Callab
             mask = arguments.get("attention_mask")
             if mask is None:
                 mask = torch.ones(batch, n, dtype=torch.long, device=embeds.device)
-            embeds = torch.cat([_token_rows(soft, embeds).expand(batch, -1, -1), soft.offset(embeds, mask)], dim=1)
-            whole = torch.cat([soft.mask(batch, mask), mask], dim=1)
-            if encoder.config.model_type not in RELATIVE_POSITIONS or not bool((mask[:, 0] == 0).any()):
-                return original(**arguments | {"inputs_embeds": embeds, "attention_mask": whole})
-            # Padding on the left goes in front of the prompt: between prompt and text it would be distance.
-            order = _slots(soft, mask, n)
-            embeds = embeds.take_along_dim(order[..., None], 1)
-            as_tuple = arguments.pop("return_dict", None) is False
-            output = original(**arguments | {"inputs_embeds": embeds, "attention_mask": whole.gather(1, order)})
-            output = _trim(output, 0, order)
-            return output.to_tuple() if as_tuple else output
+            embeds = soft.offset(embeds, mask)
+            prompt = _token_rows(soft, embeds).expand(batch, -1, -1)
+            # T5 takes padding on the left for distance between prompt and text, as it does under peft: pad it on the right.
+            arguments |= {
+                "inputs_embeds": torch.cat([prompt, embeds], dim=1),
+                "attention_mask": torch.cat([soft.mask(batch, mask), mask], dim=1),
+            }
+            return original(**arguments)
 
         return forward
 
