@@ -189,8 +189,10 @@ def test_a_prefix_of_an_encoder_decoder_is_refused_in_both_directions(tmp_path: 
     assert not (tmp_path / "ours").exists()
 
 
-def test_methods_that_peft_has_no_form_for_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"p-tuning-v2 has no form in peft.*prompt-tuning, p-tuning, prefix-tuning"):
+def test_methods_that_are_not_exported_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"p-tuning-v2 is not exported.*prompt-tuning, p-tuning, prefix.*the saved artifact"
+    ):
         export_peft(PTuningV2(small("bert"), PTuningV2Config(num_labels=2)), tmp_path / "a")
     with pytest.raises(InputError, match="holds no head"):
         export_peft(PromptTuning(small("bert"), PromptTuningConfig(num_labels=2)), tmp_path / "a")

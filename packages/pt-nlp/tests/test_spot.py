@@ -118,6 +118,13 @@ def test_a_source_that_cannot_be_is_refused(tiny: Build, words, tmp_path: Path) 
         SPoT.from_source(tiny("Llama", hidden_size=32), wide)
 
 
+def test_the_rows_of_the_source_are_part_of_what_a_run_is(tiny: Build, words) -> None:
+    one, other = trained(tiny, words), trained(tiny, words, steps=0)
+    first, second, again = (SPoT.from_source(tiny("Llama"), source).run_identity() for source in (one, other, one))
+    assert first == again != second
+    assert SPoT(tiny("Llama")).run_identity() == {}
+
+
 # --- 9. similarities --------------------------------------------------------------------------------------------------
 def test_similarities_by_hand() -> None:
     one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])

@@ -91,6 +91,30 @@ def test_an_empty_text_is_named_by_file_row_and_column(words, suffix: str, tmp_p
         TextTask.from_files(path, words, kind="verbalizer", text="review", label="stars")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ""], ids=lambda s: s or "folder")
+def test_a_field_of_the_template_may_be_a_number(words, suffix: str, tmp_path: Path) -> None:
+    options = {"kind": "verbalizer", "text": "review", "label": "stars", "template": "{about} {text}"}
+    task = TextTask.from_files(save(tmp_path, suffix, [row | {"about": 5} for row in ROWS]), words, **options)
+    assert task.train.rows[0]["source"] == ids(words, "5 the film was good")
+
+
+@pytest.mark.parametrize("value", [None, ["film"]])
+def test_a_field_of_the_template_that_is_no_value_is_refused(words, value, tmp_path: Path) -> None:
+    options = {"kind": "verbalizer", "text": "review", "label": "stars", "template": "{about} {text}"}
+    path = save(tmp_path, ".jsonl", [*ROWS[:2], ROWS[2] | {"about": value}])
+    with pytest.raises(InputError, match=r"reviews\.jsonl, row 3, field 'about': the value is (missing|list)"):
+        TextTask.from_files(path, words, **options)
+
+
+def test_a_template_that_tells_the_answer_is_refused(words, tmp_path: Path) -> None:
+    path, options = save(tmp_path, ".jsonl"), {"kind": "verbalizer", "text": "review", "label": "stars"}
+    for name in ("label", "stars"):
+        with pytest.raises(InputError, match=rf"'template': .*must not contain \{{{name}\}}: the answer"):
+            TextTask.from_files(path, words, **options, template=f"{{text}} {{{name}}}")
+    with pytest.raises(ValueError, match=r"must not contain \{label\}"):
+        TaskSpec(kind="text-to-text", template="{text} {label}")
+
+
 def test_a_label_out_of_range_or_unknown_is_named_by_file_and_row(words, tmp_path: Path) -> None:
     rows = [{"text": row["review"], "label": i} for i, row in enumerate(ROWS)]
     path = save(tmp_path, ".jsonl", rows)

@@ -18,6 +18,7 @@ from pt_core import artifacts, doctor, recipe, runs
 from pt_core.errors import InputError
 from pt_core.testing import one_thread
 from pt_nlp import demo, workbench
+from pt_nlp.backbones import load_backbone
 from pt_nlp.workbench import Bench, Recipe, Session, TextData, open_artifact
 
 ROWS = [
@@ -158,6 +159,8 @@ def test_too_few_rows_of_a_class_are_named_with_their_file(folder: Path) -> None
         ({"train": "gone.jsonl"}, {}, r"data\.train.*no such file.*gone\.jsonl"),
         ({"train": "asset:bbc"}, {}, r"data\.train.*no such asset; there are asset:bbc-news, asset:bbc-records"),
         ({"template": "{txt}"}, {}, r"data\.template.*must contain \{text\}"),
+        ({"template": "{text} {label}"}, {}, r"data\.template.*must not contain \{label\}"),
+        ({"template": "{text} {topic}", "label": "topic"}, {}, r"data\.template.*must not contain \{topic\}"),
         ({"validation": "rows.jsonl"}, {}, r"a validation file or validation_shots, not both"),
         ({"max_source_length": 0}, {}, r"data\.max_source_length.*greater than or equal to 1"),
         ({"kind": "verbaliser"}, {}, r"data\.kind.*'verbalizer', 'classification', 'multilabel' or 'text-to-text'"),
@@ -171,7 +174,7 @@ def test_too_few_rows_of_a_class_are_named_with_their_file(folder: Path) -> None
             {"backbone": {"name": "x", "kind": "encoder"}},
             r"verbalizer needs a language model; an encoder takes class",
         ),
-        ({}, {"backbone": {"name": "x", "dtype": "half"}}, r"backbone\.dtype.*'fast', 'auto', 'float32' or 'bfloat16'"),
+        ({}, {"backbone": {"name": "x", "dtype": "half"}}, r"backbone\.dtype.*'float32', 'bfloat16' or 'float16'"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(
@@ -225,6 +228,22 @@ def test_a_method_that_reads_a_head_needs_classes(folder: Path) -> None:
     for method in ("linear-probe", "p-tuning-v2"):
         with pytest.raises(InputError, match=f"'compare.{method}'"):
             made(folder, data={"kind": "text-to-text"}).with_method(method)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_a_start_from_text_needs_the_text(folder: Path, method: str) -> None:
+    with pytest.raises(InputError, match=r"field 'method\.init_text': init: text needs init_text"):
+        made(folder, {"name": method, "init": "text"}).config()
+    assert made(folder, {"name": method, "init": "text", "init_text": "good news"}).config()
+    assert made(folder, {"name": method, "init": "text", "init_ids": [3]}).config()
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "spot"])
+def test_a_run_that_would_train_nothing_is_refused_with_its_recipe(folder: Path, method: str) -> None:
+    with pytest.raises(InputError, match=r"field 'method\.prompt_length': a prompt of no rows and without a head"):
+        made(folder, {"name": method, "prompt_length": 0}).config()
+    assert made(folder, {"name": method, "prompt_length": 0}, {"kind": "classification"}).config()
+    assert made(folder, {"name": "dept", "prompt_length": 0}).config()
 
 
 @pytest.mark.parametrize("template", ["{text}", " {text}\n", "{topic} : {text}"])
@@ -291,11 +310,30 @@ def test_the_identity_follows_rows_and_settings(folder: Path) -> None:
     assert [key for key in first if first[key] != other[key]] == ["rows"]
 
 
+def test_the_identity_follows_the_weights(folder: Path, tiny: Callable[..., Any]) -> None:
+    first = Bench(made(folder)).identity
+    tiny("Llama", seed=1).save_pretrained(folder / "backbone")  # another model under the same path
+    other = Bench(made(folder)).identity
+    assert [key for key in first if first[key] != other[key]] == ["weights"]
+
+
+def test_a_backbone_that_cannot_be_read_is_named_once(folder: Path) -> None:
+    for name in ("./gone", str(folder / "gone"), folder / "gone", "runs/first/gone"):
+        with pytest.raises(InputError, match=rf"no such folder here: '{name}'\. Give a folder with config\.json"):
+            load_backbone(name, "causal-lm")
+    weights = folder / "backbone" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"no causal-lm backbone could be loaded from .*[^.]\. Give a folder"):
+        load_backbone(folder / "backbone", "causal-lm")
+    weights.unlink()
+    with pytest.raises(InputError, match=r"could be loaded from '.*[^.]\. Give a folder"):
+        load_backbone(str(folder / "backbone"), "causal-lm")
+
+
 # --- artifacts -------------------------------------------------------------------------------------------------------
 def test_an_artifact_predicts_as_the_method_that_was_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        doctor, "fast_dtype", lambda device: "float32"
-    )  # as it was trained, whatever this machine likes
+    # The prompt is used in the dtype that it was trained in, whatever this machine likes.
+    monkeypatch.setattr(doctor, "fast_dtype", lambda device: "bfloat16")
     bench = Bench(made(folder, data={"template": "{topic} : {text} Topic :"}))
     job, config = bench.job("prompt-tuning", 0)
     outcome = runs.train(job, config, folder / "run")

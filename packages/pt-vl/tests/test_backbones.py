@@ -678,10 +678,12 @@ def test_open_clip_models_load_by_name_and_by_weight_file(tmp_path: Path) -> Non
     made = load_backbone("open-clip:tiny-for-tests")
     assert (made.context, made.preprocessing.size, made.width) == (20, 16, 4)
     assert made.preprocessing.mean == Preprocessing().mean
+    assert made.source == "open-clip:tiny-for-tests"
     with torch.no_grad():
         made.model.visual.proj.mul_(3)
     torch.save(made.model.state_dict(), tmp_path / "weights.pt")
     loaded = load_backbone(f"open-clip:tiny-for-tests/{tmp_path / 'weights.pt'}")
+    assert loaded.source is None, "a path stays on this machine"
     pixels = random(2, 3, 16, 16)
     same(loaded.image(pixels), made.image(pixels))
     assert loaded.encode_text(["a cat."]).shape == (1, 4)
@@ -691,4 +693,14 @@ def test_open_clip_models_load_by_name_and_by_weight_file(tmp_path: Path) -> Non
 
 def test_a_name_that_leads_nowhere_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
+        load_backbone(str(tmp_path))
+
+
+def test_damaged_weights_are_an_input_error(tmp_path: Path, make_encoder: Callable[..., DualEncoder]) -> None:
+    made = make_encoder()
+    made.model.save_pretrained(tmp_path)  # type: ignore[operator]
+    made.tokeniser.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"the weights of .* cannot be read \(.*\)\. They are damaged"):
         load_backbone(str(tmp_path))

@@ -351,9 +351,7 @@ def damage(folder: Path) -> None:
 
 def test_images_that_cannot_be_read_are_named_and_counted(folder: Path, make_encoder: Make) -> None:
     damage(folder)
-    with pytest.raises(
-        InputError, match=r"2 of 18 images cannot be read: cat/1\.png, dog/2\.png .*unreadable=\"skip\""
-    ):
+    with pytest.raises(InputError, match=r"2 of 18 images cannot be read: cat/1\.png, dog/2\.png .*`unreadable: skip`"):
         ImageTask.from_folder(folder / "train", make_encoder())
 
 

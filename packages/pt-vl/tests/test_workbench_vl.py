@@ -17,7 +17,8 @@ from pt_core import InputError, artifacts, recipe, registry, runs
 from pt_core.metrics import harmonic_mean
 from pt_core.testing import one_thread
 from pt_core.training import FitConfig, evaluate
-from pt_vl import demo, workbench
+from pt_vl import CoOpConfig, demo, workbench
+from pt_vl.backbones import load_backbone
 from pt_vl.method import FAMILY
 from pt_vl.workbench import Bench, Recipe, open_artifact
 
@@ -197,6 +198,35 @@ def test_the_identity_follows_images_and_settings(folder: Path) -> None:
     assert {key for key in first if first[key] != other[key]} == {"data", "images"}
 
 
+def test_the_identity_follows_labels_pixels_and_weights_under_the_same_names(
+    folder: Path, make_encoder: Callable[..., Any]
+) -> None:
+    rows = [(f"train/{name}/{i}.png", name) for name in NAMES for i in range(2)]
+    table, domain = folder / "rows.csv", {"domain": {"test": str(folder / "domain")}}
+
+    def known(labels: dict[int, str]) -> dict[str, Any]:
+        lines = [f"{path},{labels.get(i, name)}" for i, (path, name) in enumerate(rows)]
+        table.write_text("\n".join(["path,label", *lines]))
+        return Bench(made(folder, train=str(table), test=None, shots=None)).identity
+
+    before, corrected = known({}), known({0: "cat", 2: "bird"})
+    assert {key for key in before if before[key] != corrected[key]} == {"images"}
+    for target, part in (({}, "train"), (domain, "domain")):
+        before = Bench(made(folder, shots=None, targets=target)).identity
+        shutil.copy(folder / "test" / "tree" / "1.png", folder / part / "cat" / "0.png")
+        after = Bench(made(folder, shots=None, targets=target)).identity
+        assert {key for key in before if before[key] != after[key]} == {"targets" if target else "images"}
+    make_encoder(seed=1).model.save_pretrained(folder / "backbone")
+    other = Bench(made(folder, shots=None, targets=domain)).identity
+    assert {key for key in after if after[key] != other[key]} == {"weights"}
+
+
+def test_images_in_memory_are_known_by_their_bytes() -> None:
+    values = np.zeros((2, 2, 3), np.uint8)
+    assert workbench._state(values) == workbench._state(values.copy()) != workbench._state(values + 1)
+    assert workbench._state(b"a") != workbench._state(b"b")
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
@@ -223,10 +253,64 @@ def test_bad_inputs_of_a_session_are_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"bad\.png: cannot be read"):
         session.predict([str(folder / "bad.png")])
     (folder / "rows.csv").write_text("text,label\ntest/cat/0.png,horse\n")
-    with pytest.raises(InputError, match="'horse' is no class of the prompt"):
+    with pytest.raises(InputError, match=r"rows\.csv, row 1, field 'label': 'horse' is no class of the prompt"):
         session.evaluate(folder / "rows.csv")
+    (folder / "rows.csv").write_text("text,label\ntest/cat/0.png,cat\nbad.png,cat\n")
+    with pytest.raises(InputError, match="1 of 2 images cannot be read: bad.png .*a recipe may say `unreadable: skip`"):
+        session.evaluate(folder / "rows.csv")
+    (folder / "rows.csv").write_text("file,label\ntest/cat/0.png,cat\n")
+    with pytest.raises(InputError, match="field 'text': no such column. .*'file', 'label'. .*: --text"):
+        session.evaluate(folder / "rows.csv")
+    with pytest.raises(InputError, match="no such file"):
+        session.inputs(folder / "gone.csv")
     with pytest.raises(InputError, match="no other format"):
         session.export("peft", folder)
+
+
+def test_a_session_reads_what_recipes_read_and_answers_by_its_paths(folder: Path) -> None:
+    names = folder / "names.txt"
+    names.write_text("bird dog\ncat red car\ndog bird\ntree big house\n")  # what one label is, another is called
+    job, _ = Bench(made(folder, class_names=str(names))).job("zero-shot", 0)
+    path = job.method.save_pretrained(folder / "saved", task=job.task)
+    session = open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+    assert session.spec.labels == NAMES and session.spec.class_names[1] == "red car"
+    assert job.test is not None
+    expected = evaluate(job.method, job.test)["accuracy"]
+    assert session.evaluate(folder / "test")["accuracy"] == pytest.approx(expected)
+    called = dict(zip(NAMES, session.spec.class_names, strict=True))
+    for column, label in (("path", lambda name: name), ("text", called.get)):
+        rows = [f"test/{name}/{i}.png,{label(name)}" for name in NAMES for i in range(4)]
+        (folder / "rows.csv").write_text("\n".join([f"{column},label", *rows]))
+        assert session.evaluate(folder / "rows.csv")["accuracy"] == pytest.approx(expected)
+        answers = session.predict(session.inputs(folder / "rows.csv"))
+        assert [answer["image"] for answer in answers] == [row.partition(",")[0] for row in rows]
+    assert session.predict(session.inputs(folder / "test"))[0]["image"] == "bird/0.png"
+    (folder / "rows.csv").write_text("path,label\ntest/bird/0.png,bird\ntest/cat/0.png,bus\n")
+    with pytest.raises(InputError, match="row 2, field 'label': 'bus' is no class of the prompt. Classes: bird, cat"):
+        session.evaluate(folder / "rows.csv")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_prompt_opens_in_the_dtype_that_it_was_trained_in(folder: Path, dtype: str) -> None:
+    checked = made(folder)
+    bench = Bench(checked.model_copy(update={"backbone": checked.backbone.model_copy(update={"dtype": dtype})}))
+    path = bench.job("coop", 0)[0].method.save_pretrained(folder / "saved", task=bench.task(0).spec.model_dump())
+    session = open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+    assert session.method.backbone.logit_scale.dtype == workbench.DTYPES[dtype]
+    image = str(folder / "test" / "cat" / "0.png")
+    assert set(session.predict([image])[0]["scores"]) == set(NAMES)
+
+
+def test_a_prompt_of_the_shipped_model_opens_by_itself(folder: Path) -> None:
+    backbone = load_backbone("zoo:mini-clip")
+    method = registry.find_method("vl", "coop")(backbone, CoOpConfig(class_names=NAMES))
+    path = method.save_pretrained(folder / "saved")
+    artifact = artifacts.load_artifact(path)
+    assert artifact.config.backbone.name == "zoo:mini-clip"
+    assert open_artifact(artifact).predict([str(folder / "test" / "cat" / "0.png")])[0]["label"] in NAMES
+    path = method.save_pretrained(folder / "saved", backbone_name="zoo:gone")
+    with pytest.raises(InputError, match=r"saved: .*no model 'gone' .* Name its backbone: --backbone"):
+        open_artifact(artifacts.load_artifact(path))
 
 
 def test_the_recipe_of_the_real_model_has_published_settings_and_every_method_takes_them(folder: Path) -> None:

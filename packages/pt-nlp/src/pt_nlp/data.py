@@ -92,8 +92,7 @@ class TaskSpec(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if "{text}" not in self.template:
-            raise ValueError("the template must contain {text}")
+        check_template(self.template)
         if self.kind != "text-to-text" and len(self.labels) < 2:
             raise ValueError("a classification task needs at least two labels")
         if len(set(self.labels)) != len(self.labels):
@@ -243,6 +242,14 @@ def template_fields(template: str) -> dict[str, str]:
     return {name: name for name in re.findall(r"\{(\w+)\}", template)}
 
 
+def check_template(template: str, label: str = "label") -> None:
+    """Raise ValueError unless a template has the text in it and not the answer (`label`: its column)."""
+    if "{text}" not in template:
+        raise ValueError("the template must contain {text}")
+    if told := {"label", label} & set(template_fields(template)):
+        raise ValueError(f"the template must not contain {{{min(told)}}}: the answer would stand in the input")
+
+
 def _fill(part: str, fields: Mapping[str, Any]) -> str:
     def value(match: re.Match[str]) -> str:
         if match[1] not in fields:
@@ -355,7 +362,12 @@ class TextTask:
             spec: further fields of `TaskSpec` (template, verbalizer, lengths ...).
         """
         files = {k: v for k, v in {"train": train, "validation": validation, "test": test}.items() if v is not None}
-        fields = template_fields(str(spec.get("template", "{text}"))) | {"text": text, "label": label}
+        template = str(spec.get("template", "{text}"))
+        try:
+            check_template(template, label)
+        except ValueError as error:
+            raise InputError(str(error), field="template") from error
+        fields = template_fields(template) | {"text": text, "label": label}
         rows = {name: read_rows(path, fields) for name, path in files.items()}
         return cls.from_rows(
             rows,
@@ -470,7 +482,10 @@ def read_rows(path: str | Path, fields: Mapping[str, str]) -> list[dict[str, Any
     """Rows of a table (JSONL, JSON, CSV, TSV, Parquet) or of a folder saved by `datasets.Dataset.save_to_disk`."""
     path = Path(path)
     if not path.is_dir():
-        return read_table(path, fields)
+        table = read_table(path, fields, text=("text",))
+        for number, row in enumerate(table, start=1):
+            _check_fields(row, fields, path, number)
+        return table
     from datasets import Dataset, load_from_disk
 
     try:
@@ -502,8 +517,24 @@ def read_rows(path: str | Path, fields: Mapping[str, str]) -> list[dict[str, Any
             made["label"] = _named(made["label"], names, path, number, fields["label"])
         if not isinstance(made["text"], str) or not made["text"].strip():
             raise InputError("the text is empty or not text", file=path, row=number, field=fields["text"])
+        _check_fields(made, fields, path, number)
         rows.append(made)
     return rows
+
+
+def _check_fields(row: Mapping[str, Any], fields: Mapping[str, str], path: Path, number: int) -> None:
+    """A template's other fields have a value that can be written: text, or a number."""
+    for role in fields.keys() - {"text", "label"}:
+        value = row[role]
+        if value is None or isinstance(value, list | dict) or not str(value).strip():
+            kind = type(value).__name__
+            raise InputError(
+                "the value is missing or empty" if kind in ("NoneType", "str") else f"the value is {kind}, not text",
+                file=path,
+                row=number,
+                field=fields[role],
+                remedy="Mend or drop the row",
+            )
 
 
 def _named(label: Any, names: Sequence[str], path: Path, row: int, field: str) -> Any:

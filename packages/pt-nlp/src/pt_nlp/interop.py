@@ -80,10 +80,13 @@ def export_peft(method: Method, path: str | Path) -> Path:
         path: folder; replaced if it holds an adapter and nothing else.
 
     Raises:
-        InputError: peft has no form for what the method trains, or the folder holds other files.
+        InputError: the method is none of those, or the folder holds other files.
     """
     if method.name not in WRITTEN:
-        raise InputError(f"{method.name} has no form in peft", remedy=f"Supported: {', '.join(WRITTEN)}")
+        raise InputError(
+            f"{method.name} is not exported to peft (exported are {', '.join(WRITTEN)})",
+            remedy="Use the saved artifact: it holds the trained tensors as safetensors",
+        )
     if getattr(method, "head", None) is not None:
         raise InputError(
             "a peft prompt holds no head of this library", remedy="Use save_pretrained, or train with label words"

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from torch import nn
 
-from pt_core import artifacts, doctor, metrics, recipe, registry
+from pt_core import artifacts, doctor, frozen, metrics, recipe, registry
 from pt_core.errors import InputError
 from pt_core.method import Method, MethodConfig
 from pt_core.runs import Job
@@ -20,7 +20,17 @@ from pt_core.training import FitConfig, evaluate
 from pt_nlp import assets
 from pt_nlp.backbones import load_backbone
 from pt_nlp.constrained import label_ids
-from pt_nlp.data import METRICS, SCORED_AS, Kind, TaskSpec, TextTask, check_rows, read_rows, template_fields
+from pt_nlp.data import (
+    METRICS,
+    SCORED_AS,
+    Kind,
+    TaskSpec,
+    TextTask,
+    check_rows,
+    check_template,
+    read_rows,
+    template_fields,
+)
 
 BACKBONE_ASSETS = {"asset:smollm2": assets.smollm2, "asset:minilm": assets.minilm}
 DATA_ASSETS: dict[str, Callable[[], Sequence[Mapping[str, Any]]]] = {
@@ -42,7 +52,7 @@ class TextBackbone(BaseModel):
     )
     kind: Literal["causal-lm", "encoder", "seq2seq"] = "causal-lm"
     revision: str | None = Field(None, description="commit or tag on the hub; pin it")
-    dtype: Literal["fast", "auto", "float32", "bfloat16"] = Field(
+    dtype: Literal["fast", "auto", "float32", "bfloat16", "float16"] = Field(
         "fast", description="fast: what `pt doctor` advises here"
     )
     device_map: str | None = Field(None, description="spread over devices, as in from_pretrained")
@@ -94,9 +104,8 @@ class TextData(BaseModel):
 
     @field_validator("template")
     @classmethod
-    def _reads_text(cls, value: str) -> str:
-        if "{text}" not in value:
-            raise ValueError("the template must contain {text}")
+    def _reads_text(cls, value: str, info: ValidationInfo) -> str:
+        check_template(value, info.data.get("label", "label"))
         return value
 
     @field_validator("metrics")
@@ -183,7 +192,20 @@ class Recipe(recipe.Recipe):
                 field="training.monitor" if section == "method" else f"{section}.training.monitor",
                 remedy=f"Choose one of: {', '.join(scored)}",
             )
-        return super().config(section, **known)
+        config = super().config(section, **known)
+        started = getattr(config, "init_text", "") or getattr(config, "init_ids", ())
+        if getattr(config, "init", None) == "text" and not started:
+            raise InputError(
+                "init: text needs init_text", field=f"{section}.init_text", remedy="Write the text to start from there"
+            )
+        heads = self.data.kind in ("classification", "multilabel") or getattr(config, "num_labels", None)
+        if self.method.name in ("prompt-tuning", "spot") and not getattr(config, "prompt_length", 1) and not heads:
+            raise InputError(
+                "a prompt of no rows and without a head trains nothing",
+                field=f"{section}.prompt_length",
+                remedy="Set it to 1 or more",
+            )
+        return config
 
 
 class Bench:
@@ -193,12 +215,17 @@ class Bench:
         self.recipe = checked
         self.rows = checked.data.rows()
         self.backbone, self.tokenizer = checked.backbone.load()
+        offloaded = any(p.is_meta for p in self.backbone.parameters())
+        self._weights = None if offloaded else frozen.fingerprint(self.backbone, full=False)  # before a method is on it
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What backbone and data are, as JSON; the rows by their hash."""
+        """What backbone and data are, as JSON; rows and weights by their hash."""
         rows = hashlib.sha256(json.dumps(self.rows, sort_keys=True, default=str).encode()).hexdigest()
-        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | {"rows": rows}
+        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | {
+            "rows": rows,
+            "weights": self._weights,
+        }
 
     def job(self, label: str, seed: int) -> tuple[Job, FitConfig]:
         """The run of one method with one seed."""
@@ -263,7 +290,9 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     folder, known = artifact.folder, artifact.config.backbone
     spec, name = recipe.opened(artifact, TaskSpec, backbone)
     try:
-        chosen = TextBackbone(name=name, kind=spec.backbone, revision=None if backbone else known.revision)
+        chosen = TextBackbone(
+            name=name, kind=spec.backbone, revision=None if backbone else known.revision, dtype=_trained_in(known.dtype)
+        )
     except ValidationError as error:
         raise recipe.explain(error, TextBackbone, "backbone", folder) from error
     try:
@@ -290,6 +319,11 @@ def _known(name: str, known: Mapping[str, Any]) -> str:
     if name.startswith("asset:") and name not in known:
         raise ValueError(f"no such asset; there are {', '.join(known)}")
     return name
+
+
+def _trained_in(dtype: str) -> Literal["fast", "float32", "bfloat16", "float16"]:
+    """The dtype of the backbone that a prompt was trained on; `fast` where it had several, or was quantised."""
+    return dtype if dtype in ("float32", "bfloat16", "float16") else "fast"  # type: ignore[return-value]
 
 
 def _device() -> torch.device:

@@ -37,6 +37,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -363,6 +364,7 @@ class DualEncoder(nn.Module):
         self._clean, self._blank = _around(processor)
         self.preprocessing = preprocessing or self._own_preprocessing(getattr(processor, "image_processor", None))
 
+    source: str | None = None  # name that `load_backbone` opens it by, where the model does not say it itself
     text_tower: _HFText | _OpenClipText
     image_tower: _HFImage | _OpenClipImage | None
     _clean: Callable[[str], str]
@@ -928,25 +930,32 @@ def load_backbone(
         device: where to put it.
 
     Raises:
-        InputError: there is no such model, or open_clip is not installed.
+        InputError: there is no such model, its weights are damaged, or open_clip is not installed.
     """
     if name.startswith("open-clip:"):
-        model, tokeniser = _load_open_clip(name.removeprefix("open-clip:"))
-        return DualEncoder(model.to(dtype=dtype), tokeniser).to(device or "cpu").eval()
-    transformers = importlib.import_module("transformers")
+        inner = name.removeprefix("open-clip:")
+        model, tokeniser = _load_open_clip(inner)
+        made = DualEncoder(model.to(dtype=dtype), tokeniser)
+        made.source = None if Path(inner.partition("/")[2]).is_file() else name  # a path stays on this machine
+        return made.to(device or "cpu").eval()
+    transformers, place = importlib.import_module("transformers"), name
     if name.startswith("zoo:"):
-        name = str(shipped_model(name.removeprefix("zoo:")))
+        place = str(shipped_model(name.removeprefix("zoo:")))
     try:
-        model = transformers.AutoModel.from_pretrained(name, revision=revision, dtype=dtype)
-        tokeniser = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        model = transformers.AutoModel.from_pretrained(place, revision=revision, dtype=dtype)
+        tokeniser = transformers.AutoTokenizer.from_pretrained(place, revision=revision)
+    except SafetensorError as error:
+        remedy = "They are damaged or half downloaded: fetch them again"
+        raise InputError(f"the weights of {name} cannot be read ({error})", remedy=remedy) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{name} cannot be loaded ({str(error).splitlines()[0]})", remedy="Check the name") from error
     try:
-        images = transformers.AutoImageProcessor.from_pretrained(name, revision=revision)
+        images = transformers.AutoImageProcessor.from_pretrained(place, revision=revision)
     except (OSError, ValueError):
         images = None  # a model that comes without one gets CLIP's preprocessing at its image size
-    processor = SimpleNamespace(tokenizer=tokeniser, image_processor=images)
-    return DualEncoder(model, processor).to(device or "cpu").eval()
+    made = DualEncoder(model, SimpleNamespace(tokenizer=tokeniser, image_processor=images))
+    made.source = name if name.startswith("zoo:") else None
+    return made.to(device or "cpu").eval()
 
 
 def shipped_model(name: str) -> Path:
@@ -989,7 +998,7 @@ def _load_open_clip(name: str) -> tuple[Any, Any]:
     try:
         made = open_clip.create_model(model, pretrained=weights or None)
         return made, open_clip.get_tokenizer(model)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise InputError(f"open_clip cannot load {name} ({str(error).splitlines()[0]})") from error
 
 

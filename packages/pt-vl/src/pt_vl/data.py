@@ -70,6 +70,7 @@ class ImageSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     class_names: tuple[str, ...] = Field(description="in the order of the logits")
+    labels: tuple[str, ...] | None = Field(None, description="what data have in the place of class names, if not these")
     templates: tuple[str, ...] = Field(("a photo of a {}.",), description="sentences with {} for the class name")
     preprocessing: Preprocessing = Field(description="of the backbone's own images")
     context: int = Field(description="slots of its text tower")
@@ -192,7 +193,7 @@ def readable(listed: Listed, unreadable: Unreadable) -> Listed:
     shown = ", ".join(listed.ids[i] for i in list(bad)[:5]) + (", ..." if len(bad) > 5 else "")
     problem = f"{len(bad)} of {len(listed)} images cannot be read: {shown} ({bad[first]})"
     if unreadable == "refuse":
-        raise InputError(problem, remedy='Mend or remove them, or pass unreadable="skip"', file=listed.file)
+        raise InputError(problem, remedy="Mend or remove them; a recipe may say `unreadable: skip`", file=listed.file)
     warnings.warn(f"skipped: {problem}", UserWarning, stacklevel=3)
     return listed.take(i for i in range(len(listed)) if i not in bad)
 
@@ -574,6 +575,7 @@ class ImageTask:
             backbone.tokenise([template.replace("{}", written(name)) for name in names])
         spec = ImageSpec(
             class_names=tuple(names),
+            labels=None if keys == names else tuple(keys),
             templates=templates,
             preprocessing=backbone.preprocessing,
             context=backbone.context,
@@ -612,7 +614,8 @@ class ImageTask:
         """
         new = {old: index for index, old in enumerate(classes)}
         names = tuple(self.spec.class_names[old] for old in classes)
-        task = type(self)(self.spec.model_copy(update={"class_names": names}))
+        labels = self.spec.labels and tuple(self.spec.labels[old] for old in classes)
+        task = type(self)(self.spec.model_copy(update={"class_names": names, "labels": labels}))
         for name in SPLITS:
             split: Split | None = getattr(self, name)
             if split is None:

@@ -305,8 +305,12 @@ class VLMethod(Method):
         return other.to(self.backbone.device).train(self.training)
 
     def save_pretrained(self, path: str | Path, *, task: Mapping[str, Any] | None = None, **options: Any) -> Path:
-        """See `Method.save_pretrained`; the images' preprocessing and the text's context are recorded in any case."""
+        """See `Method.save_pretrained`; the images' preprocessing and the text's context are recorded in any case.
+
+        `backbone_name` is by default the name of a shipped or open_clip model that `load_backbone` has loaded.
+        """
         known = {"preprocessing": self.backbone.preprocessing.model_dump(mode="json"), "context": self.backbone.context}
+        options["backbone_name"] = options.get("backbone_name") or self.backbone.source
         return super().save_pretrained(path, task=known | dict(task or {}), **options)
 
     def published(self, train: Split) -> FitConfig:

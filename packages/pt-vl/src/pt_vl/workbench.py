@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -18,12 +18,25 @@ from safetensors.torch import load_file
 from pt_core import artifacts, doctor, recipe, registry
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.frozen import fingerprint
 from pt_core.method import MethodConfig
 from pt_core.metrics import harmonic_mean
 from pt_core.runs import Job
 from pt_core.training import FitConfig, evaluate
 from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
-from pt_vl.data import TEMPLATES, ImageRows, ImageSpec, ImageTask, Unreadable, list_table, read_image
+from pt_vl.data import (
+    TEMPLATES,
+    ImageRows,
+    ImageSpec,
+    ImageTask,
+    Listed,
+    Source,
+    Unreadable,
+    list_folder,
+    list_table,
+    read_image,
+    readable,
+)
 from pt_vl.icons import IconChoice
 from pt_vl.method import Stacked, VLMethod, cache_features, written
 from pt_vl.methods.mvlpt import MVLPT
@@ -185,12 +198,15 @@ class Bench:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What backbone and data are, as JSON; the images by the hash of their names."""
+        """What backbone and data are, as JSON; weights and images (ids, classes, files) by their hashes."""
         data, seed = self.recipe.data, self.recipe.seed
-        names = {"images": _hash({} if data.only_tasks else _ids(self.task(seed)))}
+        known = {"weights": fingerprint(self.backbone.model, full=False)}
+        known["images"] = _hash({} if data.only_tasks else _rows(self.task(seed)))
         if data.tasks:
-            names["tasks"] = _hash({name: _ids(self.task(seed, name)) for name in data.tasks})
-        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | names
+            known["tasks"] = _hash({name: _rows(self.task(seed, name)) for name in data.tasks})
+        if data.targets:
+            known["targets"] = _hash({name: _rows(target) for name, target in self.targets().items()})
+        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | known
 
     def task(self, seed: int, name: str | None = None) -> ImageTask:
         """The recipe's own task, or the one of this name among its `tasks`; the seed draws the shots."""
@@ -407,17 +423,23 @@ class Session:
     def __init__(self, method: VLMethod, spec: ImageSpec) -> None:
         self.method, self.spec = method, spec
 
-    def inputs(self, file: Path, text: str = "text") -> list[str]:
-        """Paths of the images that a table names in the column `text`; relative ones lie beside it."""
-        return [str(source) for source in list_table(file, path=text, label=text).sources]
+    def inputs(self, file: Path, text: str = "text") -> list[tuple[str, Source]]:
+        """The images of a table, or of a folder with a folder for each class: the path as it stands there, and the file.
+
+        Args:
+            text: column of the paths, which are relative to the table; in the place of "text" there may be "path".
+        """
+        listed = _listed(file, text)
+        return list(zip(listed.ids, listed.sources, strict=True))
 
     @torch.no_grad()
-    def predict(self, inputs: Sequence[str]) -> list[dict[str, Any]]:
-        """The class of each image file, and the probability of every class."""
+    def predict(self, inputs: Sequence[str | tuple[str, Source]]) -> list[dict[str, Any]]:
+        """The class of each image file (or of what `inputs` gives), and the probability of every class."""
         answers = []
-        for name in inputs:
+        for given in inputs:
+            name, source = (given, Path(given)) if isinstance(given, str) else given
             try:
-                image = read_image(Path(name))
+                image = read_image(source)
             except OSError as error:
                 raise InputError(f"cannot be read ({error})", file=name, remedy="Give an image") from error
             pixels = self.spec.preprocessing(image)[None].to(self.method.backbone.device)
@@ -429,17 +451,24 @@ class Session:
         return answers
 
     def evaluate(self, file: Path, text: str = "text", label: str = "label") -> dict[str, float]:
-        """Metrics on a table of images and labels."""
-        listed = list_table(file, path=text, label=label)
-        index = {name: i for i, name in enumerate(self.spec.class_names)}
-        if unknown := [str(y) for y in listed.labels if str(y) not in index]:
-            raise InputError(
-                f"{unknown[0]!r} is no class of the prompt",
-                file=file,
-                field=label,
-                remedy=f"Classes: {', '.join(index)}",
-            )
-        rows = ImageRows(listed.sources, [index[str(y)] for y in listed.labels], self.spec.preprocessing)
+        """Metrics on a table of images and labels, or on a folder with a folder for each class.
+
+        Labels are class names, or what the training data had in their place. Columns: see `inputs`.
+        """
+        listed, spec = _listed(file, text, label), self.spec
+        kinds = [{name: i for i, name in enumerate(names)} for names in (spec.labels, spec.class_names) if names]
+        index = min(kinds, key=lambda known: sum(str(y) not in known for y in listed.labels))
+        for row, given in enumerate(listed.labels, start=1):
+            if str(given) not in index:
+                raise InputError(
+                    f"{str(given)!r} is no class of the prompt",
+                    file=file,
+                    row=None if file.is_dir() else row,
+                    field=None if file.is_dir() else label,
+                    remedy=f"Classes: {', '.join(index)}",
+                )
+        listed = readable(listed, "refuse")
+        rows = ImageRows(listed.sources, [index[str(y)] for y in listed.labels], spec.preprocessing)
         split = Split(rows, Stacked(), ("accuracy", "macro-f1"), num_classes=len(index), ids=listed.ids)
         return evaluate(self.method, split)
 
@@ -450,7 +479,7 @@ class Session:
 
 
 def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> Session:
-    """Load the backbone of an artifact (its own, unless another is named) and put the prompt on it.
+    """Load the backbone of an artifact (its own, unless another is named) in its dtype and put the prompt on it.
 
     Raises:
         InputError: the artifact was saved without its task, or its backbone cannot be loaded.
@@ -458,7 +487,13 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     config = artifact.config
     names = {"class_names": config.method_config.get("class_names")}
     spec, name = recipe.opened(artifact, ImageSpec, backbone, names)
-    encoder = load_backbone(name, None if backbone else config.backbone.revision)
+    dtype = DTYPES.get(config.backbone.dtype, torch.float32)
+    try:
+        encoder = load_backbone(name, None if backbone else config.backbone.revision, dtype)
+    except InputError as error:
+        if backbone:
+            raise
+        raise InputError(str(error), file=artifact.folder, remedy="Name its backbone: --backbone") from error
     if encoder.preprocessing != spec.preprocessing:
         encoder.preprocessing = Preprocessing.model_validate(spec.preprocessing)
     method = artifacts.load(artifact.folder, encoder).place(_device())
@@ -477,8 +512,43 @@ def _hash(ids: Any) -> str:
     return hashlib.sha256(json.dumps(ids, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _ids(task: ImageTask) -> dict[str, list[str | int]]:
-    return {name: list(split.ids or ()) for name, split in _splits(task)}
+def _rows(task: ImageTask) -> dict[str, list[Any]]:
+    """Id, class and image of each row."""
+    found = {}
+    for name, split in _splits(task):
+        rows, ids = cast(ImageRows, split.rows), split.ids or range(len(split))
+        classes = [task.spec.class_names[label] for label in rows.labels]
+        found[name] = list(zip(ids, classes, map(_state, rows.sources), strict=True))
+    return found
+
+
+def _state(source: Source) -> Any:
+    """Size and time of a file, or the hash of an image in memory."""
+    if isinstance(source, Path):
+        known = source.stat()
+        return known.st_size, known.st_mtime_ns
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    return source.shape, hashlib.sha256(source.tobytes()).hexdigest()
+
+
+def _listed(file: Path, text: str, label: str | None = None) -> Listed:
+    """The images of a folder or a table.
+
+    Raises:
+        InputError: as `list_folder` and `list_table` do; the table has no column `text` (nor "path", where it is "text").
+    """
+    if file.is_dir():
+        return list_folder(file)
+    missing = ""
+    for column in (text, "path") if text == "text" else (text,):
+        try:
+            return list_table(file, path=column, label=label or column)
+        except InputError as error:
+            if f"field {column!r}: no such column" not in str(error):
+                raise
+            missing = missing or str(error)
+    raise InputError(missing, remedy="Name the column of the image paths: --text")
 
 
 def _splits(task: ImageTask) -> list[tuple[str, Split]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -57,6 +58,7 @@ class SPoT(PromptTuning):
     def __init__(self, backbone: nn.Module, config: SPoTConfig | None = None) -> None:
         super().__init__(backbone, config)
         self._begun = False  # whether the rows are those of a trained prompt
+        self._source_hash: str | None = None
         if self.config.source is not None:
             self._take(rows_of_source(self.config.source, backbone))
 
@@ -90,6 +92,11 @@ class SPoT(PromptTuning):
         with torch.no_grad():
             own.copy_(rows)
         self._begun = True
+        self._source_hash = hashlib.sha256(rows.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+    def run_identity(self) -> dict[str, Any]:
+        """The rows of the source by their hash: a run that starts from others is another run."""
+        return {} if self._source_hash is None else {"source_rows": self._source_hash}
 
     def load_trained_state(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_trained_state(tensors)
