@@ -204,6 +204,36 @@ def test_a_file_in_the_place_of_the_output_is_refused_before_anything_is_loaded(
     assert Path("notes").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["train", "nlp/bbc-topics"], ["export", "x"]], ids=lambda arguments: arguments[0]
+)
+def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    pt: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "workbench", lambda package: pytest.fail("a package was loaded"))
+    Path("shut").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path("shut"))  # root may write anywhere
+    said = "pt: shut: cannot be written. Choose another output folder\n"
+    assert pt(*arguments, "-o", "shut/a/b") == (2, "", said)
+    assert not list(Path("shut").iterdir())
+
+
+def test_a_file_that_the_system_refuses_ends_in_one_line_and_exit_code_2(
+    pt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def demo(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "rows.csv")
+
+    monkeypatch.setattr(registry, "workbench", lambda package: SimpleNamespace(demo=demo))
+    assert pt("demo") == (2, "", "pt: [Errno 13] Permission denied: 'rows.csv'\n")
+
+
+def test_help_shows_the_extra_of_ray(pt: Command) -> None:
+    code, out, _ = pt("transfer", "--help")
+    assert code == 0 and "pt-core[ray]" in out
+
+
 def test_a_demo_without_matplotlib_is_refused_before_it_begins(pt: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     workbench = SimpleNamespace(demo=lambda *_, **__: pytest.fail("the demo began"))
     monkeypatch.setattr(registry, "workbench", lambda package: workbench)

@@ -192,7 +192,7 @@ def test_a_run_of_another_recipe_or_of_other_rows_does_not_go_on(pt: Command, re
     code, _, err = pt("train", recipe, "-o", "run", "--set", "data.template={text} :")
     assert code == 2 and "not YAML" in err
     code, _, err = pt("train", recipe, "-o", "run", "--set", 'data.template="{text} :"')
-    assert code == 2 and "run: holds results of something else (data differ)" in err
+    assert code == 2 and "run: holds results of something else (data.template differ)" in err
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join([rows[0].replace("positive", "negative"), *rows[1:]]))
     code, _, err = pt("train", recipe, "-o", "run")
@@ -202,6 +202,8 @@ def test_a_run_of_another_recipe_or_of_other_rows_does_not_go_on(pt: Command, re
 def test_without_matplotlib_train_and_compare_leave_all_but_the_pictures(
     pt: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import torchmetrics  # noqa: F401  # it looks for matplotlib once, when it is imported
+
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     notice = "no pictures: pictures need matplotlib. Install pt-core[report]"
     code, out, err = pt("train", recipe, "-o", "run", "--set", "training.max_steps=5")
@@ -264,6 +266,6 @@ def test_compare_runs_methods_and_seeds_and_keeps_what_is_done(pt: Command, reci
     code, out, err = pt("compare", recipe, "--seeds", 2, "-o", "grid", "--set", "compare.short.lr=0.01")
     assert (code, out) == (2, "")
     assert err.splitlines()[-1] == (
-        "pt: grid: holds results of something else (compare differ). Choose another output folder, or delete this one"
+        "pt: grid: holds results of something else (compare.short.lr differ). Choose another output folder, or delete this one"
     )
     assert cells(folder) == after

@@ -576,6 +576,11 @@ def test_model_card_says_what_it_is_and_how_to_load_it(saved: Path) -> None:
     assert "Labels: no, yes." in body
 
 
+def test_model_card_of_the_method_prompt_tuning_has_the_tag_once(tmp_path: Path) -> None:
+    folder = save_artifact(tmp_path / "a", {}, config(method="prompt-tuning"))
+    assert yaml.safe_load((folder / CARD).read_text().split("---\n")[1])["tags"] == ["prompt-tuning", "pt_toy"]
+
+
 def test_model_card_of_a_local_backbone_names_no_base_model(tmp_path: Path) -> None:
     folder = save_artifact(tmp_path / "a", {}, config(backbone=identity(backbone())))
     card = (folder / CARD).read_text()

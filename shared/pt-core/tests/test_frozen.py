@@ -307,6 +307,15 @@ def test_a_local_path_is_not_recorded() -> None:
     assert saved.name == "tiny-bert" and "secret-project" not in saved.model_dump_json()
 
 
+def test_of_a_folder_here_only_the_last_part_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trunk = Trunk()
+    trunk.config = Config("models/llama")
+    assert identity(trunk).name == identity(trunk, "models/llama").name == "models/llama"  # a hub id
+    Path("models/llama").mkdir(parents=True)
+    assert identity(trunk).name == identity(trunk, "models/llama").name == "llama"
+
+
 def packed(trunk: Trunk, dtype: torch.dtype = torch.uint8) -> Trunk:
     """As bitsandbytes leaves a model: matrices of linear layers packed into bytes, the rest in float16."""
     made = copy.deepcopy(trunk).half()

@@ -79,7 +79,7 @@ def work(folder: Path, rank: int) -> None:
     found: dict[str, Any] = {}
     for name, run in RUNS.items():
         method, result = train(folder / name, **run)
-        found[name] = {**vars(result), "seconds_per_step": 0, "seen": method.seen}
+        found[name] = {**vars(result), "seconds_per_step": 0, "seconds": 0, "seen": method.seen}
         save_file(method.trained_state(), folder / f"{name}-{rank}.safetensors")
 
     noisy = {"method_config": {"noise": 0.5}, "max_steps": 7}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from pt_core import recipe, registry
 from pt_core.errors import InputError
@@ -168,11 +169,34 @@ def test_settings_that_a_comparison_would_not_use_are_refused() -> None:
         ("\x00", "is not YAML"),
         ("metod: {name: tiny-prompt}", "field 'metod': unknown key (did you mean 'method'?)"),
         ("1: 2", "field '1': "),
+        ("seed: 1\nmethod: {name: a}\nseed: 2", "first.yaml: row 3, field 'seed': the key is there twice. Leave one"),
+        ("method: {name: a, name: b}", "row 1, field 'name': the key is there twice"),
     ],
 )
 def test_malformed_files_are_refused_in_one_line(toy: Path, text: str, problem: str) -> None:
     (toy / "recipes" / "first.yaml").write_text(text)
     assert problem in refusal()
+
+
+def test_merged_keys_are_not_there_twice(toy: Path) -> None:
+    own = toy / "own.yaml"
+    own.write_text("package: toy\nbase: &base {rows: 1}\ndata: {<<: *base, rows: 2}\n")
+    assert recipe.find(str(own)) == ("toy", own)
+
+
+def test_a_key_or_value_that_must_be_text_says_how_to_quote_it() -> None:
+    class Words(BaseModel):
+        verbalizer: dict[str, str]
+
+    for given, where, remedy in [
+        ({1: "bad"}, "verbalizer.1", "(got 1). Quote it: '1'"),
+        ({True: "bad"}, "verbalizer.1", "(got True). Quote it: YAML reads yes, no, on, off, true and false"),
+        ({"a": 2.5}, "verbalizer.a", "(got 2.5). Quote it: '2.5'"),
+    ]:
+        with pytest.raises(ValidationError) as wrong:
+            Words.model_validate({"verbalizer": given})
+        message = str(recipe.explain(wrong.value, Words))
+        assert f"field '{where}': " in message and remedy in message
 
 
 def test_a_file_that_is_not_utf8_is_refused(toy: Path) -> None:

@@ -58,7 +58,7 @@ def pixels(path):
 
 def test_table_shows_mean_and_spread_over_seeds_and_marks_the_best():
     grid = results_grid(results())
-    assert grid.header == ["method", "accuracy ↑", "loss ↓", "trainable parameters", "s/step", "artifact", "seeds"]
+    assert grid.header == ["method", "accuracy ↑", "loss ↓", "trained values", "s/step", "artifact", "seeds"]
     assert grid.rows == [
         ["soft", "0.720 ± 0.020", "0.280 ± 0.020", "76,800", "0.100", "307.2 kB", "3"],
         ["dept", "0.820 ± 0.017", "0.180 ± 0.017", "75,000", "0.200", "1.5 kB", "3"],
@@ -111,11 +111,27 @@ def test_the_terminal_table_shows_everything_and_takes_nothing_for_markup():
     assert "[red]x[/red]" in text and "SST-2 [16 shots]" in text
 
 
+@pytest.mark.parametrize("metrics", [["accuracy", "macro-f1", "loss"], ["base", "new", "harmonic-mean", "loss"]])
+def test_the_terminal_table_of_many_metrics_is_whole_at_80_columns(metrics):
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    runs = [
+        Result("prompt-tuning", seed, {m: 0.5 + seed / 100 for m in metrics}, 20_480_000, 0.0123, 12_345)
+        for seed in range(3)
+    ]
+    console.print(table([*runs, *[Result("dept", r.seed, r.metrics, 7, 0.1, 999) for r in runs]], title="nlp/x"))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert any(line.split()[-5:] == ["20,480,000", "0.0123", "12.3", "kB", "3"] for line in lines)
+    assert (
+        sum(line.count("* 0.510") for line in lines) == sum(line.count("± 0.010") for line in lines) == 2 * len(metrics)
+    )
+
+
 def test_markdown_is_a_table_with_bold_best():
     lines = to_markdown([Result("a|b", 0, {"f1": 0.5}), Result("c", 0, {"f1": 0.75})], title="T").splitlines()
     assert lines[0] == "## T"
     assert lines[2:6] == [
-        "| method | f1 ↑ | trainable parameters | s/step | artifact | seeds |",
+        "| method | f1 ↑ | trained values | s/step | artifact | seeds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| a\\|b | 0.500 | – | – | – | 1 |",
         "| c | **0.750** | – | – | – | 1 |",

@@ -83,7 +83,7 @@ def work(name: str, folder: Path, function: str, line: int) -> None:
     method, result = train(name, folder)
     sys.settrace(None)
     save_file(method.trained_state(), folder / "result.safetensors")
-    (folder / "result.json").write_text(json.dumps({**vars(result), "seconds_per_step": 0}))
+    (folder / "result.json").write_text(json.dumps({**vars(result), "seconds_per_step": 0, "seconds": 0}))
 
 
 def serve() -> None:
@@ -183,6 +183,25 @@ def test_another_configuration_is_refused_by_name(changes, named, tmp_path):
         short(tmp_path, **changes)
     assert "another output folder" in str(refusal.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_method_adds_to_what_must_be_the_same(tmp_path, monkeypatch):
+    short(tmp_path)
+    monkeypatch.setattr(TinyPrompt, "run_identity", lambda self: {"rows": "b"})
+    with pytest.raises(InputError, match=r"\(method_identity\.rows: None there, 'b' here\)"):
+        short(tmp_path)
+
+
+def test_a_checkpoint_of_before_these_keys_is_resumed(tmp_path):
+    _, first = short(tmp_path)
+    file = tmp_path / "checkpoint-0000006" / "state.json"
+    content = json.loads(file.read_text())
+    del content["identity"]["method_identity"]
+    for key in ("training_seconds", "timed_steps", "seconds"):
+        del content["state"][key]
+    file.write_text(json.dumps(content))
+    _, again = short(tmp_path)
+    assert (again.metrics, again.seconds_per_step) == (first.metrics, 0)
 
 
 def test_what_changes_no_number_may_change(tmp_path):

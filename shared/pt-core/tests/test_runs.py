@@ -139,7 +139,19 @@ def test_a_run_that_is_done_is_not_trained_again(tmp_path: Path) -> None:
     assert (tmp_path / "prompt" / "prompt.safetensors").read_bytes() == before
     assert again.result.metrics == first.result.metrics
     assert again.history == first.history
-    assert again.result.seconds_per_step is None  # not measured, rather than zero
+    assert again.result.seconds_per_step == first.result.seconds_per_step  # kept with its checkpoint
+    assert again.result.extra["seconds"] >= first.result.extra["seconds"]
+
+
+def test_a_start_that_came_to_nothing_does_not_block_the_folder(tmp_path: Path) -> None:
+    job, config = Maker()("tiny", 0)
+    job.train.collate = lambda rows: pytest.fail("refused")
+    with pytest.raises(pytest.fail.Exception):
+        runs.train(job, config, tmp_path, identity={"rows": "x"})
+    assert (tmp_path / "identity.json").is_file()
+    runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "y"})
+    with pytest.raises(InputError, match=r"\(rows differ\)"):
+        runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "x"})
 
 
 def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
@@ -168,7 +180,7 @@ def test_a_comparison_runs_every_method_with_every_seed(tmp_path: Path) -> None:
     before = snapshot(make.backbone)
     outcomes = runs.compare(make, ["tiny", "long", "untrained"], [0, 1], tmp_path, {"recipe": 1}, lines.append)
     cells = [(label, seed) for seed in (0, 1) for label in ("tiny", "long", "untrained")]
-    assert make.made == make.removed == cells
+    assert make.made == make.removed == [("long", 0), ("untrained", 0), *cells]  # each label is tried first
     assert [(o.result.method, o.result.seed) for o in outcomes] == cells
     assert_unchanged(make.backbone, before)
     assert lines[0] == "tiny, seed 0 (1 of 6) ..."
@@ -185,10 +197,10 @@ def test_a_comparison_that_stops_goes_on_where_it_was(tmp_path: Path) -> None:
     stopped.fails_at = ("tiny", 1)
     with pytest.raises(KeyboardInterrupt):
         runs.compare(stopped, ["tiny", "long"], [0, 1], tmp_path / "cut", announce=lambda line: None)
-    assert stopped.removed == stopped.made == [("tiny", 0), ("long", 0), ("tiny", 1)]
+    assert stopped.removed == stopped.made == [("long", 0), ("tiny", 0), ("long", 0), ("tiny", 1)]
     make, lines = Maker(), []
     outcomes = runs.compare(make, ["tiny", "long"], [0, 1], tmp_path / "cut", announce=lines.append)
-    assert make.made == [("tiny", 1), ("long", 1)]
+    assert make.made == [("long", 1), ("tiny", 1), ("long", 1)]
     assert lines[:2] == ["tiny, seed 0: kept from before", "long, seed 0: kept from before"]
     for here, there in zip(outcomes, whole, strict=True):
         assert here.result.metrics == there.result.metrics
@@ -202,7 +214,7 @@ def test_a_comparison_grows_by_labels_and_seeds(tmp_path: Path) -> None:
     runs.compare(Maker(), ["tiny"], [0], tmp_path, {"recipe": 1}, announce=lambda line: None)
     make = Maker()
     outcomes = runs.compare(make, ["tiny", "long"], [0, 1], tmp_path, {"recipe": 1}, announce=lambda line: None)
-    assert make.made == [("long", 0), ("tiny", 1), ("long", 1)]
+    assert make.made == [("tiny", 1), ("long", 0), ("tiny", 1), ("long", 1)]
     assert len(outcomes) == 4
 
 
@@ -218,9 +230,24 @@ def test_kept_cells_are_found_where_the_folder_was_moved(tmp_path: Path) -> None
 def test_a_changed_recipe_is_refused_with_what_changed(tmp_path: Path) -> None:
     runs.compare(Maker(), ["tiny"], [0], tmp_path, {"method": {"lr": 1}, "data": "a"}, announce=lambda line: None)
     make = Maker()
-    with pytest.raises(InputError, match=r"something else \(compare, method differ\)\. Choose another output folder"):
-        runs.compare(make, ["tiny"], [0], tmp_path, {"method": {"lr": 2}, "data": "a", "compare": {}})
+    with pytest.raises(
+        InputError, match=r"something else \(compare\.a, method\.lr differ\)\. Choose another output folder"
+    ):
+        runs.compare(make, ["tiny"], [0], tmp_path, {"method": {"lr": 2}, "data": "a", "compare": {"a": 1}})
     assert make.made == []
+
+
+def test_a_label_whose_job_cannot_be_made_is_refused_before_any_has_trained(tmp_path: Path) -> None:
+    class Picky(Maker):
+        def __call__(self, label: str, seed: int) -> tuple[Job, FitConfig]:
+            if label == "bad":
+                raise InputError("unknown layer", field="layer")
+            return super().__call__(label, seed)
+
+    make = Picky()
+    with pytest.raises(InputError, match=r"^compare\.bad: field 'layer': unknown layer"):
+        runs.compare(make, ["tiny", "bad"], [0], tmp_path, announce=lambda line: None)
+    assert make.made == [] and not (tmp_path / "cells").exists()
 
 
 def test_a_cell_that_was_cut_while_it_was_written_is_run_again(tmp_path: Path) -> None:

@@ -913,3 +913,15 @@ def test_a_method_may_make_its_steps_itself_and_still_be_resumed(tmp_path):
     fit(line(), split, config=run, output_dir=tmp_path, make_step=twice)
     again = fit(line(), split, config=run, output_dir=tmp_path, make_step=twice)
     assert again.steps == 4
+
+
+def test_logits_that_are_nan_in_an_evaluation_stop_the_run_with_its_step():
+    _, method = tiny()
+
+    def spoil(step):
+        with torch.no_grad():
+            next(method.parameters()).fill_(torch.nan)
+
+    config = FitConfig(max_steps=4, batch_size=4, evaluate_every=2, progress=False, device="cpu")
+    with pytest.raises(NonFiniteLoss, match=r"row 1: the logits are NaN at step 2\. Lower the learning rate"):
+        fit(method, tiny_split(8), tiny_split(4, 1), config, after_step=lambda step: spoil(step) if step == 2 else None)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from pt_core import InputError, transfer
+from pt_core.errors import NonFiniteLoss
 from pt_core.runs import Job
 from pt_core.testing import Killed, TinyBench, one_thread, stopped_after
 from pt_core.training import FitConfig, evaluate
@@ -384,10 +385,19 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_the_bench_is_built(
 
 def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     studied(tmp_path, tasks=("one", "two"), seeds=(0,), identity={"method": {"name": "tiny"}})
-    with pytest.raises(InputError, match=r"results of something else \(method differ\)"):
+    with pytest.raises(InputError, match=r"results of something else \(method.* differ\)"):
         studied(tmp_path, tasks=("one", "two"), seeds=(0,), identity={"method": {"name": "other"}})
 
 
 def test_a_source_prompt_that_is_not_there_is_named(whole: tuple[Study, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the source prompt of one -> two, seed 0 is not there. Several machines"):
         transfer.run_cell(TinyBench(), "tiny", tmp_path, Cell("two", 0, "one"))
+
+
+def test_a_run_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object, **__: object) -> None:
+        raise NonFiniteLoss("the logits are NaN at step 2")
+
+    monkeypatch.setattr("pt_core.runs.train", train)
+    with pytest.raises(NonFiniteLoss, match=f"^tiny, from scratch -> {TASKS[0]}, seed 0: the logits are NaN at step 2"):
+        studied(tmp_path)

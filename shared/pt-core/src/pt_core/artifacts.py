@@ -165,7 +165,10 @@ def model_card(config: ArtifactConfig, tensors: Mapping[str, Tensor]) -> str:
     """README.md of an artifact: what it is, how to load it, metrics, size, identity of the backbone."""
     backbone = config.backbone
     name = backbone.name or "a backbone without a name"
-    front = {"library_name": "prompt-tuning", "tags": ["prompt-tuning", config.method, config.package]}
+    front = {
+        "library_name": "prompt-tuning",
+        "tags": list(dict.fromkeys(["prompt-tuning", config.method, config.package])),
+    }
     if backbone.name and re.fullmatch(r"[\w.-]+/[\w.-]+", backbone.name):
         front["base_model"] = backbone.name
     values = sum(tensor.numel() for tensor in tensors.values())

@@ -16,8 +16,8 @@ and, where `pt transfer` is to work, its Bench has (see `pt_core.transfer.Transf
     .transfer_job(label, seed, task, source)        -> (Job, FitConfig): a method on a task, from its start values, or
                                                     from the `trained_state` in the safetensors file `source`
 
-Bad input ends in one line on stderr and exit code 2, a loss that is not finite in one line and code 1. Results go to
-stdout.
+Bad input, or a file that cannot be read or written, ends in one line on stderr and exit code 2, a loss that is not finite
+in one line and code 1. Results go to stdout.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def transfer(
     tasks: Annotated[str | None, typer.Option(help="comma-separated names; default: all tasks of the recipe")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="runs of each pair of tasks")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="processes; the cores are shared among them")] = 1,
-    ray: Annotated[bool, typer.Option("--ray", help="run the jobs by Ray (extra `pt-core[ray]`)")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="run the jobs by Ray (extra `pt-core\\[ray]`)")] = False,
     metric: Annotated[str | None, typer.Option(help="what gains are of; default: the tasks' first metric")] = None,
     settings: Setting = None,
     output: Output = Path("runs/transfer"),
@@ -273,7 +273,7 @@ def main() -> None:
     """Entry point of `pt`."""
     try:
         app()
-    except InputError as error:
+    except (InputError, OSError) as error:
         _end(error, 2)
     except NonFiniteLoss as error:
         _end(error, 1)

@@ -20,11 +20,12 @@ def write(path: str | Path, content: str | bytes) -> None:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse an output folder that could not be made, before anything is loaded for it.
+    """Refuse an output folder that could not be made or written to, before anything is loaded for it.
 
     Raises:
-        InputError: it is a file, or lies below one.
+        InputError: it is a file, or lies below one; it, or the nearest folder above it, cannot be written.
     """
-    for place in (Path(folder), *Path(folder).parents):
-        if place.exists() and not place.is_dir():
-            raise InputError("is a file", file=place, remedy="Choose another output folder")
+    place = next((p for p in (Path(folder), *Path(folder).parents) if os.path.exists(p)), Path())
+    problem = "cannot be written" if place.is_dir() else "is a file"
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(problem, file=place, remedy="Choose another output folder")

@@ -187,7 +187,7 @@ def identity(
     parameters = {n: t for n, t in _tensors(module).items() if isinstance(t, nn.Parameter)}
     quantised = _quantised(module)
     return BackboneIdentity(
-        name=name or _source(getattr(own, "_name_or_path", None)),
+        name=Path(name).name if name and Path(name).is_dir() else name or _source(getattr(own, "_name_or_path", None)),
         revision=revision or getattr(own, "_commit_hash", None),
         config_hash=_config_hash(config) if config is not None else None,
         shapes=_shapes(parameters),
@@ -343,7 +343,8 @@ def _source(name_or_path: str | None) -> str | None:
     """A hub id as it is; of a path only the last component: where a folder lies is nobody's business."""
     if not name_or_path:
         return None
-    return name_or_path if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path) else Path(name_or_path).name
+    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path) and not Path(name_or_path).is_dir()
+    return name_or_path if hub_id else Path(name_or_path).name
 
 
 def _last(name: str) -> str:

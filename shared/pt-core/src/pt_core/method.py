@@ -183,6 +183,10 @@ class Method(nn.Module):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of `extra_state`."""
 
+    def run_identity(self) -> dict[str, Any]:
+        """JSON that must be the same for a run to be resumed, beyond the configuration."""
+        return {}
+
     # --- where it runs ------------------------------------------------------------------------------------------
     def active(self) -> AbstractContextManager[Any]:
         """Context in which the backbone carries this method's prompt (nothing to do where none is attached)."""

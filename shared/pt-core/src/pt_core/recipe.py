@@ -231,6 +231,7 @@ def explain(
     unknown = ("extra_forbidden", "invalid_key")  # shown before others: a misspelt key explains a missing one
     first = min(error.errors(), key=lambda found: found["type"] not in unknown)
     key = ".".join(filter(None, [section, *(str(part) for part in first["loc"])])) or None
+    key = key.removesuffix(".[key]") if key is not None else None  # the key itself is wrong, not its value
     problem, remedy, given = first["msg"].removeprefix("Value error, "), "", first["input"]
     if first["type"] == "missing":
         problem = "is missing"
@@ -241,6 +242,10 @@ def explain(
         remedy = f"Allowed there: {', '.join(allowed)}" if allowed else ""
     elif given is None or isinstance(given, str | int | float):
         problem += f" (got {given!r})"
+        if first["type"] == "string_type" and isinstance(given, bool):
+            remedy = "Quote it: YAML reads yes, no, on, off, true and false as booleans"
+        elif first["type"] == "string_type" and given is not None:
+            remedy = f"Quote it: '{given}'"
     return InputError(problem, file=file, field=key, remedy=remedy)
 
 
@@ -254,9 +259,25 @@ def _keys(model: Any, location: Sequence[int | str]) -> list[str]:
     return sorted(model.model_fields)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of which no key may be there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    line = key.start_mark.line + 1
+                    raise InputError("the key is there twice", row=line, field=key.value, remedy="Leave one")
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), _Loader)
+    except InputError as error:
+        raise InputError(str(error), file=path) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"is not YAML: {' '.join(str(error).split())}", file=path) from error
     if not isinstance(content, dict):

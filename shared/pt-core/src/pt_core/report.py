@@ -108,7 +108,7 @@ def results_grid(results: Sequence[Result], metrics: Sequence[str] | None = None
         # All that read the same as the best are marked.
         ties = {(i, column) for i, row in enumerate(means) if _number(row[column - 1]) == _number(best)}
         marked |= ties if len(there) > 1 else set()
-    header = ["method", *map(_arrow, metrics), "trainable parameters", "s/step", "artifact", "seeds"]
+    header = ["method", *map(_arrow, metrics), "trained values", "s/step", "artifact", "seeds"]
     return Grid(header, rows, frozenset(marked), _caption(groups))
 
 
@@ -171,20 +171,28 @@ def table(results: Sequence[Result], metrics: Sequence[str] | None = None, title
 
 
 def to_rich(grid: Grid, title: str = "") -> Table:
-    """A grid for the terminal; marked cells are bold with a star."""
+    """A grid for the terminal; marked cells are bold with a star. The results of four metrics fit into 80 columns: there
+    a spread stands below its mean."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    rich = Table(title=Text(title) if title else None, caption=grid.caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    wide = len(grid.header) > 7
+    padding = (0, 0 if wide else 1, 0, 0)
+    rich = Table(title=Text(title) if title else None, caption=grid.caption, box=box.SIMPLE_HEAD, padding=padding)
+    shown = [[f"* {c}" if (i, j) in grid.marked else c for j, c in enumerate(row)] for i, row in enumerate(grid.rows)]
+    if wide:
+        shown = [[cell.replace(" ± ", "\n± ") for cell in row] for row in shown]
     for column, name in enumerate(grid.header):
+        head = name.replace(" ", "\n") if wide and column else name
+        cells = [row[column] for row in shown]
+        # Values are never cut; a long word of a head may be.
+        least = max(map(len, [*(word[:8] for word in head.split()), *(w for cell in cells for w in cell.split())]))
+        whole = least >= max(len(line) for text in (head, *cells) for line in text.split("\n"))
         side: Literal["left", "right"] = "right" if column else "left"
-        word = max(map(len, name.split()))
-        rich.add_column(Text(name), justify=side, no_wrap=not column, min_width=word, overflow="fold")
-    for i, row in enumerate(grid.rows):
-        stars = [(i, j) in grid.marked for j in range(len(row))]
-        cells = [Text(f"* {c}", style="bold") if s else Text(c) for c, s in zip(row, stars, strict=True)]
-        rich.add_row(*cells)
+        rich.add_column(Text(head), justify=side, no_wrap=whole or not column, min_width=least, overflow="fold")
+    for i, row in enumerate(shown):
+        rich.add_row(*(Text(cell, style="bold" if (i, j) in grid.marked else "") for j, cell in enumerate(row)))
     return rich
 
 

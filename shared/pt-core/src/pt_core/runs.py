@@ -25,7 +25,7 @@ from pt_core.errors import InputError
 from pt_core.files import check_folder, write
 from pt_core.method import Method
 from pt_core.report import Result
-from pt_core.training import FitConfig, FitResult, evaluate
+from pt_core.training import FitConfig, FitResult, evaluate, flat
 
 
 @dataclass
@@ -83,7 +83,7 @@ def train(
     method = job.method
     started = time.perf_counter()
     fitted: FitResult = method.fit(job.train, job.validation, config, folder / "training")
-    seconds = time.perf_counter() - started
+    seconds = max(fitted.seconds, time.perf_counter() - started)
     metrics = evaluate(method, job.test, config.eval_batch_size) if job.test is not None else fitted.metrics
     artifact, size = None, None
     if method.kept_state():
@@ -116,7 +116,8 @@ def compare(
     """Run every method with every seed.
 
     Args:
-        make: (label, seed) -> the job and its configuration; called only for cells that are not done.
+        make: (label, seed) -> the job and its configuration; called only for cells that are not done. The first job of
+            each label is made, and its method removed, before the first cell runs.
         labels: of the methods.
         seeds: one run for each.
         folder: finished cells lie in `cells/`; a killed comparison goes on, and may go on with more labels and seeds.
@@ -124,14 +125,22 @@ def compare(
         announce: called with a line before and after each cell.
 
     Raises:
-        InputError: the folder holds a comparison of another identity.
+        InputError: the folder holds a comparison of another identity, or the job of a label cannot be made.
     """
     folder = Path(folder)
     claim(folder, identity or {})
     outcomes = []
-    cells = [(label, seed) for seed in seeds for label in labels]
-    for number, (label, seed) in enumerate(cells, start=1):
-        cell = folder / "cells" / f"{quote(label, safe='')}-{seed}"
+    cells = {(label, seed): folder / "cells" / f"{quote(label, safe='')}-{seed}" for seed in seeds for label in labels}
+    left = [key for key, cell in cells.items() if not cell.with_name(f"{cell.name}.json").exists()]
+    first: dict[str, int] = {}
+    for label, seed in left:
+        first.setdefault(label, seed)
+    for label, seed in list(first.items())[1:]:  # refused now, not after others have trained; the first is made at once
+        try:
+            make(label, seed)[0].method.remove()
+        except InputError as error:
+            raise InputError(f"compare.{label}: {error}") from error
+    for number, ((label, seed), cell) in enumerate(cells.items(), start=1):
         kept = cell.with_name(f"{cell.name}.json")
         if kept.exists():
             outcomes.append(_read(kept))
@@ -184,16 +193,18 @@ def _read(kept: Path) -> Outcome:
 
 
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Mark a folder with what it holds results of, or refuse one that holds others.
+    """Mark a folder with what it holds results of, or refuse one that holds others. A mark beside which there is neither
+    a checkpoint nor a result is that of a run that came to nothing, and is replaced.
 
     Raises:
         InputError: the folder holds results of another identity, or is a file.
     """
     check_folder(folder)
     stamp, ours = folder / "identity.json", json.loads(json.dumps(identity))
-    if stamp.exists():
-        theirs = json.loads(stamp.read_text("utf-8"))
-        changed = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+    kept = ("results.json", "prompt", "cells/**/*.json", "**/checkpoint-*")
+    if stamp.exists() and any(any(folder.glob(pattern)) for pattern in kept):
+        theirs, ours_flat = flat(json.loads(stamp.read_text("utf-8"))), flat(ours)
+        changed = [key for key in sorted(theirs.keys() | ours_flat.keys()) if theirs.get(key) != ours_flat.get(key)]
         if changed:
             raise InputError(
                 f"holds results of something else ({', '.join(changed)} differ)",

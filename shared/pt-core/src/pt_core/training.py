@@ -227,6 +227,7 @@ class FitResult:
         history: the rows of metrics.jsonl.
         seconds_per_step: mean wall time of forward, backward and update in this process, evaluation not counted.
         stopped_early: the monitored metric did not gain for `patience` evaluations.
+        seconds: wall time of the loop, with that of a resumed run up to its checkpoint.
     """
 
     steps: int
@@ -235,6 +236,7 @@ class FitResult:
     history: list[dict[str, Any]]
     seconds_per_step: float
     stopped_early: bool
+    seconds: float = 0.0
 
 
 @dataclass
@@ -255,6 +257,9 @@ class _State:
     gains: int = 0
     bad: int = 0
     stopped: bool = False
+    training_seconds: float = 0.0  # of `timed_steps`; a checkpoint of an earlier version has no times
+    timed_steps: int = 0
+    seconds: float = 0.0
 
 
 class Loop:
@@ -314,7 +319,7 @@ class Loop:
         self.state = _State()
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] | None = None
-        self.training_seconds, self._steps_here = 0.0, 0
+        self._steps_here, self._since = 0, time.perf_counter()
         self._in_step, self._started = False, 0.0
         self._sums: list[Tensor] = []  # total and count of each backward since the last update
         self._ids: list[Any] = []
@@ -475,9 +480,16 @@ class Loop:
 
     # --- evaluation and early stopping --------------------------------------------------------------------------
     def evaluate(self, split: Split) -> dict[str, float]:
-        """Metrics on a split in the run's precision; each process computes its share of the rows (see `evaluate`)."""
-        with self.passes():
-            return evaluate(self.method, split, self.config.eval_batch_size, self.device, self.accelerator)
+        """Metrics on a split in the run's precision; each process computes its share of the rows (see `evaluate`).
+
+        Raises:
+            NonFiniteLoss: the logits are NaN.
+        """
+        try:
+            with self.passes():
+                return evaluate(self.method, split, self.config.eval_batch_size, self.device, self.accelerator)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"{error} at step {self.step}. Lower the learning rate") from error
 
     def record(self, metrics: Mapping[str, float], larger_is_better: bool | None = None) -> None:
         """Log validation metrics of the step in progress, keep the best prompt, and stop when `patience` is used up.
@@ -526,6 +538,7 @@ class Loop:
     def finish(self) -> FitResult:
         """Put the best prompt into the method (if the run keeps the best), in eval mode, and say what came out."""
         state = self.state
+        self._count_time()
         if self.best is not None:
             self.method.load_trained_state(self.best)
         self.method.eval()
@@ -536,16 +549,22 @@ class Loop:
             best_step=state.best_step if self.best is not None else state.step,
             metrics=state.best_metrics if self.best is not None else state.last_metrics,
             history=self.history,
-            seconds_per_step=self.training_seconds / max(self._steps_here, 1),
+            seconds_per_step=state.training_seconds / max(state.timed_steps, 1),
             stopped_early=state.stopped,
+            seconds=state.seconds,
         )
 
     # --- between steps ------------------------------------------------------------------------------------------
     def training_done(self) -> None:
         """The training part of the step is over: what follows (evaluation) does not count as step time."""
         if self._started:
-            self.training_seconds += time.perf_counter() - self._started
+            self.state.training_seconds += time.perf_counter() - self._started
             self._started = 0.0
+
+    def _count_time(self) -> None:
+        """Add the time since the last call to that of the run."""
+        now = time.perf_counter()
+        self.state.seconds, self._since = self.state.seconds + now - self._since, now
 
     def _seed(self, step: int) -> None:
         """Seed what is drawn in a step by run, step and process (before the first step: the same in all processes)."""
@@ -559,6 +578,7 @@ class Loop:
         self.training_done()
         self._steps_here += 1
         state = self.state
+        state.timed_steps += 1
         if self.step % self.config.log_every == 0 or self.step == self.total_steps or state.stopped:
             self._read_window()
             if state.counts.get("loss"):
@@ -631,7 +651,7 @@ class Loop:
 
     # --- checkpoints --------------------------------------------------------------------------------------------
     def _describe_run(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed."""
+        """What must be the same for a run to be resumed; `Method.run_identity` adds what its configuration lacks."""
         method, config = self.method, self.config
         weights = None
         if method.frozen_backbone and not any(p.is_meta for p in method.backbone.parameters()):
@@ -639,6 +659,7 @@ class Loop:
         return {
             "method": method.name,
             "method_config": method.config.model_dump(mode="json"),
+            "method_identity": method.run_identity(),  # nothing, where older checkpoints have none
             "config": {k: v for k, v in config.model_dump(mode="json").items() if k not in _MAY_CHANGE_ON_RESUME},
             "total_steps": self.total_steps,
             "optimisers": list(self.optimisers),
@@ -667,6 +688,7 @@ class Loop:
         target = self.folder / f"checkpoint-{self.state.step:07d}"
         if self.main and not target.exists():
             log = self.folder / "metrics.jsonl"
+            self._count_time()
             self.state.log_offset = log.stat().st_size if log.exists() else 0
             tensors = {f"method.{name}": tensor for name, tensor in self.method.trained_state().items()}
             scalars: dict[str, Any] = {}
@@ -711,7 +733,7 @@ class Loop:
         self.history = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
 
     def _refuse_another_run(self, identity: Mapping[str, Any]) -> None:
-        theirs, ours = _flat(identity), _flat(self._identity)
+        theirs, ours = flat(identity), flat(self._identity)
         changed = [
             f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
             for key in sorted(theirs.keys() | ours.keys())
@@ -765,12 +787,12 @@ def _part(rows: list[int], accelerator: Accelerator) -> list[int]:
     return [int(i) for i in np.array_split(np.asarray(rows), accelerator.num_processes)[accelerator.process_index]]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"config": {"lr": 1}} -> {"config.lr": 1}."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -797,6 +819,9 @@ def evaluate(
 
     Returns:
         Metric name -> value; `loss` is the mean over the loss's own terms (over batches, if the loss couples rows).
+
+    Raises:
+        NonFiniteLoss: the logits of a row are NaN.
     """
     if device is None:
         tensors = itertools.chain(method.parameters(), method.backbone.parameters())
@@ -830,7 +855,10 @@ def evaluate(
     method.train(was_training)
     results = {"loss": total / count} if count else {}
     if on_logits:
-        results |= evaluate_logits(split.metrics, split.task, torch.cat(logits), torch.cat(labels), split.missing)
+        found = torch.cat(logits)
+        if len(bad := found.isnan().nonzero()):
+            raise NonFiniteLoss(f"evaluation, row {int(bad[0, 0]) + 1}: the logits are NaN")
+        results |= evaluate_logits(split.metrics, split.task, found, torch.cat(labels), split.missing)
     return results | scores
 
 

@@ -42,7 +42,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from safetensors.torch import save
 
 from pt_core import report, runs
-from pt_core.errors import InputError
+from pt_core.errors import InputError, NonFiniteLoss
 from pt_core.files import check_folder, write
 from pt_core.metrics import higher_is_better, mean_spread
 from pt_core.report import Grid
@@ -235,7 +235,11 @@ def read(
 
 
 def run_cell(bench: TransferBench, label: str, folder: Path, cell: Cell) -> None:
-    """Test, train, test; keep the numbers, and of a run from scratch its prompt. A killed run goes on within the cell."""
+    """Test, train, test; keep the numbers, and of a run from scratch its prompt. A killed run goes on within the cell.
+
+    Raises:
+        InputError, NonFiniteLoss: of the run, with method and cell named.
+    """
     source, place = None, cell.folder(folder)
     if cell.source is not None:
         source = Cell(cell.source, cell.seed).folder(folder) / STATE
@@ -246,7 +250,10 @@ def run_cell(bench: TransferBench, label: str, folder: Path, cell: Cell) -> None
                 remedy="Several machines need an output folder on a disk that they share",
             )
     started = time.perf_counter()
-    job, config = bench.transfer_job(label, cell.seed, cell.target, source)
+    try:
+        job, config = bench.transfer_job(label, cell.seed, cell.target, source)
+    except InputError as error:
+        raise InputError(f"{label}, {cell}: {error}") from error
     config = config.model_copy(update={"progress": False})  # of the study is shown instead
     try:
         job.method.place(torch.device("cpu") if config.device == "cpu" else Accelerator().device)
@@ -256,6 +263,8 @@ def run_cell(bench: TransferBench, label: str, folder: Path, cell: Cell) -> None
         if source is None:
             state = job.method.trained_state()
             write(place / STATE, save({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
+    except (InputError, NonFiniteLoss) as error:
+        raise type(error)(f"{label}, {cell}: {error}") from error
     finally:
         job.method.remove()
     content = {"metrics": outcome.result.metrics, "before": before, "seconds": time.perf_counter() - started}
