@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import nlp_step as bench
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pt_core.elsewhere import elsewhere
 from pt_core.testing import one_thread
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_bench() -> Any:
-    spec = importlib.util.spec_from_file_location("nlp_step", ROOT / "tooling" / "bench" / "nlp_step.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_bench()
 
 
 def model() -> Any:

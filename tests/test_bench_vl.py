@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import vl_step as bench
 from torch.nn import functional as F
 
 from pt_core.elsewhere import elsewhere
 from pt_core.testing import one_thread
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT |= {"vocab_size": 60, "bos_token_id": 58, "eos_token_id": 59}
 VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 VISION |= {"image_size": 16, "patch_size": 8}
-
-
-def load_bench() -> Any:
-    spec = importlib.util.spec_from_file_location("vl_step", ROOT / "tooling" / "bench" / "vl_step.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_bench()
 
 
 def cell(name: str, classes: int = 5, **settings: Any) -> Any:

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+import vl_quality as bench
 
 from pt_core import recipe
 from pt_core.testing import one_thread
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_bench() -> Any:
-    spec = importlib.util.spec_from_file_location("vl_quality", ROOT / "tooling" / "bench" / "vl_quality.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_bench()
 
 
 def test_every_protocol_takes_time_and_those_with_methods_of_their_own_ignore_the_choice() -> None:

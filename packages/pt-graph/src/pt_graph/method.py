@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from pt_core.attachment import attach
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
-from pt_core.training import FitConfig, FitResult
+from pt_core.training import FitConfig, FitResult, device_of
 from pt_graph.backbones import FeaturePrompt, GraphBackbone, dropping
 
 
@@ -147,7 +146,7 @@ class GraphMethod(Method):
 
         Exact as long as what `embed` depends on does not change.
         """
-        self.place(torch.device("cpu") if config.device == "cpu" else Accelerator().device)
+        self.place(device_of(config))
         device, was_training = next(self.backbone.parameters()).device, self.training
         self.eval()
         rows: list[tuple[Tensor, Tensor]] = []

@@ -714,9 +714,10 @@ def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: 
     Returns:
         Where slots count and texts are padded on the left: the order in which everything stands, see `_slots`; else None.
     """
-    padded = bool((mask[:, 0] == 0).any())
     mixed = set(getattr(base.config, "layer_types", None) or []) - ATTENTION_LAYERS
-    if ("cache_params" in names or mixed) and padded:
+    recurrent, counts = "cache_params" in names or bool(mixed), _counts_slots(base, names)
+    padded = (recurrent or counts) and bool((mask[:, 0] == 0).any())  # others do not wait for a device
+    if recurrent and padded:
         raise InputError(
             f"a recurrent model ({type(base).__name__}) carries a state through the padding of a prompted text",
             remedy="Pad on the right, or pass texts of one length",
@@ -732,7 +733,7 @@ def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: 
         positions = arguments["position_ids"].expand(batch, -1)
         ahead = (carried.mask(batch, mask).long().cumsum(-1) - 1).clamp(min=0)
         arguments["position_ids"] = torch.cat([ahead, positions], dim=1)
-    if not padded or not _counts_slots(base, names):
+    if not (padded and counts):
         return None  # behind the prompt padding has something to see: softmax over nothing may be no number
     order = _slots(carried, mask, mask.shape[1])
     arguments["inputs_embeds"] = arguments["inputs_embeds"].take_along_dim(order[..., None], 1)

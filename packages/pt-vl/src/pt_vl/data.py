@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 from pt_core.data import Split, base_to_new, class_names, encode_labels, few_shot_split, read_table
 from pt_core.errors import InputError
 from pt_vl.backbones import DualEncoder, Preprocessing
-from pt_vl.method import Stacked, written
+from pt_vl.method import Stacked, alike, check_templates, written
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     # By data set, as in the CoOp code.
@@ -569,9 +569,11 @@ class ImageTask:
             keys, names = list(mapping), list(mapping.values())
         _distinct(names, first.file)
         templates = (templates,) if isinstance(templates, str) else tuple(templates)
+        try:
+            check_templates(templates)
+        except ValueError as error:
+            raise InputError(str(error), field="templates") from error
         for template in templates:
-            if template.count("{}") != 1:
-                raise InputError(f"template {template!r} needs one {{}} for the class name", field="templates")
             backbone.tokenise([template.replace("{}", written(name)) for name in names])
         spec = ImageSpec(
             class_names=tuple(names),
@@ -697,22 +699,18 @@ def _indices(listed: Listed, keys: Sequence[str], by_index: bool) -> list[int]:
 
 
 def _distinct(names: Sequence[str], file: Path | None) -> None:
-    """Refuse two classes of one name: their texts and logits are the same, and the second is never chosen.
+    """Refuse two classes of one name.
 
     Lists of the field have such pairs (CLIP's for ImageNet: missile, sunglasses). Results on them as they are, with these
     classes counted as wrong, cannot be had here.
     """
-    seen: dict[str, str] = {}
-    for name in names:
-        if written(name) in seen:
-            other = seen[written(name)]
-            raise InputError(
-                f"class names {other!r} and {name!r} are one",
-                file=file,
-                field="class_names",
-                remedy="Tell them apart, as in 'sunglasses' and 'dark glasses', or leave one of the two classes out",
-            )
-        seen[written(name)] = name
+    if (two := alike(names)) is not None:
+        raise InputError(
+            f"class names {two[0]!r} and {two[1]!r} are one",
+            file=file,
+            field="class_names",
+            remedy="Tell them apart, as in 'sunglasses' and 'dark glasses', or leave one of the two classes out",
+        )
 
 
 def _complete(labels: Mapping[str, Sequence[int]], names: Sequence[str], file: Path | None) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from pt_core.errors import InputError
 from pt_core.frozen import FeatureCache, fingerprint
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
-from pt_core.training import FitConfig
+from pt_core.training import FitConfig, device_of
 from pt_vl.backbones import After, DualEncoder, TowerPrompt
 
 if TYPE_CHECKING:
@@ -44,6 +43,23 @@ FAMILY |= {"max_grad_norm": None, "keep_best": False}
 def written(name: str) -> str:
     """A class name as it stands in a sentence: underscores are spaces."""
     return " ".join(name.replace("_", " ").split())
+
+
+def alike(names: Sequence[str]) -> tuple[str, str] | None:
+    """The first two class names that read the same: one text, equal logits, and the second would never be chosen."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if written(name) in seen:
+            return seen[written(name)], name
+        seen[written(name)] = name
+    return None
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise ValueError unless each has one place for the class name."""
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"template {template!r} needs one {{}} for the class name")
 
 
 class VLConfig(MethodConfig):
@@ -64,14 +80,10 @@ class VLConfig(MethodConfig):
     @field_validator("class_names")
     @classmethod
     def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Refuse two classes of one name, as lists of the field have (CLIP's for ImageNet): the second is never chosen."""
-        seen: dict[str, str] = {}
-        for name in names:
-            if not written(name):
-                raise ValueError("a class name is empty")
-            if written(name) in seen:
-                raise ValueError(f"class names {seen[written(name)]!r} and {name!r} are one: tell them apart")
-            seen[written(name)] = name
+        if not all(map(written, names)):
+            raise ValueError("a class name is empty")
+        if (two := alike(names)) is not None:
+            raise ValueError(f"class names {two[0]!r} and {two[1]!r} are one: tell them apart")
         return names
 
     @field_validator("templates", mode="before")
@@ -81,10 +93,8 @@ class VLConfig(MethodConfig):
 
     @field_validator("templates")
     @classmethod
-    def _room(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-        for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"template {template!r} needs one {{}} for the class name")
+    def _named(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        check_templates(templates)
         return templates
 
 
@@ -331,16 +341,11 @@ class VLMethod(Method):
         """
         config = config or self.published(train)
         if not self.trains_image:
-            place_for(self, config)
+            self.place(device_of(config))
             train = cache_features(train, self.backbone, config.eval_batch_size)
             if validation is not None:
                 validation = cache_features(validation, self.backbone, config.eval_batch_size)
         return super().fit(train, validation, config, output_dir)
-
-
-def place_for(method: Method, config: FitConfig) -> None:
-    """Put a method where a run of this configuration will put it."""
-    method.place(torch.device("cpu") if config.device == "cpu" else Accelerator().device)
 
 
 class Stacked:

@@ -38,7 +38,7 @@ from pt_vl.data import (
     readable,
 )
 from pt_vl.icons import IconChoice
-from pt_vl.method import Stacked, VLMethod, cache_features, written
+from pt_vl.method import Stacked, VLMethod, cache_features, check_templates, written
 from pt_vl.methods.mvlpt import MVLPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,8 +119,10 @@ class Images(BaseModel):
         if value is None:
             return None
         found = TEMPLATES.get(value, (value,)) if isinstance(value, str) else value
-        if any(template.count("{}") != 1 for template in found):
-            raise ValueError(f"needs one {{}} for the class name, or is one of {', '.join(TEMPLATES)}")
+        try:
+            check_templates(found)
+        except ValueError as error:
+            raise ValueError(f"{error}, or is one of {', '.join(TEMPLATES)}") from error
         return found
 
     def task(self, backbone: DualEncoder, **options: Any) -> ImageTask:

@@ -763,6 +763,11 @@ class Loop:
             self.best = load_file(self._best_file())
 
 
+def device_of(config: FitConfig) -> torch.device:
+    """Where a run of this configuration computes."""
+    return torch.device("cpu") if config.device == "cpu" else torch.device(Accelerator().device)
+
+
 def _accelerator(config: FitConfig, folder: Path | None) -> tuple[Accelerator, torch.device]:
     """Processes and trackers, and the device of this process.
 

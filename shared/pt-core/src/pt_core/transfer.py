@@ -36,7 +36,6 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from safetensors.torch import save
@@ -46,7 +45,7 @@ from pt_core.errors import InputError, NonFiniteLoss
 from pt_core.files import check_folder, write
 from pt_core.metrics import higher_is_better, mean_spread
 from pt_core.report import Grid
-from pt_core.training import FitConfig, evaluate
+from pt_core.training import FitConfig, device_of, evaluate
 
 STATE = "state.safetensors"
 """What is transferred, in the folder of a cell from scratch: the method's `trained_state`."""
@@ -256,7 +255,7 @@ def run_cell(bench: TransferBench, label: str, folder: Path, cell: Cell) -> None
         raise InputError(f"{label}, {cell}: {error}") from error
     config = config.model_copy(update={"progress": False})  # of the study is shown instead
     try:
-        job.method.place(torch.device("cpu") if config.device == "cpu" else Accelerator().device)
+        job.method.place(device_of(config))
         assert job.test is not None
         before = evaluate(job.method, job.test, config.eval_batch_size)
         outcome = runs.train(job, config, place, label)

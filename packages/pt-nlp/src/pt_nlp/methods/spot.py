@@ -46,7 +46,7 @@ class SPoT(PromptTuning):
     Fidelity: reconstructed. Training is that of `PromptTuning`, with this library's rates; Vu et al. train source and target
     for 2^18 steps of 32 rows at 0.3. A prompt trained on a mixture of tasks is a source like any other. Retrieval
     (a library of prompts at 10k steps, the best, an average or a mixture of the most similar) is not built; `similarities`
-    is what it ranks by. The wrong source hurts: set plain prompt tuning beside it.
+    is what it ranks by, without that of feed-forward activations. The wrong source hurts: set plain prompt tuning beside it.
 
     Reference: Vu, Lester, Constant, Al-Rfou, Cer. SPoT: Better Frozen Model Adaptation through Soft Prompt Transfer.
     ACL 2022.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,7 +109,8 @@ class TrieSearch(PromptTuning):
         Raises:
             InputError: rows that are not sets of labels, or one that has none.
         """
-        targets, _ = pad([self.write(row) for row in _sets(batch).bool().cpu()], -100, "right")
+        sets, order = _sets(batch).bool().tolist(), self.order.tolist()  # a device is waited for here, not row by row
+        targets, _ = pad([self.write(row, order) for row in sets], -100, "right")
         wanted = {**batch, "target_ids": targets.to(batch["input_ids"].device)}
         with self.active():
             return self.token_loss(written_out(wanted) if is_causal(self.backbone) else wanted)
@@ -117,9 +118,9 @@ class TrieSearch(PromptTuning):
     def loss_of(self, output: Output, batch: Mapping[str, Any]) -> None:
         """None: what was decoded says nothing of the loss."""
 
-    def write(self, labels: Tensor) -> list[int]:
-        """Token ids of a set of labels ([C] bool), as the tree would have them."""
-        chosen = [i for i in self.order.tolist() if labels[i]]
+    def write(self, labels: Sequence[bool], order: Sequence[int]) -> list[int]:
+        """Token ids of a set of labels, C flags, in an order, as the tree would have them."""
+        chosen = [i for i in order if labels[i]]
         if not chosen:
             raise InputError(
                 "a row has no label", field="label", remedy="Text needs something to write: add a label such as none"

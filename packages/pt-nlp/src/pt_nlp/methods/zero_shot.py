@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from pt_core.errors import InputError
 from pt_core.method import Output
 from pt_core.prompts import Prompt
-from pt_core.training import FitConfig
+from pt_core.training import FitConfig, device_of
 from pt_nlp.backbones import is_causal
 from pt_nlp.data import pad
 from pt_nlp.method import TextConfig, TextMethod
@@ -151,6 +150,6 @@ class ZeroShot(TextMethod):
 
 def on_run_device(method: TextMethod, config: FitConfig, batches: Iterator[Mapping[str, Any]]) -> Iterator[Any]:
     """Batches on the run's device, for what is fitted without steps; the method is placed there, in eval mode."""
-    device = torch.device("cpu") if config.device == "cpu" else Accelerator().device
+    device = device_of(config)
     method.place(device).eval()
     return (send_to_device(batch, device) for batch in batches)

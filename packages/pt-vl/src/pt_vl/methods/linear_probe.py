@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pt_core.errors import InputError
 from pt_core.method import Batch, MethodConfig, Output
 from pt_core.probe import Array, fit_probe, probe_metrics
-from pt_core.training import FitConfig, FitResult
+from pt_core.training import FitConfig, FitResult, device_of
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import VLConfig, VLMethod, cache_features, place_for
+from pt_vl.method import VLConfig, VLMethod, cache_features
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -90,7 +90,7 @@ class LinearProbe(VLMethod):
             InputError: a class has no row in `train`.
         """
         config = config or FitConfig(epochs=1)
-        place_for(self, config)
+        self.place(device_of(config))
         with torch.random.fork_rng(devices=[]):  # views are drawn by the run's seed
             torch.manual_seed(config.seed)
             features, labels = self._read(train, config)

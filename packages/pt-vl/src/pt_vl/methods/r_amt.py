@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, MethodConfig, Output
-from pt_core.training import FitConfig, FitResult, Loop, fit
+from pt_core.training import FitConfig, FitResult, Loop, device_of, fit
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import VLConfig, VLMethod, cache_features, place_for, template_features, written
+from pt_vl.method import VLConfig, VLMethod, cache_features, template_features, written
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -202,7 +202,7 @@ class RAMT(VLMethod):
                 field="micro_batch_size",
                 remedy="Leave it out; lower batch_size",
             )
-        place_for(self, config)
+        self.place(device_of(config))
         # As the student's passes: at the start both say the same, and no gradient is dropped.
         with torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             seen = cache_features(train, self.backbone, config.eval_batch_size)

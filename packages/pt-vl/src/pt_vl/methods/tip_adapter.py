@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from pt_core.errors import InputError
 from pt_core.method import Batch, MethodConfig, Output
 from pt_core.metrics import evaluate_logits
-from pt_core.training import FitConfig, FitResult, build_optimiser
+from pt_core.training import FitConfig, FitResult, build_optimiser, device_of
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import VLConfig, VLMethod, cache_features, place_for
+from pt_vl.method import VLConfig, VLMethod, cache_features
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -103,7 +103,7 @@ class TipAdapter(VLMethod):
             InputError: `train` has another number of rows than the configuration says.
         """
         config = config or self.published(train)
-        place_for(self, config)
+        self.place(device_of(config))
         self.build_cache(train, config)
         if validation is None:
             return FitResult(0, 0, {}, [], 0.0, False)
@@ -201,7 +201,7 @@ class TipAdapterF(TipAdapter):
         output_dir: str | Path | None = None,
     ) -> FitResult:
         config = config or self.published(train)
-        place_for(self, config)
+        self.place(device_of(config))
         self.build_cache(train, config)
         result = VLMethod.fit(self, train, validation, config, output_dir)
         if validation is not None:
