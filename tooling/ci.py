@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = "pt-core"
-TEST_TOOLS = ("pytest>=8", "pytest-timeout>=2", "hypothesis>=6")
+TEST_TOOLS = ("pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3.6", "hypothesis>=6")
 MODALITY_LIBRARIES = frozenset(
     {"transformers", "timm", "torch_geometric", "torchaudio", "torchvision", "diffusers", "rdkit", "open_clip"}
 )

@@ -47,6 +47,7 @@ TESTED = {
     "open-clip-torch": "3.3.0",
     "pytest": "9.2.0",
     "pytest-timeout": "2.4.0",
+    "pytest-xdist": "3.8.0",
     "hypothesis": "6.170.17",
     "ruff": "0.17.6",
     "mypy": "2.4.1",

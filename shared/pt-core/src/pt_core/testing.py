@@ -41,7 +41,7 @@ from pt_core.prompts import Prompt, SoftPrompt
 from pt_core.runs import Job
 from pt_core.training import FitConfig, FitResult, Loop, NotLearning
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
