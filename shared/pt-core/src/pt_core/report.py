@@ -38,7 +38,7 @@ class Result:
     """One method trained with one seed.
 
     Args:
-        metrics: name -> value on the test rows.
+        metrics: name -> value on the test rows, or on those that `extra` names under "rows".
         trainable_parameters: number of trained values.
         seconds_per_step: wall-clock seconds of an optimiser step.
         artifact_bytes: size of the saved prompt.
@@ -590,9 +590,11 @@ def _metrics(results: Sequence[Result], metrics: Sequence[str] | None) -> list[s
 
 
 def _caption(groups: Mapping[str, Sequence[Result]]) -> str:
-    if all(len(runs) == 1 for runs in groups.values()):
-        return "One seed each."
-    return "Mean ± sample standard deviation over seeds."
+    single = all(len(runs) == 1 for runs in groups.values())
+    said = "One seed each." if single else "Mean ± sample standard deviation over seeds."
+    if any(run.extra.get("rows") == "validation" for runs in groups.values() for run in runs):
+        return f"{said} There are no test rows: metrics are of the validation rows, by which steps were chosen."
+    return said
 
 
 def _arrow(metric: str) -> str:

@@ -100,7 +100,12 @@ def train(
         trainable_parameters=method.count(),
         seconds_per_step=fitted.seconds_per_step or None,
         artifact_bytes=size,
-        extra={"steps": fitted.steps, "best_step": fitted.best_step, "seconds": round(seconds, 1)},
+        extra={
+            "steps": fitted.steps,
+            "best_step": fitted.best_step,
+            "seconds": round(seconds, 1),
+            "rows": "test" if job.test is not None else "validation" if job.validation is not None else "none",
+        },
     )
     return Outcome(result, fitted.history, artifact)
 
