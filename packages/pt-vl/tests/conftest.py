@@ -48,7 +48,9 @@ def model(family: str = "clip", seed: int = 0, layers: int = 3) -> nn.Module:
         text |= {"eos_token_id": end, "bos_token_id": SOT, "pad_token_id": EOT}
         made = CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=8))
     elif family == "siglip":
-        made = SiglipModel(SiglipConfig(text_config=text | {"projection_size": 24}, vision_config=image))
+        made = SiglipModel(
+            SiglipConfig(text_config=text | {"projection_size": 24, "pad_token_id": 0}, vision_config=image)
+        )
     else:
         open_clip = pytest.importorskip(
             "open_clip", reason="open_clip is not installed: the extra `open-clip` of pt-vl"

@@ -149,6 +149,12 @@ def test_what_does_not_fit_is_refused(make_model: Make, make_encoder: Make) -> N
     ids = DualEncoder(model, make_encoder().tokeniser).tokenise(["a red car."]).ids
     with pytest.raises(InputError, match="a text of 6 tokens and 15 prompts exceed the context"):
         model.get_text_features(input_ids=ids)
+    siglip, words = make_model("siglip"), make_encoder("siglip").tokenise(["a red car."]).ids
+    attach(siglip, TowerPrompt(context=random(4, 16)))
+    siglip.get_text_features(input_ids=words)  # padding makes room
+    words[:, -3] = 5
+    with pytest.raises(InputError, match="a text of more than 14 tokens and 4 prompts exceed the context"):
+        siglip.get_text_features(input_ids=words)
     with pytest.raises(InputError, match="output_hidden_states does not go with a prompt"):
         model.text_model(input_ids=ids, output_hidden_states=True)
 

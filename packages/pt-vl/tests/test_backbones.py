@@ -17,6 +17,7 @@ from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.tokens import Tokens, real
 from pt_vl import backbones
 from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
+from pt_vl.methods.r_amt import RAMT, RAMTConfig
 
 FAMILIES = ["clip", "clip-legacy", "siglip", "open-clip"]
 ADAPTED = {
@@ -112,6 +113,9 @@ def test_a_convolutional_image_tower_runs_as_it_is_and_refuses_prompts(make_toke
     assert torch.equal(backbone.image(pixels), backbone.model.encode_image(pixels))
     with pytest.raises(InputError, match="prompts cannot enter an image tower of ModifiedResNet"):
         backbone.image(pixels, {0: random(2, 8)})
+    with pytest.raises(InputError, match="no weights that masks are known for"):
+        RAMT(backbone, RAMTConfig(class_names=("cat", "dog")))
+    assert backbone.to(torch.bfloat16).image(pixels).dtype == torch.bfloat16
 
 
 def test_the_model_stays_the_users(make_model: Any, make_tokeniser: Any, pixels: Tensor) -> None:
@@ -623,6 +627,28 @@ def test_masked_weights_take_the_place_of_the_models_own_in_one_call(
     same(masked, backbone.image(pixels))
 
 
+@pytest.mark.parametrize("family", ["clip", "siglip", "open-clip"])
+def test_weights_of_one_call_get_their_gradient_when_chunks_run_again(family: str, make_encoder: Make) -> None:
+    backbone = make_encoder(family)
+    words = backbone.tokenise(TEXTS)
+    name = next(n for n, p in backbone.named_parameters() if "model.vi" not in n and p.ndim == 2 and "proj" in n)
+    weight = dict(backbone.named_parameters())[name]
+    found = []
+    for chunk in (None, 1):
+        mask, rows = torch.full_like(weight, 0.7).requires_grad_(), backbone.embed_words(words.ids).requires_grad_()
+        made = backbone.call_with({name: weight * mask}, "text", rows, words.eot, chunk=chunk)
+        made.square().sum().backward()
+        assert mask.grad is not None and rows.grad is not None and bool(mask.grad.any())
+        found.append((made, mask.grad, rows.grad))
+    for plain, chunked in zip(*found, strict=True):
+        same(chunked, plain)
+    mask = torch.full_like(weight, 0.7).requires_grad_()  # with nothing else to train
+    rows = backbone.embed_words(words.ids)
+    backbone.call_with({name: weight * mask}, "text", rows, words.eot, chunk=1).square().sum().backward()
+    assert mask.grad is not None
+    same(mask.grad, found[0][1])
+
+
 # --- preprocessing ---------------------------------------------------------------------------------------------------
 def test_preprocessing_is_that_of_the_models_own_processor() -> None:
     from PIL import Image
@@ -640,6 +666,43 @@ def test_preprocessing_is_that_of_the_models_own_processor() -> None:
         assert made(image).shape == (3, 32, 32)
         assert (made(image) - expected).abs().max() < 0.06  # two grey levels: resampled in bytes here, there in floats
     assert _hf_preprocessing(clip, 32) == Preprocessing(size=32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"do_resize": False},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"resample": 4},
+        {"do_center_crop": False},
+        {"crop_size": {"height": 24, "width": 24}},
+        {"size": {"height": 40, "width": 40}},
+    ],
+    ids=str,
+)
+def test_a_processor_that_does_something_else_is_refused(setting: dict[str, Any]) -> None:
+    from transformers import CLIPImageProcessor
+
+    from pt_vl.backbones import _hf_preprocessing
+
+    known = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    with pytest.raises(InputError, match=rf"'({next(iter(setting))}|size)' asks for a preprocessing that is not known"):
+        _hf_preprocessing(CLIPImageProcessor(**(known | setting)), 32)
+
+
+@pytest.mark.parametrize("setting", [{"size": (12, 16)}, {"resize_mode": "longest"}], ids=str)
+def test_a_preprocessing_of_open_clip_that_is_another_is_refused(setting: dict[str, Any], make_encoder: Make) -> None:
+    made = make_encoder("open-clip")
+    settings = {"size": 12, "mean": (0.1,) * 3, "std": (0.2,) * 3, "interpolation": "random", "resize_mode": "shortest"}
+    made.model.visual.preprocess_cfg = settings
+    expected = Preprocessing(size=12, mean=(0.1,) * 3, std=(0.2,) * 3)
+    assert DualEncoder(made.model, made.tokeniser).preprocessing == expected
+    made.model.visual.preprocess_cfg = settings | setting
+    with pytest.raises(InputError, match="not known here"):
+        DualEncoder(made.model, made.tokeniser)
+    assert DualEncoder(made.model, made.tokeniser, preprocessing=expected).preprocessing == expected
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import normalizers
 from torch.testing import assert_close
 
 from pt_core.artifacts import load_artifact
@@ -288,6 +289,8 @@ def test_class_names_that_are_wrong_are_refused(folder: Path, make_encoder: Make
 
     with pytest.raises(InputError, match="class names 'a cat' and 'a_cat' are one. Tell them apart"):
         task({"cat": "a cat", "big_house": "a_cat", "dog": "dog"})
+    with pytest.raises(InputError, match="class names 'cat dog' and 'cat  dog' are one"):
+        task({"cat": "cat dog", "big_house": "cat  dog", "dog": "dog"})
     with pytest.raises(InputError, match="class name 'dog' is there twice"):
         task(["cat", "big_house", "dog", "dog"])
     with pytest.raises(InputError, match=r"1 class\(es\) without images in train: 'owl'"):
@@ -301,6 +304,39 @@ def test_class_names_that_are_wrong_are_refused(folder: Path, make_encoder: Make
     save(folder / "test" / "owl" / "0.png")
     with pytest.raises(InputError, match="row 7, field 'label': unknown label 'owl'"):
         ImageTask.from_folder(folder / "train", make_encoder(), test=folder / "test")
+
+
+def test_names_that_the_tokeniser_reads_as_one_are_refused(folder: Path, make_encoder: Make) -> None:
+    backbone = make_encoder()
+    backbone.tokeniser.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(InputError, match="class names 'cat' and 'Cat' are one"):
+        ImageTask.from_folder(folder / "train", backbone, class_names={"cat": "cat", "big_house": "Cat", "dog": "dog"})
+
+
+@pytest.mark.parametrize("text", ["3", "null", '[["a", "b"]]'])
+def test_a_file_of_class_names_of_another_form_is_refused(text: str, folder: Path, make_encoder: Make) -> None:
+    file = folder / "names.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=r"names\.json.*neither a list of names nor a mapping"):
+        ImageTask.from_folder(folder / "train", make_encoder(), class_names=file)
+
+
+def test_hidden_files_are_no_images(folder: Path, make_encoder: Make) -> None:
+    before = ImageTask.from_folder(folder / "train", make_encoder())
+    save(folder / "train" / "cat" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (folder / "train" / "dog" / "._0.png").write_bytes(b"Mac OS X")
+    after = ImageTask.from_folder(folder / "train", make_encoder())
+    assert before.train is not None and after.train is not None
+    assert after.train.ids == before.train.ids
+
+
+@pytest.mark.parametrize("path", ["a" * 300 + ".png", "circle.png"])
+def test_paths_that_cannot_be_followed_are_named_with_their_row(path: str, folder: Path, make_encoder: Make) -> None:
+    (folder / "circle.png").symlink_to("circle.png")
+    table = folder / "table.csv"
+    table.write_text(f"path,label\ntrain/cat/0.png,cat\n{path},dog\n")
+    with pytest.raises(InputError, match=r"table\.csv.*row 2.*field 'path'"):
+        ImageTask.from_files(table, make_encoder())
 
 
 def test_a_class_folder_without_images_is_refused_by_name(folder: Path, make_encoder: Make) -> None:
@@ -341,6 +377,12 @@ def test_images_of_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
     made = np.asarray(read_image(path))
     assert np.array_equal(made[..., 0], (values // 257).astype(np.uint8))
     assert len(np.unique(made)) > 150, "a plain conversion would be white from 255 on"
+
+
+def test_integers_of_thirty_two_bits_have_no_known_scale(tmp_path: Path) -> None:
+    path = save(tmp_path / "counts.tif", Image.fromarray(np.arange(16, dtype=np.int32).reshape(4, 4)))
+    with pytest.raises(OSError, match="integers of 32 bits"):
+        read_image(path)
 
 
 def damage(folder: Path) -> None:
@@ -435,7 +477,8 @@ def test_a_half_may_have_no_images_but_those_that_it_is_tested_on(make_encoder: 
 
 def test_of_37_classes_19_are_base_and_18_new(make_encoder: Make) -> None:
     images = np.zeros((37, 4, 4, 3), dtype=np.uint8)
-    names = [f"X {'a ' * (i // 8)}{'bcdefghi'[i % 8]}" for i in range(37)]
+    known = ["cat", "dog", "bird", "tree", "red", "car", "big", "house"]
+    names = [f"X {'a ' * (i // 8)}{known[i % 8]}" for i in range(37)]
     task = ImageTask.from_arrays({"test": (images, list(range(37)))}, make_encoder(), class_names=names)
     base, new = task.base_to_new()
     assert (len(base.spec.class_names), len(new.spec.class_names)) == (19, 18)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from pt_core import FitConfig, InputError
+from pt_core.artifacts import load_artifact
 from pt_core.data import Split
 from pt_core.method import Output
+from pt_vl import workbench
 from pt_vl.method import Stacked, VLMethod
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.mvlpt import MVLPT, MVLPTConfig, average, union
@@ -66,6 +69,30 @@ def test_the_union_offsets_labels_and_tags_tasks() -> None:
     assert batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
     assert batch["task"].tolist() == [0] * 6 + [1] * 4
     assert both().ids[6] == "things/0" and both().num_classes == 5
+
+
+def test_a_union_of_other_tasks_than_the_methods_is_refused(make_encoder: Callable[..., Any]) -> None:
+    method = mvlpt(make_encoder())
+    turned = union({"things": images(2, 4, 10), "animals": images(3, 6, 0)})
+    with pytest.raises(InputError, match="the method's are"):
+        method.fit(turned, None, run())
+    with pytest.raises(InputError, match="the method's are"):
+        method.fit(both(), union({"things": images(2)}), run())  # animals have no validation images
+    with pytest.raises(InputError, match="task 'animals' has no rows"):
+        union({"animals": None, "things": images(2)})
+    with pytest.raises(InputError, match="task 'things' has 3 classes, or is none of `tasks`"):
+        union({"things": images(3)}, TASKS)
+
+
+def test_with_the_tasks_splits_come_in_any_order_and_may_be_missing(make_encoder: Callable[..., Any]) -> None:
+    turned = union({"things": images(2, 4, 10), "animals": images(3, 6, 0)}, TASKS)
+    batch = turned.batch(range(10))
+    assert batch["labels"].tolist() == [3, 4, 3, 4, 0, 1, 2, 0, 1, 2] and batch["task"].tolist() == [1] * 4 + [0] * 6
+    method, some = mvlpt(make_encoder()), union({"animals": None, "things": images(2)}, TASKS)
+    assert some.num_classes == 5
+    result = method.fit(turned, some, run())
+    assert result.metrics.keys() == {"accuracy", "accuracy/things", "loss"}
+    assert some.scorer is not None and some.scorer(method.eval(), some)["accuracy"] == result.metrics["accuracy"]
 
 
 def test_a_class_name_of_two_tasks_has_a_column_in_each(make_encoder: Callable[..., Any]) -> None:
@@ -150,6 +177,22 @@ def test_one_loss_reaches_both_prompts_through_the_mixer_only(make_encoder: Call
         method = mvlpt(make_encoder(), mixer=mixer)
         method.encode_text().square().sum().backward()
         assert (method.prompted.visual.grad is not None) is coupled
+
+
+def test_a_prompt_whose_tasks_share_a_class_is_not_opened_for_one_list_of_names(
+    make_encoder: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workbench, "load_backbone", lambda *names: make_encoder())
+    for tasks, opens in ((TASKS, True), ({"a": ("cat", "dog"), "b": ("cat", "tree")}, False)):
+        method = mvlpt(make_encoder(), tasks=tasks)
+        saved = method.save_pretrained(tmp_path / str(opens), backbone_name="tiny", task={"templates": ["{}"]})
+        if opens:
+            assert workbench.open_artifact(load_artifact(saved)).spec.class_names == method.config.class_names
+        else:
+            with pytest.raises(
+                InputError, match="answers for the 4 classes of its tasks, some of which are there twice"
+            ):
+                workbench.open_artifact(load_artifact(saved))
 
 
 def test_tasks_that_cannot_be_told_apart_are_refused(make_encoder: Callable[..., Any]) -> None:

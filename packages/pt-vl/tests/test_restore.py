@@ -133,6 +133,19 @@ def test_alpha_grows_once_at_the_end_of_a_third_of_the_epochs(make_encoder: Call
     assert not any(name == "alphas" for name, _ in method.trainable())
 
 
+def test_every_run_starts_with_the_alphas_of_the_configuration(make_encoder: Callable[..., Any]) -> None:
+    once, twice = restore(make_encoder(), growth_text=0.5), restore(make_encoder(), growth_text=0.5)
+    once.fit(images(), None, run())
+    twice.load_trained_state(once.trained_state())  # as a start for another task
+    assert float(twice.alphas[0]) == float(once.alphas[0]) > 0.1
+    seen: list[torch.Tensor] = []
+    original = twice.loss
+    twice.loss = lambda batch: (seen.append(twice.alphas.clone()), original(batch))[1]  # type: ignore[method-assign,func-returns-value]
+    twice.fit(images(), None, run())
+    torch.testing.assert_close(seen[0], torch.tensor([twice.config.alpha_text, twice.config.alpha_image]))
+    assert float(twice.alphas[0]) > 0.1
+
+
 def test_start_norms_and_alphas_are_saved(make_encoder: Callable[..., Any], tmp_path: Path) -> None:
     method = restore(make_encoder(), growth_text=0.5)
     method.fit(images(), None, run())

@@ -28,6 +28,7 @@ SigLIP's text is bidirectional and pooled at the last slot of the whole context:
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,17 +99,39 @@ class Preprocessing(BaseModel):
 
 
 def _hf_preprocessing(processor: Any, size: int) -> Preprocessing:
-    """The settings of a Hugging Face image processor."""
-    wanted = dict(processor.size)
+    """The settings of a Hugging Face image processor.
+
+    Raises:
+        InputError: it does what `Preprocessing` has no words for.
+    """
+    wanted, square = dict(processor.size), {"height": size, "width": size}
     short = wanted.get("shortest_edge")
-    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else {}
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
+    kinds = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+    known = {
+        "do_resize": processor.do_resize,
+        "do_rescale": processor.do_rescale,
+        "rescale_factor": math.isclose(processor.rescale_factor, 1 / 255),
+        "do_normalize": processor.do_normalize,
+        "resample": int(processor.resample) in kinds,
+        "size": crop == square if short else wanted == square and crop in (None, square),
+    }
+    if unknown := [name for name, right in known.items() if not right]:
+        raise _unknown_preprocessing(f"the image processor's {unknown[0]!r}")
     return Preprocessing(
         size=size,
         resize=short if short and short != size else None,
-        squash=not (short and crop),
-        interpolation={0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(processor.resample)],
+        squash=not short,
+        interpolation=kinds[int(processor.resample)],
         mean=tuple(processor.image_mean),
         std=tuple(processor.image_std),
+    )
+
+
+def _unknown_preprocessing(what: str) -> InputError:
+    return InputError(
+        f"{what} asks for a preprocessing that is not known here",
+        remedy="Say how images are to be prepared: DualEncoder(model, processor, preprocessing=Preprocessing(...))",
     )
 
 
@@ -374,12 +397,15 @@ class DualEncoder(nn.Module):
         if image_processor is not None and self.image_tower is not None:
             return _hf_preprocessing(image_processor, self.image_tower.size)
         if (known := getattr(visual, "preprocess_cfg", None)) is not None:  # open_clip's
-            size = known["size"] if isinstance(known["size"], int) else known["size"][0]
-            squash = known.get("resize_mode", "shortest") == "squash"
+            sides, how = known["size"], known.get("resize_mode", "shortest")
+            sides = (sides, sides) if isinstance(sides, int) else tuple(sides)
+            if sides[0] != sides[1] or how not in ("shortest", "squash"):
+                raise _unknown_preprocessing(f"open_clip's size {sides} with resize_mode {how!r}")
+            kind = known.get("interpolation", "bicubic")
             return Preprocessing(
-                size=size,
-                squash=squash,
-                interpolation=known.get("interpolation", "bicubic"),
+                size=sides[0],
+                squash=how == "squash",
+                interpolation="bicubic" if kind == "random" else kind,  # as open_clip has it outside of training
                 mean=tuple(known["mean"]),
                 std=tuple(known["std"]),
             )
@@ -606,13 +632,16 @@ class DualEncoder(nn.Module):
 
         bounds = [(i, min(i + step, classes)) for i in range(0, classes, step)]
         again = torch.is_grad_enabled() and len(bounds) > 1
-        trained = [x for x in self.parameters() if x.requires_grad] if again else []  # of a tower that somebody adapts
+        # Of a tower that somebody adapts, or that computes with other weights for this call (`call_with`).
+        trained = {f"encoder.{name}": x for name, x in self.named_parameters() if x.requires_grad} if again else {}
         found = []
         for i, j in bounds:
             own = [x[i:j] if x.ndim == 3 and x is not front and keys is None else x for x in inputs]
-            run = partial(part, eot[i:j])
+            run: Callable[..., Tensor] = partial(part, eot[i:j])
             tensors = [embeddings[i:j], *own]
-            found.append(_Recomputed.apply(run, len(tensors), *tensors, *trained) if again else run(*tensors))
+            if trained:
+                run = partial(_run_with, _Call(self, run), list(trained))
+            found.append(_Recomputed.apply(run, *tensors, *trained.values()) if again else run(*tensors))
         features = torch.cat(found, dim=1)
         return features if prefix is not None and prefix.ndim == 3 else features[0]
 
@@ -753,7 +782,8 @@ class DualEncoder(nn.Module):
             InputError: shapes or blocks do not fit, or the tower is one that prompts cannot enter.
         """
         if self.image_tower is None and not prompts and after is None:
-            return cast(Tensor, cast(Any, self.model).encode_image(pixels))
+            model = cast(Any, self.model)
+            return cast(Tensor, model.encode_image(pixels.to(next(model.visual.parameters()).dtype)))
         tower, rows = self._images(), dict(prompts or {})
         if pixels.shape[-2:] != (tower.size, tower.size):
             raise InputError(
@@ -814,21 +844,27 @@ class DualEncoder(nn.Module):
             tower: which of the two is called, with the remaining arguments.
         """
         inside = {f"encoder.{name}": tensor for name, tensor in weights.items()}
-        return cast(Tensor, functional_call(_Call(self, tower), inside, args, options))
+        return cast(Tensor, functional_call(_Call(self, getattr(self, tower)), inside, args, options))
 
     def extra_repr(self) -> str:
         return f"{type(self.model).__name__}, causal={self.causal}, context={self.context}"
 
 
 class _Call(nn.Module):
-    """A method of a module as a module of its own, for `functional_call`."""
+    """A function that uses an encoder's weights as a module of its own, for `functional_call`."""
 
-    def __init__(self, encoder: DualEncoder, name: str) -> None:
+    def __init__(self, encoder: DualEncoder, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.encoder, self.name = encoder, name
+        self.encoder, self.function = encoder, function
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        return getattr(self.encoder, self.name)(*args, **options)
+        return self.function(*args, **options)
+
+
+def _run_with(call: _Call, names: Sequence[str], *tensors: Tensor) -> Tensor:
+    """A call with the last of the tensors in the place of the weights of these names."""
+    given = len(tensors) - len(names)
+    return cast(Tensor, functional_call(call, dict(zip(names, tensors[given:], strict=True)), tensors[:given]))
 
 
 class _Recomputed(torch.autograd.Function):
@@ -839,23 +875,23 @@ class _Recomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
-        """`tensors`: `count` arguments of `run`, then the parameters that it uses by itself."""
-        ctx.run, ctx.count, kind = run, count, tensors[0].device.type
+    def forward(ctx: Any, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """`tensors`: all that `run` takes; nothing else that it reads gets a gradient."""
+        ctx.run, kind = run, tensors[0].device.type
         ctx.packed = packing.current()
         ctx.cast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(*tensors)
-        return run(*tensors[:count])
+        return run(*tensors)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        wanted, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
-        arguments = [x.detach().requires_grad_(w) for x, w in zip(saved[: ctx.count], wanted, strict=False)]
-        asked = [x for x, w in zip([*arguments, *saved[ctx.count :]], wanted, strict=True) if w]
+        wanted = ctx.needs_input_grad[1:]
+        arguments = [x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        asked = [x for x, w in zip(arguments, wanted, strict=True) if w]
         with torch.enable_grad(), ctx.cast, ctx.packed:
             made = ctx.run(*arguments)
         found = iter(torch.autograd.grad(made, asked, gradient, allow_unused=True))
-        return None, None, *(next(found) if w else None for w in wanted)
+        return None, *(next(found) if w else None for w in wanted)
 
 
 def _spread(shared: Tensor, count: int) -> Tensor:
@@ -1130,6 +1166,9 @@ class DualEncoderFamily:
                 room = min(n, encoder.context - m)
                 if tower.causal and int(eot.max()) >= room:
                     raise InputError(f"a text of {int(eot.max()) + 1} tokens and {m} prompts exceed the context")
+                cut, pad = ids[:, room:], tower.tower.config.pad_token_id
+                if not tower.causal and cut.numel() and (pad is None or bool((cut != pad).any())):
+                    raise InputError(f"a text of more than {room} tokens and {m} prompts exceed the context")
                 words = encoder.embed_words(ids[:, :room])
                 if own.context is not None:
                     rows = own.context.to(words).expand(len(words), -1, -1)

@@ -81,7 +81,8 @@ def read_image(source: Source) -> Image.Image:
     """An image in RGB of 8 bits.
 
     Grey, palette, CMYK and transparent images are converted as CLIP's preprocessing does (transparency is dropped); values
-    of 16 bits are scaled to 8, where a plain conversion would cut them off.
+    of 16 bits are scaled to 8, where a plain conversion would cut them off. EXIF's orientation is not applied, as in CLIP's
+    released code (`datasets` applies it when it decodes).
 
     Args:
         source: a file, the bytes of one, or uint8 [H, W, 3] or [H, W].
@@ -96,11 +97,19 @@ def read_image(source: Source) -> Image.Image:
             image.load()
             if image.mode == "F":
                 raise OSError("holds floating point values, whose scale is not known")
+            if image.mode == "I" and image.format not in ("PNG", "PPM"):
+                raise OSError("holds integers of 32 bits, whose scale is not known")
             if image.mode.startswith("I"):
                 values = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
                 return Image.fromarray(values.astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
-    except (SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+    except (
+        SyntaxError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow's decoders
         raise OSError(str(error)) from error
 
 
@@ -164,13 +173,17 @@ def inside(folder: Path, path: str, file: Path | None = None, row: int | None = 
     Raises:
         InputError: the path leads out of the folder (links included), or there is no such file.
     """
-    root = folder.resolve()
-    found = (root / path).resolve()
-    if not path or "\0" in path or not found.is_relative_to(root):
+    try:
+        root = folder.resolve()
+        found = (root / path).resolve()
+        there = found.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, a null byte
+        raise InputError(f"the path {path!r} cannot be followed ({error})", file=file, row=row, field="path") from error
+    if not path or not found.is_relative_to(root):
         raise InputError(
             f"the path {path!r} leads out of {folder}", remedy="Give paths below it", file=file, row=row, field="path"
         )
-    if not found.is_file():
+    if not there:
         raise InputError(f"no such image: {path!r} in {folder}", file=file, row=row, field="path")
     return found
 
@@ -213,7 +226,8 @@ def list_folder(folder: str | Path) -> Listed:
         raise InputError("has no class folders", file=folder, remedy="Make one folder for each class, images in it")
     found = Listed(file=folder)
     for each in classes:
-        files = sorted(path for path in each.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        seen = (path for path in each.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        files = sorted(path for path in seen if not any(p.startswith(".") for p in path.relative_to(each).parts))
         if not files:
             raise InputError(f"class {each.name!r} has no images", file=folder, remedy="Add some, or remove its folder")
         names = [path.relative_to(folder).as_posix() for path in files]
@@ -321,9 +335,9 @@ def list_dataset(
             listed.labels = [own[i] for i in _indices(listed, own, by_index=True)]
         # Not decoded by `datasets`, which would open whatever path a row names.
         for number, cell in enumerate(part.cast_column(image, datasets.Image(decode=False))[image], start=1):
-            if cell is None:
+            if cell is None or (cell["bytes"] is None and not cell["path"]):
                 raise InputError("there is no image", file=folder, row=number, field=image)
-            raw, path = cell["bytes"], cell["path"] or ""
+            raw, path = cell["bytes"], cell["path"]
             if raw is None:  # the paths of a data set at hand are the caller's own
                 raw = Path(path) if folder is None else inside(folder, path, folder, number)
             listed.sources.append(raw)
@@ -339,7 +353,8 @@ def list_array(images: Any, labels: Any, name: str) -> Listed:
         InputError: another shape or type, or as many labels as there are not images.
     """
     values, given = np.asarray(images), list(labels.tolist() if hasattr(labels, "tolist") else labels)
-    if values.dtype != np.uint8 or values.ndim not in (3, 4) or (values.ndim == 4 and values.shape[-1] != 3):
+    shaped = values.ndim == 3 or (values.ndim == 4 and values.shape[-1] == 3)
+    if values.dtype != np.uint8 or not shaped or 0 in values.shape[1:]:
         raise InputError(
             f"images are {values.dtype} {list(values.shape)}", field=name, remedy="Give uint8 [n, H, W, 3] or [n, H, W]"
         )
@@ -365,6 +380,8 @@ def read_class_names(names: Any, labels: Sequence[str], file: Path | None) -> di
         try:
             text = path.read_text("utf-8-sig")
             names = json.loads(text) if path.suffix == ".json" else _lines(text, set(labels))
+            if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in names):
+                raise ValueError("neither a list of names nor a mapping from labels to names")
         except ValueError as error:  # bad UTF-8 and bad JSON
             raise InputError(f"cannot be read ({error})", file=path) from error
         file = path
@@ -567,7 +584,7 @@ class ImageTask:
         else:
             mapping = read_class_names(class_names, class_names_of(first), first.file)
             keys, names = list(mapping), list(mapping.values())
-        _distinct(names, first.file)
+        _distinct(names, first.file, backbone)
         templates = (templates,) if isinstance(templates, str) else tuple(templates)
         try:
             check_templates(templates)
@@ -687,7 +704,7 @@ def _indices(listed: Listed, keys: Sequence[str], by_index: bool) -> list[int]:
     if not by_index:
         return encode_labels([str(label) for label in listed.labels], keys, listed.file)
     for row, label in enumerate(listed.labels, start=1):
-        if type(label) is not int or not 0 <= label < len(keys):
+        if not isinstance(label, int | np.integer) or isinstance(label, bool) or not 0 <= label < len(keys):
             raise InputError(
                 f"label {label!r} is no class",
                 remedy=f"Labels go from 0 to {len(keys) - 1}",
@@ -695,16 +712,16 @@ def _indices(listed: Listed, keys: Sequence[str], by_index: bool) -> list[int]:
                 row=row,
                 field="label",
             )
-    return cast("list[int]", list(listed.labels))
+    return [int(label) for label in listed.labels]
 
 
-def _distinct(names: Sequence[str], file: Path | None) -> None:
+def _distinct(names: Sequence[str], file: Path | None, backbone: DualEncoder) -> None:
     """Refuse two classes of one name.
 
     Lists of the field have such pairs (CLIP's for ImageNet: missile, sunglasses). Results on them as they are, with these
     classes counted as wrong, cannot be had here.
     """
-    if (two := alike(names)) is not None:
+    if (two := alike(names, lambda name: tuple(backbone.plain_ids(written(name))))) is not None:
         raise InputError(
             f"class names {two[0]!r} and {two[1]!r} are one",
             file=file,

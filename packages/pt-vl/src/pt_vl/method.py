@@ -13,20 +13,21 @@ Class names are part of a method's configuration, so that a saved prompt can be 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
 from accelerate.utils import send_to_device
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pt_core.errors import InputError
 from pt_core.frozen import FeatureCache, fingerprint
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
+from pt_core.recipe import explain
 from pt_core.training import FitConfig, device_of
 from pt_vl.backbones import After, DualEncoder, TowerPrompt
 
@@ -45,13 +46,12 @@ def written(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
-def alike(names: Sequence[str]) -> tuple[str, str] | None:
+def alike(names: Sequence[str], read: Callable[[str], Hashable] = written) -> tuple[str, str] | None:
     """The first two class names that read the same: one text, equal logits, and the second would never be chosen."""
-    seen: dict[str, str] = {}
+    seen: dict[Hashable, str] = {}
     for name in names:
-        if written(name) in seen:
-            return seen[written(name)], name
-        seen[written(name)] = name
+        if (other := seen.setdefault(read(name), name)) is not name:
+            return other, name
     return None
 
 
@@ -310,7 +310,11 @@ class VLMethod(Method):
             raise InputError(f"what {self.name} has trained belongs to its own classes", field="class_names")
         settings = self.config.model_dump() | {"class_names": tuple(names)}
         settings |= {} if templates is None else {"templates": tuple(templates)}
-        other = type(self)(self.backbone, self.config_class.model_validate(settings))
+        try:
+            config = self.config_class.model_validate(settings)
+        except ValidationError as error:
+            raise explain(error, self.config_class) from error
+        other = type(self)(self.backbone, config)
         other.load_trained_state(self.trained_state())
         return other.to(self.backbone.device).train(self.training)
 

@@ -500,6 +500,12 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
         encoder.preprocessing = Preprocessing.model_validate(spec.preprocessing)
     method = artifacts.load(artifact.folder, encoder).place(_device())
     assert isinstance(method, VLMethod)
+    if isinstance(method, MVLPT) and len(method.columns) != len(spec.class_names):
+        raise InputError(
+            f"the prompt answers for the {len(method.columns)} classes of its tasks, some of which are there twice",
+            file=artifact.folder,
+            remedy="Save what `for_target` makes of it for the classes of one task",
+        )
     return Session(method, spec)
 
 

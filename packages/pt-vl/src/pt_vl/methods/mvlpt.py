@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, MethodConfig, Output
+from pt_core.training import FitConfig, FitResult
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import Position, Stacked, VLConfig, VLMethod, written
 from pt_vl.methods.coop import CoOp, CoOpConfig
@@ -136,6 +138,29 @@ class MVLPT(VLMethod):
         return Loss(F.cross_entropy(logits, batch["labels"], reduction="sum"), len(logits))
 
     # --- phases -----------------------------------------------------------------------------------------------------
+    def fit(
+        self,
+        train: Split,
+        validation: Split | None = None,
+        config: FitConfig | None = None,
+        output_dir: str | Path | None = None,
+    ) -> FitResult:
+        """See `VLMethod.fit`.
+
+        Raises:
+            InputError: a `union` is of other tasks, or of these in another order.
+        """
+        mine = [(name, len(names)) for name, names in self.config.tasks.items()]
+        for split in filter(None, (train, validation)):
+            for part in getattr(split.rows, "datasets", ()):
+                if isinstance(part, _Tagged) and part.sizes != mine:
+                    raise InputError(
+                        f"the rows are of the tasks (with classes) {part.sizes}, the method's are {mine}",
+                        remedy="Give the method's tasks to the union: union(splits, method.config.tasks)",
+                        field="tasks",
+                    )
+        return super().fit(train, validation, config, output_dir)
+
     def for_target(self, class_names: Sequence[str]) -> VLMethod:
         """CoOp, VPT or UPT on a target's classes, starting from this prompt."""
         target = self._build(class_names)
@@ -169,8 +194,10 @@ def average(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 class _Tagged(Dataset[dict[str, Any]]):
     """Rows of one task in the union: labels behind those of the tasks before it, and the task's number."""
 
-    def __init__(self, split: Split, task: int, offset: int) -> None:
-        self.split, self.task, self.offset = split, torch.tensor(task), offset
+    def __init__(self, split: Split, name: str, sizes: Mapping[str, int]) -> None:
+        task = list(sizes).index(name)
+        self.split, self.sizes = split, list(sizes.items())
+        self.task, self.offset = torch.tensor(task), sum(list(sizes.values())[:task])
 
     def __len__(self) -> int:
         return len(self.split)
@@ -180,25 +207,32 @@ class _Tagged(Dataset[dict[str, Any]]):
         return {**row, "label": row["label"] + self.offset, "task": self.task}
 
 
-def union(splits: Mapping[str, Split]) -> Split:
+def union(splits: Mapping[str, Split | None], tasks: Mapping[str, Sequence[str]] | None = None) -> Split:
     """The splits of several tasks as one, for `MVLPT`: labels in the union, ids `task/id`, the mean of per-task accuracies.
 
     Args:
         splits: task -> its split, in the order of the method's `tasks`. All need `num_classes`.
+        tasks: the method's; then splits may come in any order, and tasks may have none (no images to validate on).
 
     Raises:
-        InputError: a split does not say how many classes it has.
+        InputError: a split does not say how many classes it has, has others than its task, or is missing.
     """
-    if missing := [name for name, split in splits.items() if split.num_classes is None]:
+    given = {name: split for name, split in splits.items() if split is not None}
+    if missing := [name for name, split in given.items() if split.num_classes is None]:
         raise InputError(f"task {missing[0]!r} does not say how many classes it has", field="num_classes")
-    offsets = [0]
-    for split in splits.values():
-        offsets.append(offsets[-1] + (split.num_classes or 0))
-    parts = list(splits.values())
-    rows = cast(Any, ConcatDataset([_Tagged(split, k, offsets[k]) for k, split in enumerate(parts)]))
-    ids = [f"{name}/{i}" for name, split in splits.items() for i in (split.ids or range(len(split)))]
+    if tasks is None and (absent := [name for name in splits if name not in given]):
+        raise InputError(f"task {absent[0]!r} has no rows", remedy="Give `tasks` as well, or rows", field="splits")
+    found = {name: split.num_classes or 0 for name, split in given.items()}
+    sizes = found if tasks is None else {name: len(names) for name, names in tasks.items()}
+    if wrong := [name for name, size in found.items() if sizes.get(name) != size]:
+        raise InputError(f"task {wrong[0]!r} has {found[wrong[0]]} classes, or is none of `tasks`", field="tasks")
+    if not given:
+        raise InputError("no task has rows", field="splits")
+    parts = list(given.values())
+    rows = cast(Any, ConcatDataset([_Tagged(split, name, sizes) for name, split in given.items()]))
+    ids = [f"{name}/{i}" for name, split in given.items() for i in (split.ids or range(len(split)))]
     fixed = all(getattr(split.collate, "fixed", False) for split in parts)
-    names = list(splits)
+    names = list(sizes)
 
     def score(method: MVLPT, split: Split) -> dict[str, float]:
         return per_task_accuracy(method, split, names)
@@ -207,7 +241,7 @@ def union(splits: Mapping[str, Split]) -> Split:
         parts[0],
         rows=rows,
         collate=Stacked(fixed),
-        num_classes=offsets[-1],
+        num_classes=sum(sizes.values()),
         ids=ids,
         metrics=(),
         lengths=None,

@@ -27,7 +27,7 @@ ATTENTION = re.compile(r"\.(self_attn\.[qkv]_proj|self_attn\.out_proj|attn\.in_p
 MLP = re.compile(r"\.mlp\.(fc1|fc2|c_fc|c_proj)\.weight$")
 QKV = re.compile(r"\.[qkv]_proj\.")
 PATCHES = re.compile(r"(patch_embedding|visual\.conv1)\.weight$")
-IMAGE = re.compile(r"^model\.(vision_model|visual)\.")
+IMAGE = re.compile(r"^model\.(vision_model|visual)\.(?!attn_pool)")
 
 
 class RAMTConfig(VLConfig):
@@ -129,7 +129,7 @@ class RAMT(VLMethod):
             for name, weight in backbone.named_parameters()
             if IMAGE.match(name) and any(pattern.search(name) for pattern in chosen)
         }
-        if not self.weights:
+        if not any(ATTENTION.search(name) for name in self.weights):  # a ResNet has a patch embedding of a kind
             raise InputError("the image tower has no weights that masks are known for", remedy="Use a ViT of CLIP")
         full = [torch.full(weight.shape, self.config.init) for weight in self.weights.values()]
         self.masks = nn.ParameterList([nn.Parameter(values) for values in full])

@@ -177,6 +177,8 @@ class RESTORE(MaPLe):
     ) -> FitResult:
         """Supervised training; alphas grow once, when epoch floor(E / 3), counted from 0, has ended."""
         config = config or self.published(train)
+        with torch.no_grad():  # every run starts from the configuration's, also one that goes on from trained prompts
+            self.alphas.copy_(self.alphas.new_tensor([self.config.alpha_text, self.config.alpha_image]))
         per_epoch = math.ceil(len(train) / min(config.batch_size, len(train)))
         epochs = config.epochs or math.ceil((config.max_steps or 1) / per_epoch)
         due = min((epochs // 3 + 1) * per_epoch, config.max_steps or epochs * per_epoch)
