@@ -64,7 +64,8 @@ KeyValue = tuple[Tensor, Tensor]
 class Preprocessing(BaseModel):
     """How an image becomes pixels: resized, cropped to a square, scaled to [0, 1], normalised. Saved with every prompt.
 
-    Defaults: CLIP's (Radford et al. 2021, released code).
+    Defaults: CLIP's (Radford et al. 2021, released code). The longer side is rounded as there, by torchvision; Hugging Face's
+    processors cut it off, so that at some sizes their centre crop lies a pixel aside.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
