@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from torch import nn
 
 from pt_core.errors import InputError
@@ -393,9 +394,23 @@ def test_label_words_with_the_same_tokens_or_none_are_refused(words) -> None:
         verbalizer(words, a="good", b=" ").candidates()
 
 
+def test_a_template_has_the_text_once(words) -> None:
+    for template in ("news", "{text} or {text}"):
+        with pytest.raises(ValueError, match="the template must contain {text}, once"):
+            TaskSpec(kind="classification", backbone="encoder", labels=("a", "b"), template=template)
+
+
+def test_a_tokenizer_that_cannot_write_the_letter_by_which_special_tokens_are_found_is_refused(words) -> None:
+    mute = copy.deepcopy(words)
+    mute.backend_tokenizer.normalizer = normalizers.Replace("a", "")
+    with pytest.raises(InputError, match="found around the text 'a', which it cannot write"):
+        Encoder(TaskSpec(kind="classification", backbone="encoder", labels=("a", "b")), mute)
+
+
 def test_a_label_word_that_begins_with_another_one_is_refused_where_it_can_never_win(words) -> None:
     with pytest.raises(
-        InputError, match="label word 'good film' begins with 'good', which would always be the likelier one"
+        InputError,
+        match="'good film' begins with 'good', which would always be the likelier one.*set length_normalised",
     ):
         verbalizer(words, a="good film", b="good").candidates()
     assert len(verbalizer(words, normalised=True, a="good film", b="good").candidates()) == 2

@@ -244,6 +244,8 @@ def test_a_run_that_would_train_nothing_is_refused_with_its_recipe(folder: Path,
         made(folder, {"name": method, "prompt_length": 0}).config()
     assert made(folder, {"name": method, "prompt_length": 0}, {"kind": "classification"}).config()
     assert made(folder, {"name": "dept", "prompt_length": 0}).config()
+    with pytest.raises(InputError, match="a prompt of no rows and without a head trains nothing"):
+        made(folder, {"name": "dept", "prompt_length": 0, "rank": 0}).config()
 
 
 @pytest.mark.parametrize("template", ["{text}", " {text}\n", "{topic} : {text}"])

@@ -261,6 +261,8 @@ def test_class_names_refuses_mixtures_and_a_single_class():
         class_names(["a", "a"])
     with pytest.raises(InputError, match="there must be class names, each once"):
         encode_labels(["a"], ["a", "a"])
+    with pytest.raises(InputError, match=r"row 3, field 'label': labels 'a' and 'a ' differ in white space only"):
+        class_names(["a", "b", "a "])
 
 
 def test_multilabels_become_rows_of_zeros_and_ones():

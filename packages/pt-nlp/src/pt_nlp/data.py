@@ -128,7 +128,12 @@ class Encoder:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
         full = tokenizer("a")["input_ids"]
-        at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+        at = next((i for i in range(len(full)) if plain and full[i : i + len(plain)] == plain), None)
+        if at is None:
+            raise InputError(
+                f"special tokens of a {type(tokenizer).__name__} are found around the text 'a', which it cannot write",
+                remedy="Use a tokenizer of text",
+            )
         self.head, self.tail = full[:at], full[at + len(plain) :]
         if spec.backbone == "causal-lm":
             self.tail = []  # the model writes on from here
@@ -189,15 +194,16 @@ class Encoder:
             parts = [
                 words[j] for j, other in enumerate(found) if 0 < len(other) < len(ids) and ids[: len(other)] == other
             ]
-            why = ""
+            why, remedy = "", "Choose another word"
             if not ids:
                 why = "has no tokens"
             elif same:
                 why = f"has the tokens of {same[0]!r}"
             elif parts and not self.spec.length_normalised:
                 why = f"begins with {parts[0]!r}, which would always be the likelier one"
+                remedy += ", or set length_normalised"
             if why:
-                raise InputError(f"label word {words[i]!r} {why}", field="verbalizer", remedy="Choose another word")
+                raise InputError(f"label word {words[i]!r} {why}", field="verbalizer", remedy=remedy)
         return found
 
     def batch(self, rows: Sequence[Mapping[str, Any]], with_targets: bool = True) -> dict[str, Any]:
@@ -244,8 +250,8 @@ def template_fields(template: str) -> dict[str, str]:
 
 def check_template(template: str, label: str = "label") -> None:
     """Raise ValueError unless a template has the text in it and not the answer (`label`: its column)."""
-    if "{text}" not in template:
-        raise ValueError("the template must contain {text}")
+    if template.count("{text}") != 1:
+        raise ValueError("the template must contain {text}, once")
     if told := {"label", label} & set(template_fields(template)):
         raise ValueError(f"the template must not contain {{{min(told)}}}: the answer would stand in the input")
 

@@ -199,7 +199,9 @@ class Recipe(recipe.Recipe):
                 "init: text needs init_text", field=f"{section}.init_text", remedy="Write the text to start from there"
             )
         heads = self.data.kind in ("classification", "multilabel") or getattr(config, "num_labels", None)
-        if self.method.name in ("prompt-tuning", "spot") and not getattr(config, "prompt_length", 1) and not heads:
+        rows = getattr(config, "prompt_length", 1) or (self.method.name == "dept" and getattr(config, "rank", 0))
+        writes = self.method.name == "trie-search"  # labels without a head
+        if self.method.name in ("prompt-tuning", "spot", "dept", "trie-search") and not rows and (writes or not heads):
             raise InputError(
                 "a prompt of no rows and without a head trains nothing",
                 field=f"{section}.prompt_length",

@@ -232,6 +232,16 @@ def class_names(labels: Iterable[Any], file: File = None, multilabel: bool = Fal
             field=field,
         )
     names = [str(name) for name in seen]
+    bare: dict[str, str] = {}
+    for name in names:
+        if (other := bare.setdefault(name.strip(), name)) != name:
+            raise InputError(
+                f"labels {other!r} and {name!r} differ in white space only",
+                remedy="Write them alike",
+                file=file,
+                row=seen[name],
+                field=field,
+            )
     if len(names) < 2:
         raise InputError(
             f"{len(names)} class(es) found: {names}", remedy="A classifier needs two or more", file=file, field=field

@@ -50,7 +50,7 @@ class InContext(ZeroShot):
 
     Fidelity: Brown et al. draw other demonstrations for every test input and separate them by one or two line breaks;
     here all inputs share one draw. A begin-of-sequence token that the tokenizer adds to every input stands in front of
-    each demonstration too.
+    each demonstration too, and in text-to-text tasks an end-of-sequence token behind its target.
 
     Reference: Brown et al. Language Models are Few-Shot Learners. NeurIPS 2020.
     """

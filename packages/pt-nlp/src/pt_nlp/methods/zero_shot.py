@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pt_core.errors import InputError
-from pt_core.method import Output
+from pt_core.method import Loss, Output
 from pt_core.prompts import Prompt
 from pt_core.training import FitConfig, device_of
 from pt_nlp.backbones import is_causal
@@ -106,6 +106,13 @@ class ZeroShot(TextMethod):
             )
         logits = scores - self.calibration
         return Output(logits)
+
+    def loss_of(self, output: Output, batch: Mapping[str, Any]) -> Loss | None:
+        """Over the classes where scores are calibrated: they are then no likelihoods of tokens."""
+        if not len(self.calibration) or "labels" not in batch:
+            return super().loss_of(output, batch)
+        logits = cast(Tensor, output.logits)
+        return self.class_loss(logits, batch["labels"].to(logits.device))
 
     def log_probabilities(self, batch: Mapping[str, Any]) -> Tensor:
         """Log-probability of each class among the classes, before calibration, [b, C]."""
