@@ -7,13 +7,14 @@ import inspect
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, EsmConfig, EsmModel, StaticCache
+from transformers import DynamicCache, EsmConfig, EsmModel, FSMTConfig, FSMTForConditionalGeneration, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pt_core.attachment import Handle, attach, off, route
@@ -683,6 +684,33 @@ def _weights_replaced(prompt: SoftPrompt, model: nn.Module) -> None:
     model.load_state_dict({n: p * 1.1 for n, p in model.state_dict().items()}, assign=True)
 
 
+def test_stored_keys_and_values_follow_the_adapters_of_the_backbone(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed: the extra `peft` of pt-nlp")
+    lora = partial(peft.LoraConfig, init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny("Llama"), lora(target_modules=["q_proj", "v_proj"]))
+    adapted.add_adapter("other", lora(target_modules=["q_proj"]))
+    model, batch = adapted.get_base_model(), texts()
+    layer = next(m for m in model.modules() if hasattr(m, "scale_layer"))
+    changes: list[Callable[[], Any]] = [
+        adapted.disable_adapter_layers,
+        adapted.enable_adapter_layers,
+        lambda: adapted.set_adapter("other"),
+    ]
+    changes += [adapted.merge_adapter, adapted.unmerge_adapter, lambda: layer.scale_layer(2.0)]
+    handle = attach(model, soft(), always=False)
+    with torch.no_grad(), handle.active():
+        for change in changes:
+            model(**batch)
+            change()
+            assert prefills(model, lambda: model(**batch)) == 1
+            with_store = model(**batch).logits
+            with monkeypatch.context() as patch:
+                plain_only(patch)
+                assert gap(with_store, model(**batch).logits) < 1e-4
+
+
 @pytest.mark.parametrize(
     "change",
     [_in_place, _by_data, _by_load, _by_optimiser, _weights_written, _weights_replaced],
@@ -881,6 +909,16 @@ def test_an_encoder_that_reads_input_embeddings_otherwise_is_refused() -> None:
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
+def test_models_whose_positions_or_encoders_do_not_take_prompts_are_refused(tiny: Build) -> None:
+    with pytest.raises(InputError, match="counts positions from behind its padding index"):
+        attach(tiny("Roberta", "ForCausalLM", is_decoder=True), soft())
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "src_vocab_size": 20, "tgt_vocab_size": 20}
+    small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    fsmt = FSMTForConditionalGeneration(FSMTConfig(langs=["en", "de"], **small))
+    with pytest.raises(InputError, match="does not show its input embeddings"):
+        attach(fsmt, soft())
+
+
 def test_a_cache_that_was_filled_without_the_prompt_is_refused(tiny: Build) -> None:
     model, batch = tiny("Llama"), texts()
     step = {"input_ids": batch["input_ids"][:, :1], "attention_mask": F.pad(batch["attention_mask"], (0, 1), value=1)}

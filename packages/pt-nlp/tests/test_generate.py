@@ -232,8 +232,9 @@ def test_the_pipeline_of_transformers_writes_what_generate_writes(tiny: Build, w
 def test_a_static_cache_of_generate_is_refused_with_the_remedy(tiny: Build) -> None:
     model = tiny("Llama")
     attach(model, soft())
-    with pytest.raises(InputError, match="leave its cache dynamic"):
-        write(model, texts(), cache_implementation="static")
+    for batch in (texts(), {name: value[:1] for name, value in texts().items()}):
+        with pytest.raises(InputError, match="leave its cache dynamic"):
+            write(model, batch, cache_implementation="static")
 
 
 @pytest.mark.parametrize("kind", ["Llama", "T5"])

@@ -13,6 +13,7 @@ from pt_core.attachment import Handle, attach, route
 from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
 from pt_nlp import backbones
+from pt_nlp.methods.dept import DecomposedPrompt
 
 WIDTH = 16
 SHARED = ["Llama", "Qwen2", "Qwen3", "Mistral", "GPT2", "GPTNeoX"]
@@ -103,6 +104,18 @@ def test_rows_on_the_plain_path_get_what_they_get_alone(
     monkeypatch.setattr(backbones, "SHARED_PREFIX", set())
     model = tiny(kind)
     check_rows(model, texts(side), several(model, "rows only"))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "T5"])
+def test_the_longest_source_of_an_offset_is_that_of_its_own_rows(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts("right")
+    prompt = DecomposedPrompt(torch.randn(2, 16, generator=torch.Generator().manual_seed(5)), positions=4, rank=2)
+    assert prompt.low_rank is not None
+    nn.init.normal_(prompt.low_rank.B)
+    offset, plain = attach(model, prompt, always=False), attach(model, soft(1, 2), always=False)
+    check_rows(model, batch, [plain, offset, plain, offset, plain])  # of 7, 4, 6, 3 and 5 tokens
+    with route(model, [plain, offset, offset, offset, plain]), pytest.raises(InputError, match="a source of 6 tokens"):
+        read(model, batch)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt
+from pt_core.training import FitConfig
 from pt_nlp import backbones
 from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
@@ -380,6 +383,24 @@ def test_dropout_of_the_backbone_is_off_unless_it_is_asked_for(tiny: Build) -> N
     noisy = method(tiny("GPT2"), backbone_dropout=True).train()
     assert gap(noisy.loss(batch).total, noisy.loss(batch).total) > 1e-3
     assert gap(noisy.eval().loss(batch).total, quiet.loss(batch).total) < 1e-5 * float(quiet.loss(batch).total)
+
+
+def test_a_run_that_breaks_off_leaves_no_dropout_on_in_the_backbone(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy = method(tiny("GPT2"), backbone_dropout=True)
+    split = Split([0, 1], lambda rows: to_text("GPT2"))
+
+    def stopped(batch: Any) -> Any:
+        assert any(module.training for module in noisy.backbone.modules())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(noisy, "loss", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        noisy.fit(split, None, FitConfig(max_steps=1, batch_size=2, device="cpu", progress=False))
+    assert not any(module.training for module in noisy.backbone.modules())
+    noisy.train().remove()  # also after a loop of somebody's own
+    assert not any(module.training for module in noisy.backbone.modules())
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import pickle
 import threading
 import weakref
 from contextvars import copy_context
@@ -280,6 +281,8 @@ def test_a_backbone_with_prompts_is_not_copied():
     handle = attach(backbone, prompt(0))
     with pytest.raises(InputError, match=r"carries prompts cannot be copied.*Remove the prompts first"):
         copy.deepcopy(backbone)
+    with pytest.raises(InputError, match=r"carries prompts cannot be pickled.*Remove the prompts first"):
+        pickle.dumps(backbone)
     handle.remove()
     assert torch.equal(copy.deepcopy(backbone)(IDS), backbone(IDS))
 

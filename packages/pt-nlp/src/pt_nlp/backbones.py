@@ -282,7 +282,8 @@ class Carried:
         """Add each row's offset to the embeddings of its source tokens ([b, n] mask)."""
         position = (source.long().cumsum(-1) - 1).clamp(min=0)
         for i, handle in enumerate(self.handles):
-            delta = None if handle is None else handle.prompt.offset(position)
+            own = position if self.index is None else position * (self.index == i)[:, None]  # others may be longer
+            delta = None if handle is None else handle.prompt.offset(own)
             if delta is not None:
                 rows = source.bool() if self.index is None else source.bool() & (self.index == i)[:, None]
                 embeds = embeds + torch.where(rows[..., None], delta.to(embeds), 0)
@@ -402,6 +403,11 @@ def _hiding(kind: type[Cache]) -> type[Cache]:
             return length if self.pt_inside else length - self.pt_prefix
 
         def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+            if not self.pt_inside and getattr(self, "is_compileable", False):
+                raise InputError(
+                    "`generate` asks a static cache for its size, prompt included",
+                    remedy="Do not ask for one: leave its cache dynamic",
+                )
             if not self.pt_inside:
                 raise InputError("the cache was filled under a prompt", remedy="Start from an empty cache")
             sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
@@ -522,8 +528,12 @@ def _key_values(
 
 
 def _state(base: Model) -> int:
-    """A number that changes when a weight of the model is replaced or written to."""
-    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters()))
+    """A number that changes when a weight of the model is replaced or written to (but not through `.data`), or an adapter
+    of peft's is switched, merged or scaled."""
+    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters())
+    tuners = (vars(module) for module in base.modules() if "_disable_adapters" in vars(module))
+    names = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+    return hash((weights, tuple(str(tuner.get(name)) for tuner in tuners for name in names)))
 
 
 def _causal(base: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
@@ -1088,6 +1098,13 @@ class _TextFamily:
         # ESM takes input embeddings, but then leaves out what it does to those of tokens.
         if encoder and (kind == "esm" or not {"inputs_embeds", "attention_mask"} <= parameters):
             raise InputError(f"{_name(backbone)} does not read input embeddings under a mask as it reads tokens")
+        if causal and _padding_index(base_of(backbone)) is not None:
+            raise InputError(
+                f"{_name(backbone)} counts positions from behind its padding index, which a prompt of a decoder does not",
+                remedy="Use it as an encoder, or another causal language model",
+            )
+        if backbone.config.is_encoder_decoder and not hasattr(backbone.get_encoder(), "get_input_embeddings"):
+            raise InputError(f"the encoder of {_name(backbone)} does not show its input embeddings")
         caches = {"past_key_values", "cache_params"} & parameters
         if causal and (not caches or (key_values is not None and "past_key_values" not in caches)):
             raise InputError(

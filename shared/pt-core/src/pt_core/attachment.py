@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType, MethodType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import nn
 
@@ -111,6 +111,12 @@ class _Attached:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         # The replaced forwards belong to the original's modules: a copy would silently run the original.
         raise InputError("a backbone that carries prompts cannot be copied", remedy="Remove the prompts first")
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            "a backbone that carries prompts cannot be pickled",
+            remedy="Remove the prompts first; they are saved by themselves",
+        )
 
     def restore(self) -> None:
         for module, original, ours in self.patched:

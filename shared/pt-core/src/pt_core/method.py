@@ -199,7 +199,8 @@ class Method(nn.Module):
         return self.to(device)
 
     def remove(self) -> None:
-        """Take everything out of the backbone; it is bit-identical to before."""
+        """Take everything out of the backbone; it is bit-identical to before, and in eval mode."""
+        self.eval()  # a run that broke off may have left dropout on
         if self.handle is not None:
             self.handle.remove()
 

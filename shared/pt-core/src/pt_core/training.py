@@ -906,18 +906,22 @@ def fit(
     identity = {"train_rows": len(train), "validation_rows": len(validation) if validation is not None else None}
     loop = Loop(method, config, output_dir, total_steps=total, identity=identity)
     method.train()
-    for step in loop.steps():
-        rows = plan.batch(step - 1)
-        if make_step is None:
-            backward(loop, train, rows)
-            loop.update()
-        else:
-            make_step(loop, step, rows)
-        loop.training_done()
-        if after_step is not None:
-            after_step(step)
-        if validation is not None and (step % every == 0 or step == total):
-            loop.record(loop.evaluate(validation))
+    try:
+        for step in loop.steps():
+            rows = plan.batch(step - 1)
+            if make_step is None:
+                backward(loop, train, rows)
+                loop.update()
+            else:
+                make_step(loop, step, rows)
+            loop.training_done()
+            if after_step is not None:
+                after_step(step)
+            if validation is not None and (step % every == 0 or step == total):
+                loop.record(loop.evaluate(validation))
+    except BaseException:
+        method.eval()  # others may go on with the backbone
+        raise
     return loop.finish()
 
 
