@@ -32,6 +32,8 @@ def coop(backbone: Any, **settings: Any) -> CoOp:
 def test_class_names_that_are_one_are_refused() -> None:
     with pytest.raises(ValidationError, match="class names 'red_car' and 'red car' are one"):
         VLConfig(class_names=("red_car", "cat", "red car"))
+    with pytest.raises(ValidationError, match="class names 'cat' and 'cat' are one"):
+        VLConfig(class_names=("cat", "dog", "cat"))
     with pytest.raises(ValidationError, match="a class name is empty"):
         VLConfig(class_names=("cat", "_"))
     with pytest.raises(ValidationError, match="at least 2 items"):

@@ -103,13 +103,8 @@ def read_image(source: Source) -> Image.Image:
                 values = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
                 return Image.fromarray(values.astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
-    except (
-        SyntaxError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow's decoders
+    # What Pillow's decoders raise.
+    except (SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from error
 
 

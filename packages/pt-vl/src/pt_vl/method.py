@@ -50,8 +50,9 @@ def alike(names: Sequence[str], read: Callable[[str], Hashable] = written) -> tu
     """The first two class names that read the same: one text, equal logits, and the second would never be chosen."""
     seen: dict[Hashable, str] = {}
     for name in names:
-        if (other := seen.setdefault(read(name), name)) is not name:
-            return other, name
+        if (key := read(name)) in seen:
+            return seen[key], name
+        seen[key] = name
     return None
 
 

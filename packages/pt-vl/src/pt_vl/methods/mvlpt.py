@@ -137,7 +137,6 @@ class MVLPT(VLMethod):
             logits = logits.masked_fill(others, 0.0 if self.config.repo_compat else -torch.inf)
         return Loss(F.cross_entropy(logits, batch["labels"], reduction="sum"), len(logits))
 
-    # --- phases -----------------------------------------------------------------------------------------------------
     def fit(
         self,
         train: Split,
@@ -161,6 +160,7 @@ class MVLPT(VLMethod):
                     )
         return super().fit(train, validation, config, output_dir)
 
+    # --- phases -----------------------------------------------------------------------------------------------------
     def for_target(self, class_names: Sequence[str]) -> VLMethod:
         """CoOp, VPT or UPT on a target's classes, starting from this prompt."""
         target = self._build(class_names)
