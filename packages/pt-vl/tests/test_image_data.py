@@ -220,6 +220,8 @@ def test_datasets_at_hand_are_taken_as_they_are(folder: Path, make_encoder: Make
     gap = datasets.Dataset.from_dict({"image": [paths[0], None], "label": ["a", "b"]}, features=features)
     with pytest.raises(InputError, match="row 2, field 'image': there is no image"):
         ImageTask.from_dataset(gap, make_encoder())
+    with pytest.raises(InputError, match="field 'image': the column holds no images"):
+        ImageTask.from_dataset(datasets.Dataset.from_dict({"image": [1, 2], "label": ["a", "b"]}), make_encoder())
 
 
 @pytest.mark.parametrize(
@@ -318,6 +320,13 @@ def test_a_file_of_class_names_of_another_form_is_refused(text: str, folder: Pat
     file = folder / "names.json"
     file.write_text(text)
     with pytest.raises(InputError, match=r"names\.json.*neither a list of names nor a mapping"):
+        ImageTask.from_folder(folder / "train", make_encoder(), class_names=file)
+
+
+def test_a_label_that_a_file_names_twice_is_refused(folder: Path, make_encoder: Make) -> None:
+    file = folder / "names.txt"
+    file.write_text("cat kitten\ncat pussy\nbig_house house\ndog dog\n")
+    with pytest.raises(InputError, match=r"names\.txt.*'cat' is there twice"):
         ImageTask.from_folder(folder / "train", make_encoder(), class_names=file)
 
 

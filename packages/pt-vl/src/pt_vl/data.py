@@ -328,8 +328,11 @@ def list_dataset(
         listed = Listed(labels=list(part[label]), file=folder)
         if own is not None:
             listed.labels = [own[i] for i in _indices(listed, own, by_index=True)]
-        # Not decoded by `datasets`, which would open whatever path a row names.
-        for number, cell in enumerate(part.cast_column(image, datasets.Image(decode=False))[image], start=1):
+        try:  # not decoded by `datasets`, which would open whatever path a row names
+            cells = part.cast_column(image, datasets.Image(decode=False))[image]
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise InputError("the column holds no images", file=folder, field=image) from error
+        for number, cell in enumerate(cells, start=1):
             if cell is None or (cell["bytes"] is None and not cell["path"]):
                 raise InputError("there is no image", file=folder, row=number, field=image)
             raw, path = cell["bytes"], cell["path"]
@@ -405,11 +408,14 @@ def _by_label(given: Any, labels: Sequence[str]) -> dict[str, str]:
 
 
 def _lines(text: str, labels: set[str]) -> dict[str, str]:
-    found = {}
+    found = dict[str, str]()
     for line in filter(None, map(str.strip, text.splitlines())):
         label, _, name = line.partition("\t") if "\t" in line else line.partition(" ")
         known = line not in labels and label in labels and name.strip()
-        found[label if known else line] = name.strip() if known else line
+        key, value = (label, name.strip()) if known else (line, line)
+        if key in found:
+            raise ValueError(f"{key!r} is there twice")
+        found[key] = value
     return found
 
 
