@@ -593,7 +593,7 @@ def _caption(groups: Mapping[str, Sequence[Result]]) -> str:
     single = all(len(runs) == 1 for runs in groups.values())
     said = "One seed each." if single else "Mean ± sample standard deviation over seeds."
     if any(run.extra.get("rows") == "validation" for runs in groups.values() for run in runs):
-        return f"{said} There are no test rows: metrics are of the validation rows, by which steps were chosen."
+        return f"{said} There are no test rows: metrics are of the validation rows."
     return said
 
 

@@ -74,7 +74,8 @@ class RESTORE(MaPLe):
 
     Fidelity: the released code (trainer MaPLe_FSA). Start norms and alphas are buffers and so part of every checkpoint, where
     the code keeps attributes that a resumed run would set anew. The dynamic surgery may be continuous in the paper (not
-    known); the code makes it once, and so does this.
+    known); the code makes it once, and so does this, in every run anew: one that goes on from trained prompts (a transfer)
+    starts with the configuration's alphas again.
 
     Reference: RESTORE: Towards Feature Shift for Vision-Language Prompt Learning. arXiv 2403.06136, 2024.
     """
