@@ -293,7 +293,7 @@ def test_one_row_without_padding_equals_the_plain_path(
     attach(model, prompt)
     passes, tokens, ahead = rows_and_tokens(model), int(batch["attention_mask"].sum()), M if make is soft else 0
     real = batch["attention_mask"].bool()
-    with backbones.padding_unread():
+    with backbones.reads(real):
         trained = with_gradient(model, prompt, batch, use_cache=False)
         with torch.no_grad():
             read, again = (model(**batch, use_cache=False).logits[real] for _ in range(2))
@@ -314,9 +314,42 @@ def test_padding_has_its_states_unless_nobody_reads_them(tiny: Build) -> None:
     attach(model, soft())
     padding = batch["attention_mask"] == 0
     assert model.base_model(**batch, use_cache=False).last_hidden_state[padding].all(-1).all()
-    with backbones.padding_unread():
+    with backbones.reads(~padding):
         states = model.base_model(**batch, use_cache=False).last_hidden_state
     assert not states[padding].any() and states[~padding].all(-1).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("make", [soft, keys])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", SHARED)
+def test_the_last_block_computes_only_what_is_read(
+    tiny: Build, kind: str, side: str, make: Callable[..., Any], autocast: bool
+) -> None:
+    model, batch = tiny(kind), texts(side)
+    prompt = soft() if make is soft else keys(model)
+    attach(model, prompt)
+    real = batch["attention_mask"].bool()
+    few = real & (torch.arange(real.shape[1]) % 4 == 0)
+    computed: list[int] = []
+    inner = [m for m in backbones.decoder_blocks(model.base_model)[-1].modules() if hasattr(m, "weight")][-1]
+    inner.register_forward_hook(lambda *call: computed.append(call[-1].shape[-2]))
+    found = []
+    for where in (few, real):
+        prompt.zero_grad()
+        with backbones.reads(where), torch.autocast("cpu", enabled=autocast):
+            states = model.base_model(**batch, use_cache=False).last_hidden_state[few]
+            with torch.no_grad():
+                read = model.base_model(**batch, use_cache=False).last_hidden_state[few]
+        (states.float() * torch.arange(states.numel()).view_as(states).cos()).sum().backward()
+        found.append((states, read, *(p.grad.clone() for p in prompt.parameters())))
+    count = int(few.sum())
+    of_prompt = [M] if make is soft else []  # at inference its keys and values are computed once
+    assert computed[: 2 + len(of_prompt)] == [count, *of_prompt, count]
+    assert min(computed[2 + len(of_prompt) :]) >= int(real.sum()) > 2 * count
+    for narrow, whole in zip(*found, strict=True):
+        assert gap(narrow, whole) < (3e-2 if autocast else 1e-5)
+        assert gap(narrow, torch.zeros_like(narrow)) > 1e-3
 
 
 def test_one_row_is_for_one_prompt_and_without_cache(tiny: Build) -> None:
@@ -326,7 +359,7 @@ def test_one_row_is_for_one_prompt_and_without_cache(tiny: Build) -> None:
 
     def step(handles: list[Handle | None], batch: dict[str, Tensor] = batch, **options) -> bool:
         passes.clear()
-        with route(model, handles), backbones.padding_unread():
+        with route(model, handles), backbones.reads(batch["attention_mask"].bool()):
             model(**batch, **options)
         return passes == [(1, M + int(batch["attention_mask"].sum()))]
 
@@ -484,13 +517,13 @@ def test_keys_and_values_in_one_row_see_the_length_of_the_texts_not_of_the_row(t
     limit = 12 if rope == "dynamic" else 96
     batch = texts("left")
     results = []
-    for way in (contextlib.nullcontext, backbones.padding_unread):
+    for way in (contextlib.nullcontext(), backbones.reads(batch["attention_mask"].bool())):
         model = tiny("Llama", rope_parameters=ROPES[rope], max_position_embeddings=limit)
         prompt, passes = keys(model), rows_and_tokens(model)
         attach(model, prompt)
-        with way():
+        with way:
             results.append(with_gradient(model, prompt, batch, use_cache=False))
-        assert passes == [(3, 9) if way is contextlib.nullcontext else (1, int(batch["attention_mask"].sum()))]
+        assert passes == [(1, int(batch["attention_mask"].sum())) if results[1:] else (3, 9)]
     for a, b in zip(*results, strict=True):
         assert gap(a, b) < 1e-5
 

@@ -175,3 +175,30 @@ def test_tokens_come_back_to_their_places(kind: str) -> None:
     width = max(map(len, rows))
     assert padded[:, 0, :, 0].tolist() == [line + [-1.0] * (width - len(line)) for line in rows]
     assert torch.equal(where.join(padded), in_heads)
+
+
+def test_a_last_block_without_attention_is_refused_and_others_keep_what_they_return() -> None:
+    where, narrow = texts("right"), torch.tensor([2, 8])
+    hidden = heads(where.count, 1, 1)[0, 0].repeat(1, 6)[None].detach()
+
+    def block(x: Tensor, positions: Tensor, *, extra: tuple[Tensor, str]) -> tuple[Tensor, Tensor, str]:
+        q = x.view(1, -1, HEADS, D).transpose(1, 2)
+        k = q[:, :KV_HEADS]
+        made = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+        return made.transpose(1, 2).flatten(2) + extra[0], positions, extra[1]
+
+    prompt = [(heads(L, KV_HEADS, 2)[0].detach(),) * 2]
+    positions, last = torch.arange(where.count), one_row.last_block(block)
+    arguments = {"extra": (hidden * 2, "kept")}
+    with SharedPrefixAttention(where, L, prompt):
+        whole, every, _ = last(hidden, positions, **arguments)
+    with SharedPrefixAttention(where, L, prompt, narrow) as mode:
+        some, places, kept = last(hidden, positions, **arguments)
+        assert mode.layers == 1
+    assert torch.equal(every, positions) and torch.equal(places, narrow) and kept == "kept"
+    assert (some[:, narrow] - whole[:, narrow]).abs().max() < 1e-12
+    others = [i for i in range(where.count) if i not in narrow]
+    assert not some[:, others].any() and whole[:, others].all()
+    with pytest.raises(NotPlain), SharedPrefixAttention(where, L, prompt, narrow):
+        one_row.last_block(lambda x: x)(hidden)
+    assert torch.equal(one_row.last_block(lambda x: x)(hidden), hidden)

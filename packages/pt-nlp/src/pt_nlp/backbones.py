@@ -10,8 +10,8 @@ the forward of the base model only, so that heads, losses, `generate`, pipelines
   the plain path concatenates the prompt to the input embeddings and drops its rows from the output, with the same numbers,
   and says so once. Where windows or ALiBi count slots, padding on the left stands in front of the prompt and not between
   prompt and text: rows do not depend on the padding that others need.
-- Where neither the cache nor states at padding are asked for (`padding_unread`, as methods do in training), prompt and texts
-  pass such a model as one row without padding (pt_nlp.one_row).
+- Where neither the cache nor states at padding are asked for (`reads`, as methods do in training), prompt and texts pass such
+  a model as one row without padding (pt_nlp.one_row).
 - Encoders and encoder-decoders are bidirectional where the prompt enters: they always take the plain path.
 - Keys and values (prefix tuning, P-tuning v2) enter as a filled cache; causal models and encoder-decoders put them in front
   of the decoder's self-attention, BERT-like encoders in front of every layer's.
@@ -47,7 +47,7 @@ from transformers.models.auto.modeling_auto import (
 from pt_core.attachment import Forward, Handle, Rows, register_family
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
-from pt_nlp.one_row import NotPlain, SharedPrefixAttention, Texts
+from pt_nlp.one_row import NotPlain, SharedPrefixAttention, Texts, last_block
 
 log = logging.getLogger(__name__)
 
@@ -329,17 +329,17 @@ def _source(mask: Tensor) -> Tensor:
     return nn.functional.pad(source, (0, mask.shape[1] - source.shape[1])) * mask
 
 
-_PADDING_UNREAD: ContextVar[bool] = ContextVar("pt_nlp_padding_unread", default=False)
+_READ: ContextVar[Tensor | None] = ContextVar("pt_nlp_read", default=None)
 
 
 @contextmanager
-def padding_unread() -> Iterator[None]:
-    """In this context nobody reads states at padding, so that they need not be computed: they may be zero."""
-    token = _PADDING_UNREAD.set(True)
+def reads(where: Tensor) -> Iterator[None]:
+    """In this context only the last states of these tokens ([b, n], true = read) are read: all others may be zero."""
+    token = _READ.set(where)
     try:
         yield
     finally:
-        _PADDING_UNREAD.reset(token)
+        _READ.reset(token)
 
 
 def _keywords(original: Forward) -> list[str]:
@@ -669,9 +669,12 @@ def _in_one_row(
 
     In training the prompt's rows are in it; keys and values that are given, or stored at inference, take their place.
     """
-    texts = Texts.of(mask)
-    if texts is None or texts.count == 1 or not (texts.real is None or _PADDING_UNREAD.get()):
+    texts, where = Texts.of(mask), _READ.get()
+    if texts is None or texts.count == 1 or (where is None and texts.real is not None):
         return None  # of one query transformers asks in another way
+    read = None if where is None else texts.take(where).nonzero()[:, 0]
+    if read is not None and not 1 < len(read) <= texts.count / 2:
+        read = None  # the last block computes queries of all tokens, once more of those that are read
     embeds, length = _embeds(base, dict(arguments)), carried.longest
     rows, prompt = texts.take(embeds), None
     positions = arguments.get("position_ids")
@@ -688,7 +691,7 @@ def _in_one_row(
     if positions is not None:
         arguments["position_ids"] = positions[None]
     try:
-        with SharedPrefixAttention(texts, length, prompt) as attention:
+        with SharedPrefixAttention(texts, length, prompt, read) as attention:
             output = original(**arguments)
         if attention.layers != len(decoder_blocks(base)):
             raise NotPlain
@@ -1139,7 +1142,8 @@ class _TextFamily:
             return [(base, _encoder(base, selected))]
         writes = base is not backbone and backbone.get_output_embeddings() is not None
         head = [(backbone, _labels_are_targets(selected))] if writes else []
-        return [(base, _causal(base, selected)), *head]
+        last = [(decoder_blocks(base)[-1], last_block)] if base.config.model_type in SHARED_PREFIX else []
+        return [(base, _causal(base, selected)), *last, *head]
 
 
 def is_causal(backbone: Model) -> bool:

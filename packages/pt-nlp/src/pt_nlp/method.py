@@ -28,7 +28,7 @@ from pt_nlp.backbones import (
     checkpoints_blocks,
     is_causal,
     keep_checkpointing,
-    padding_unread,
+    reads,
     source_tokens,
     width_of,
 )
@@ -208,34 +208,34 @@ class TextMethod(Method):
         return tokens
 
     # --- reading ------------------------------------------------------------------------------------------------
-    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
-        """Last hidden states of the real tokens, [b, n, d]; whatever at padding."""
+    def hidden(self, batch: Mapping[str, Any], where: Tensor) -> Tensor:
+        """Last hidden states [b, n, d] of the tokens in `where` ([b, n], true = read); whatever at others."""
         arguments = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if is_causal(self.backbone):
             arguments |= {"position_ids": _positions(batch["attention_mask"]), "use_cache": False}
         base = base_of(self.model)
         if self.backbone.config.is_encoder_decoder:
             base = self.model.get_encoder()
-        with padding_unread():
+        with reads(where):
             states: Tensor = base(**arguments).last_hidden_state
-        return states
+        return states[:, -where.shape[1] :]  # those of prompts stay in front in encoder-decoders
 
     def features(self, batch: Mapping[str, Any]) -> Tensor:
         """Pooled last hidden states, [b, d]; prompt rows are never pooled."""
-        states = self.hidden(batch)[:, -batch["input_ids"].shape[1] :]
         mask = batch["attention_mask"]
         pooling = self.config.pooling
         if pooling == "auto":
             pooling = (
                 "mean" if self.backbone.config.is_encoder_decoder else "last" if is_causal(self.backbone) else "first"
             )
-        rows = torch.arange(len(states), device=states.device)
         if pooling == "mean":
+            states = self.hidden(batch, mask.bool())
             weights = mask.to(states.dtype)[..., None]
             return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
-        if pooling == "last":
-            return states[rows, mask.shape[1] - 1 - mask.flip(1).argmax(1)]
-        return states[rows, mask.argmax(1)]
+        at = mask.argmax(1) if pooling == "first" else mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        where = F.one_hot(at, mask.shape[1]).bool()
+        states = self.hidden(batch, where)
+        return states[where.to(states.device)]
 
     def token_loss(self, batch: Mapping[str, Any]) -> Loss:
         """Cross-entropy of the tokens in `target_ids`; logits are computed at those positions only.
@@ -264,8 +264,9 @@ class TextMethod(Method):
     def _logits_at(self, batch: Mapping[str, Any], wanted: Tensor) -> Tensor:
         """Next-token logits at the chosen positions ([b, n-1] mask) of a causal model, [k, V]."""
         if self.backbone.config.model_type in LINEAR_HEADS:
-            states = self.hidden(batch)[:, :-1]
-            return _to_words(self.model, states[wanted.to(states.device)])
+            where = F.pad(wanted, (0, 1))
+            states = self.hidden(batch, where)
+            return _to_words(self.model, states[where.to(states.device)])
         logits = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -288,7 +289,8 @@ class TextMethod(Method):
         if self.backbone.config.is_encoder_decoder:
             scores = self._seq2seq_scores(batch, words)
         elif self._ends_at_source(batch):
-            states = self.hidden(batch)[:, -1]
+            last = F.one_hot(torch.tensor(batch["input_ids"].shape[1] - 1), batch["input_ids"].shape[1]).bool()
+            states = self.hidden(batch, last.to(words.device).expand_as(batch["input_ids"]))[:, -1]
             if "target_ids" not in batch:
                 return _to_words(self.model, states, words[:, 0])
             return _to_words(self.model, states).float().log_softmax(-1)[:, words[:, 0]]

@@ -4,15 +4,16 @@
 
 Linear layers, norms and rotations treat tokens one by one: they run once, on all of them. Attention has two parts, each text
 on itself and all texts on the prompt, whose outputs are summed by their shares of the softmax: no mask, no copy of the
-prompt for each text, and grouped keys are not repeated. Values and gradients are those of a prompt in every row, up to the
-order of sums.
+prompt for each text, and grouped keys are not repeated. The last block computes keys and values of all tokens, and all else
+only of those whose states are read. Values and gradients are those of a prompt in every row, up to the order of sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -102,15 +103,28 @@ class SharedPrefixAttention(TorchFunctionMode):
         texts: what stands in the row.
         length: l, positions of the prompt: the first of the row, unless its keys and values are given.
         prompt: keys and values of a prompt that is not in the row, for each layer.
+        read: which of the T tokens' last states are read, ascending; None for all.
 
     Raises:
         NotPlain: attention is asked for in another way than causal, over one row, without mask or dropout.
     """
 
-    def __init__(self, texts: Texts, length: int, prompt: KeyValues | None = None) -> None:
+    def __init__(self, texts: Texts, length: int, prompt: KeyValues | None = None, read: Tensor | None = None) -> None:
         super().__init__()
-        self.texts, self.length, self.prompt = texts, length, prompt
+        self.texts, self.length, self.prompt, self.read = texts, length, prompt, read
         self.layers = 0  # that were computed
+        self.collects: Tensor | None = None  # `read`, in the call that ends at the last block's keys and values
+        self.last: tuple[Tensor, Tensor, Tensor] | None = None  # these keys and values, of all tokens, and `read`
+        self.entered: Token[SharedPrefixAttention | None]
+
+    def __enter__(self) -> Self:
+        self.entered = _ENTERED.set(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _ENTERED.reset(self.entered)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -135,15 +149,68 @@ class SharedPrefixAttention(TorchFunctionMode):
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if self.prompt is not None:
+        if self.last is not None:
+            key, value, read = self.last
+            few = query
+            query = query.new_zeros(*few.shape[:2], self.texts.count, few.shape[3]).index_copy(2, read, few)
+        elif self.prompt is not None:
             # Some versions of transformers repeat grouped keys before they call, others leave that to torch.
             k, v = (x.to(key).repeat_interleave(key.shape[1] // len(x), 0)[None] for x in self.prompt[self.layers])
             key, value = torch.cat([k, key], dim=2), torch.cat([v, value], dim=2)
+        if self.collects is not None:
+            self.last = key, value, self.collects.to(key.device)
+            raise _Collected
         self.layers += 1
         if _takes_flash(query, key, value):
             made: Tensor = _InParts.apply(query, key, value, self.texts, self.length, scale)  # type: ignore[no-untyped-call]
-            return made
-        return with_mask(query, key, value, self.texts, self.length, scale)
+        else:
+            made = with_mask(query, key, value, self.texts, self.length, scale)
+        return made if self.last is None else made.index_select(2, read)
+
+    def last_block(self, block: Callable[..., Any], read: Tensor, hidden: Tensor, *args: Any, **options: Any) -> Any:
+        """A call of the last block on the tokens that are read, with keys and values of all; zeros at the others."""
+        self.collects = read
+        try:
+            block(hidden, *args, **options)
+            raise NotPlain  # attention was never asked for
+        except _Collected:
+            self.collects = None
+        count = hidden.shape[1]
+        rows = (read + (count - self.texts.count)).to(hidden.device)
+        made = block(*_narrow((hidden, *args), rows, count), **_narrow(options, rows, count))
+        first = made[0] if isinstance(made, tuple) else made
+        states = first.new_zeros(hidden.shape).index_copy(1, rows, first)
+        return (states, *made[1:]) if isinstance(made, tuple) else states
+
+
+_ENTERED: ContextVar[SharedPrefixAttention | None] = ContextVar("pt_nlp_one_row", default=None)
+
+
+class _Collected(Exception):
+    """Keys and values of the last block are known: the rest of this call is not wanted."""
+
+
+def last_block(block: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a model's last block, which computes no more than is read while `SharedPrefixAttention` is entered."""
+
+    def forward(*args: Any, **options: Any) -> Any:
+        mode = None if torch.compiler.is_compiling() else _ENTERED.get()
+        if mode is None or mode.read is None:
+            return block(*args, **options)
+        return mode.last_block(block, mode.read, *args, **options)
+
+    return forward
+
+
+def _narrow(x: Any, rows: Tensor, count: int) -> Any:
+    """These rows of all tensors in `x` that have `count` of them, in their first dimension or behind that of a batch."""
+    if isinstance(x, tuple | list):
+        return type(x)(_narrow(part, rows, count) for part in x)
+    if isinstance(x, dict):
+        return {name: _narrow(part, rows, count) for name, part in x.items()}
+    if isinstance(x, Tensor) and count in x.shape[:2]:
+        return x.index_select(x.shape.index(count), rows.to(x.device))
+    return x
 
 
 def _takes_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
