@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +17,7 @@ from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt
 from pt_core.training import FitConfig
 from pt_nlp import backbones
-from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod
+from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod, _decoder_ids
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 M, CLASSES = 5, 3
@@ -335,6 +337,79 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tiny: Build, k
         assert gap(a, b) < 1e-5 * max(1.0, float(b.abs().max()))
     assert len(runs) >= 2  # forward, and again in the backward pass
     assert not any(m.training for m in model.modules() if isinstance(m, nn.Dropout))
+
+
+@pytest.mark.parametrize("kind", ["OPT", "Bart"])
+def test_blocks_that_drop_out_by_themselves_are_checkpointed_without_rates_only(tiny: Build, kind: str) -> None:
+    model = tiny(kind)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(InputError, match="drop states out wherever they are checkpointed"):
+        method(model)
+    batch = to_text("T5" if kind == "Bart" else kind)
+    quiet = {"dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0}
+    plain = method(tiny(kind, **quiet)).train()
+    expected = with_gradient(plain, lambda: plain.loss(batch).total)
+    model = tiny(kind, **quiet)
+    model.gradient_checkpointing_enable()
+    made = method(model).train()
+    for a, b in zip(with_gradient(made, lambda: made.loss(batch).total), expected, strict=True):
+        assert gap(a, b) < 1e-5 * max(1.0, float(b.abs().max()))
+    with_dropout = tiny(kind)
+    with_dropout.gradient_checkpointing_enable()
+    method(with_dropout.train(), backbone_dropout=True).train()
+
+
+def test_label_words_are_read_through_the_whole_head_where_its_weight_is_not_all(tiny: Build) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny("Llama")
+    torch.manual_seed(3)
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, adapter).get_base_model()
+    made = method(adapted).eval()
+    words = {"candidates": torch.tensor([[5], [7]]), "candidate_mask": torch.ones(2, 1).long()}
+    batch = sources("left") | words
+    with torch.no_grad():
+        scores = made(batch).logits.log_softmax(-1)
+        with made.active():
+            logits = adapted(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -1]
+    assert gap(scores, logits[:, [5, 7]].log_softmax(-1)) < 1e-5
+
+
+def test_parts_of_the_backbone_may_be_offloaded(tiny: Build, tmp_path: Path) -> None:
+    tiny("Llama").save_pretrained(tmp_path / "model")
+    words = {"candidates": torch.tensor([[5], [7]]), "candidate_mask": torch.ones(2, 1).long()}
+    batch, found = sources("left") | words, []
+    parts = {"model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    for where in (None, parts | {"model.embed_tokens": "disk", "lm_head": "disk"}):
+        options = {} if where is None else {"device_map": where, "offload_folder": str(tmp_path / "off")}
+        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options).eval()
+        made = PromptTuning(model, PromptTuningConfig(prompt_length=M, init="vocabulary")).eval()
+        with torch.no_grad():
+            found.append(made(batch).logits.log_softmax(-1))
+    assert gap(*found) < 1e-5
+
+
+def test_decoders_without_a_function_of_their_own_read_targets_one_later() -> None:
+    from transformers.models.m2m_100.modeling_m2m_100 import shift_tokens_right
+
+    config = hf.M2M100Config(
+        vocab_size=48,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        pad_token_id=0,
+        decoder_start_token_id=2,
+    )
+    model = hf.M2M100ForConditionalGeneration(config).eval()
+    targets = torch.tensor([[5, 6, 7], [8, 9, -100]])
+    expected = shift_tokens_right(targets.masked_fill(targets == -100, 0), 0, 2)
+    assert torch.equal(_decoder_ids(model, targets), expected)
+    made = method(model)
+    assert float(made.loss(sources("right") | {"target_ids": targets.repeat(2, 1)}).value) > 0
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "T5"])

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ SHARED_PREFIX = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # th
 KEY_VALUE_ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
 SLOT_DISTANCES = {"mpt"}  # ALiBi from slots; BLOOM and Falcon count with the attention mask
 BIDIRECTIONAL = {"bert-generation", "xlnet"}  # write text, but read it both ways unless `is_decoder` is set
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # fields of configurations
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 RELATIVE_POSITIONS = {"t5", "mt5", "umt5"}  # encoder-decoders in which only distances count
 ATTENTION_LAYERS = {
@@ -120,7 +122,7 @@ def base_of(backbone: Model) -> Model:
 
 def decoder_blocks(base: Model) -> nn.ModuleList:
     """The list of transformer blocks of a tower, first block first."""
-    layers = base.config.num_hidden_layers
+    layers = base.config.get_text_config().num_hidden_layers
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return module
@@ -167,10 +169,25 @@ def keep_checkpointing(backbone: Model, on: bool = True) -> None:
 
     transformers checkpoints a block only while that block's own `training` flag is up; the flags of all other modules,
     where dropout lives (T5's attention reads its own), stay down. Suspended, blocks take a cache again.
+
+    Raises:
+        InputError: the blocks themselves drop states out while that flag is up (OPT, BART), and the model was not in training.
     """
     for module in backbone.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            if on and not backbone.training and _drops_out_itself(module):
+                raise InputError(
+                    f"the blocks of {_name(backbone)} drop states out wherever they are checkpointed",
+                    remedy="Load it without dropout (`dropout=0.0`, `activation_dropout=0.0`), or switch checkpointing off",
+                )
             module.training = on
+
+
+def _drops_out_itself(block: nn.Module) -> bool:
+    """Whether a block has dropout without a module of its own, which would follow the block's `training` flag."""
+    rates = [rate for name, rate in vars(block).items() if "dropout" in name and isinstance(rate, float)]
+    rates.append(getattr(getattr(block, "config", None), "hidden_dropout", None) or 0.0)  # Falcon
+    return any(rates) and "self.training" in inspect.getsource(type(block).forward)
 
 
 def _dropout_active(base: Model) -> bool:
@@ -294,7 +311,7 @@ class Carried:
         return any(h is not None and h.prompt.offers("offset") for h in self.handles)
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where a module runs: its weights may be somewhere else in between (accelerate's offloading)."""
     runs = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return (
@@ -374,6 +391,11 @@ def _trim(output: Any, rows: int, order: Tensor | None = None) -> Any:
             output.hidden_states = tuple(text(h, 1) for h in output.hidden_states)
         if getattr(output, "attentions", None) is not None:
             output.attentions = tuple(None if a is None else text(a, 2) for a in output.attentions)
+        if getattr(output, "router_logits", None) is not None:  # of mixtures of experts, [b * n, experts]
+            batch = len(output.last_hidden_state)
+            output.router_logits = tuple(
+                text(r.unflatten(0, (batch, -1)), 1).flatten(0, 1) for r in output.router_logits
+            )
     return output
 
 
@@ -502,13 +524,13 @@ def _key_values(
     direct = handle.prompt.key_values()
     if direct is not None:
         return [
-            (k.to(_device(block), dtype), v.to(_device(block), dtype))
+            (k.to(device_of(block), dtype), v.to(device_of(block), dtype))
             for block, (k, v) in zip(blocks, (kv.unbind(0) for kv in direct), strict=True)
         ]
     rows = handle.prompt.tokens()
     if rows is None or len(rows) == 0:
         return None
-    device = _device(base.get_input_embeddings())
+    device = device_of(base.get_input_embeddings())
     state = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type), rows.device, _state(base))
     if not torch.is_grad_enabled():
         stored = handle.store.get("key_values")
@@ -528,12 +550,14 @@ def _key_values(
 
 
 def _state(base: Model) -> int:
-    """A number that changes when a weight of the model is replaced or written to (but not through `.data`), or an adapter
-    of peft's is switched, merged or scaled."""
-    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters())
+    """A number that changes when a weight or buffer of the model is replaced or written to (but not through `.data`), a hook
+    is registered or removed, or an adapter of peft's is switched, merged or scaled."""
+    tensors = itertools.chain(base.parameters(), base.buffers())
+    weights = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
+    hooks = tuple(key for module in base.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks))
     tuners = (vars(module) for module in base.modules() if "_disable_adapters" in vars(module))
     names = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
-    return hash((weights, tuple(str(tuner.get(name)) for tuner in tuners for name in names)))
+    return hash((weights, hooks, tuple(str(tuner.get(name)) for tuner in tuners for name in names)))
 
 
 def _causal(base: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
@@ -569,7 +593,7 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
     past = _seen(cache, carried)
     mask: Any = arguments.get("attention_mask")
     positions: Any = arguments.get("position_ids")
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise InputError(
             "a prompted backbone takes a 2-D attention mask [batch, tokens]",
             remedy="Pass 1 and 0 per token; `generate` with a static cache makes another one, so leave its cache dynamic",
@@ -621,7 +645,7 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
     refused = shortcut_refused(base) or _cache_refused(cache)
     if refused is None or keys_given:
         wanted = arguments.get("use_cache")
-        wanted = cache is not None or (base.config.use_cache if wanted is None else wanted)
+        wanted = cache is not None or (base.config.get_text_config().use_cache if wanted is None else wanted)
         if not wanted and _may_be_one_row(base, arguments, carried):
             output = _in_one_row(base, original, arguments, carried, mask, keys_given)
             if output is not None:
@@ -702,11 +726,20 @@ def _in_one_row(
     return output
 
 
+def _window(base: Model) -> int | None:
+    """Slots that local attention sees; None where all layers see everything, or one cannot tell."""
+    config = base.config.get_text_config()
+    return next((size for name in WINDOWS if isinstance(size := getattr(config, name, None), int) and size), None)
+
+
+def _layer_types(base: Model) -> set[str]:
+    return set(getattr(base.config.get_text_config(), "layer_types", None) or [])
+
+
 def _counts_slots(base: Model, names: list[str]) -> bool:
     """Whether padding between prompt and text would be distance: for a window, or where no positions are taken."""
-    windows = ("sliding_window", "attention_chunk_size", "window_size")
-    local = set(getattr(base.config, "layer_types", None) or []) - {"full_attention"}
-    return bool(local) or "position_ids" not in names or any(getattr(base.config, name, None) for name in windows)
+    local = _layer_types(base) - {"full_attention"}
+    return bool(local) or "position_ids" not in names or _window(base) is not None
 
 
 def _slots(carried: Carried, mask: Tensor, ahead: int) -> Tensor:
@@ -727,7 +760,7 @@ def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: 
     Returns:
         Where slots count and texts are padded on the left: the order in which everything stands, see `_slots`; else None.
     """
-    mixed = set(getattr(base.config, "layer_types", None) or []) - ATTENTION_LAYERS
+    mixed = _layer_types(base) - ATTENTION_LAYERS
     recurrent, counts = "cache_params" in names or bool(mixed), _counts_slots(base, names)
     padded = (recurrent or counts) and bool((mask[:, 0] == 0).any())  # others do not wait for a device
     if recurrent and padded:
@@ -735,11 +768,16 @@ def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: 
             f"a recurrent model ({type(base).__name__}) carries a state through the padding of a prompted text",
             remedy="Pad on the right, or pass texts of one length",
         )
+    if "position_ids" not in names and _position_table(base) is not None:
+        _check_equal(base, carried)
     batch = len(mask)
     embeds = _embeds(base, arguments)
-    types = arguments.pop("token_type_ids", None)
-    if types is not None:
-        embeds = embeds + base.get_input_embeddings()(types)  # GPT-2 looks them up in the same table; prompts have none
+    types = arguments.get("token_type_ids") if "token_type_ids" in names else None
+    if types is not None and any("token_type" in name for name, _ in base.named_modules()):
+        arguments["token_type_ids"] = nn.functional.pad(types.expand(batch, -1), (carried.longest, 0))
+    elif types is not None:  # GPT-2 and its like look them up among their words; prompts have none
+        del arguments["token_type_ids"]
+        embeds = embeds + base.get_input_embeddings()(types)
     prompt = _token_rows(carried, embeds).expand(batch, -1, -1)
     arguments["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
     if "position_ids" in names:
@@ -782,7 +820,7 @@ def _check_key_values(base: Model, cache: Any, length: int) -> None:
             "trained keys and values need the model's own dynamic cache: not with gradient checkpointing or another cache",
             remedy="Switch gradient checkpointing off, or use a prompt of input embeddings",
         )
-    window = getattr(base.config, "sliding_window", None)
+    window = _window(base)
     if window is not None and length > window:
         raise InputError(
             f"prompt and text take {length} positions, the attention window of {type(base).__name__} has {window}",
@@ -877,7 +915,7 @@ def _encoder_call(base: Model, original: Forward, names: list[str], arguments: d
     soft, keys = (Carried.of(rows, batch, device, what) for what in ("tokens", "key_values"))
     ahead = soft.mask(batch, mask)
     arguments["attention_mask"] = torch.cat([keys.mask(batch, mask), ahead, mask], dim=1)
-    own = None
+    own, given = None, arguments.get("position_ids") is not None
     if "position_ids" in names:
         start, own = _encoder_positions(base, mask, arguments.get("position_ids"))
         own = own + carried.row_lengths(device)[:, None]
@@ -897,11 +935,19 @@ def _encoder_call(base: Model, original: Forward, names: list[str], arguments: d
         if types is not None:
             types = types.expand(batch, -1)
             arguments["token_type_ids"] = torch.cat([types.new_zeros(batch, soft.longest), types], dim=1)
+    order = None
+    if soft.longest and _position_table(base) is None and bool((mask[:, 0] == 0).any()):
+        order = _slots(soft, mask, n)  # distances are counted in slots: padding stands in front of the prompt
+        arguments["inputs_embeds"] = arguments["inputs_embeds"].take_along_dim(order[..., None], 1)
+        if own is not None and not given:
+            arguments["position_ids"] = torch.arange(order.shape[1], device=device).expand(batch, -1)
+        for name in {"attention_mask", "token_type_ids", *(["position_ids"] if given else [])} & arguments.keys():
+            arguments[name] = arguments[name].gather(1, order)
     if keys.longest:
-        if base.config.model_type not in KEY_VALUE_ENCODERS or checkpoints_blocks(base):
+        if checkpoints_blocks(base):
             raise InputError(
-                f"a {type(base).__name__} takes no trained keys and values (or checkpoints its blocks)",
-                remedy=f"Use one of {sorted(KEY_VALUE_ENCODERS)}, or a prompt of input embeddings",
+                f"a {type(base).__name__} that checkpoints its blocks takes no trained keys and values",
+                remedy="Switch gradient checkpointing off, or use a prompt of input embeddings",
             )
         cache: Any = DynamicCache()
         cache.layers = _prefix_layers(base, original, keys, batch, base.get_input_embeddings().weight.dtype)
@@ -909,7 +955,7 @@ def _encoder_call(base: Model, original: Forward, names: list[str], arguments: d
     output = original(**arguments)
     if keys.longest:
         output.past_key_values = None
-    return _trim(output, soft.longest)
+    return _trim(output, soft.longest, order)
 
 
 def _padding_index(base: Model) -> int | None:
@@ -1096,8 +1142,21 @@ class _TextFamily:
             raise InputError(
                 f"the prompt is {tokens.shape[1]} wide, the embeddings of {_name(backbone)} are {shape.dim}"
             )
+        if hasattr(backbone, "peft_config") and hasattr(backbone, "get_base_model"):
+            raise InputError(
+                f"a {type(backbone).__name__} of peft has a forward of its own",
+                remedy="Attach the prompt to its `get_base_model()`",
+            )
         kind, causal, parameters = backbone.config.model_type, is_causal(backbone), _parameters(base_of(backbone))
         encoder = not causal and not backbone.config.is_encoder_decoder
+        if backbone.config.is_encoder_decoder and "decoder_input_ids" not in _parameters(backbone):
+            raise InputError(
+                f"{_name(backbone)} is an encoder whose configuration says that it has a decoder",
+                remedy="Set `model.config.is_encoder_decoder = False`",
+            )
+        config = backbone.config.get_text_config()
+        if getattr(config, "hidden_size_per_layer_input", None):
+            raise InputError(f"{_name(backbone)} looks tokens up by their ids in every layer: prompt rows have none")
         # ESM takes input embeddings, but then leaves out what it does to those of tokens.
         if encoder and (kind == "esm" or not {"inputs_embeds", "attention_mask"} <= parameters):
             raise InputError(f"{_name(backbone)} does not read input embeddings under a mask as it reads tokens")
@@ -1113,6 +1172,12 @@ class _TextFamily:
             raise InputError(
                 f"{_name(backbone)} has no cache of keys and values that prompts could stand in",
                 remedy="Use a model with attention" + " or a prompt of input embeddings" * bool(caches),
+            )
+        latent = getattr(config, "kv_lora_rank", None) or _layer_types(base_of(backbone)) - ATTENTION_LAYERS
+        if key_values is not None and ((encoder and kind not in KEY_VALUE_ENCODERS) or (causal and latent)):
+            raise InputError(
+                f"{_name(backbone)} ({kind}) takes no trained keys and values",
+                remedy=f"Use a prompt of input embeddings, or another model (encoders: {sorted(KEY_VALUE_ENCODERS)})",
             )
         expected = (shape.layers, 2, shape.kv_heads, prompt.length, shape.head_dim)
         if key_values is not None and tuple(key_values.shape) != expected:

@@ -65,7 +65,8 @@ class TextMethod(Method):
 
     def __init__(self, backbone: Model, config: MethodConfig | None = None) -> None:
         super().__init__(backbone, config)
-        keep_checkpointing(self.backbone)
+        if not self.config.backbone_dropout:  # else only while it trains
+            keep_checkpointing(self.backbone)
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.prompt = self.build_prompt()
         self.head: nn.Linear | None = None
@@ -245,7 +246,7 @@ class TextMethod(Method):
         """
         targets = batch["target_ids"]
         if self.backbone.config.is_encoder_decoder:
-            decoder_ids = self.backbone.prepare_decoder_input_ids_from_labels(labels=targets)
+            decoder_ids = _decoder_ids(self.backbone, targets)
             logits = self.model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -339,10 +340,20 @@ class TextMethod(Method):
         logits = self.model(
             encoder_outputs=memory,
             attention_mask=mask.repeat_interleave(c, 0),
-            decoder_input_ids=self.backbone.prepare_decoder_input_ids_from_labels(labels=targets),
+            decoder_input_ids=_decoder_ids(self.backbone, targets),
             use_cache=False,
         ).logits
         return logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0].view(b, c, t)
+
+
+def _decoder_ids(backbone: Model, targets: Tensor) -> Tensor:
+    """What the decoder of an encoder-decoder reads to write `targets` [b, t]: these, one later."""
+    if hasattr(backbone, "prepare_decoder_input_ids_from_labels"):
+        prepared: Tensor = backbone.prepare_decoder_input_ids_from_labels(labels=targets)
+        return prepared
+    config = backbone.config  # M2M-100 and Blenderbot do it in a function of their module
+    first = targets.new_full((len(targets), 1), config.decoder_start_token_id)
+    return torch.cat([first, targets[:, :-1].masked_fill(targets[:, :-1] == -100, config.pad_token_id)], dim=1)
 
 
 def _left_padded(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -377,5 +388,8 @@ def _to_words(backbone: Model, states: Tensor, ids: Tensor | None = None) -> Ten
     if ids is None:
         logits: Tensor = head(states)
         return logits
-    bias = getattr(head, "bias", None)
+    if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
+        whole: Tensor = head(states)  # adapted, quantised or offloaded: its weight is not all of it, or not here
+        return whole[..., ids.to(whole.device)]
+    bias = head.bias
     return F.linear(states, head.weight[ids.to(head.weight.device)], None if bias is None else bias[ids])

@@ -15,7 +15,7 @@ from pt_core.data import few_shot
 from pt_core.errors import InputError
 from pt_core.method import Output
 from pt_core.prompts import Prompt
-from pt_nlp.backbones import is_causal
+from pt_nlp.backbones import device_of, is_causal
 from pt_nlp.methods.prompt_tuning import check_ids
 from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
 
@@ -148,7 +148,7 @@ class Demonstrations(Prompt):
         self.length = len(ids)
 
     def tokens(self) -> Tensor:
-        rows: Tensor = self.embeddings(self.ids.to(self.embeddings.weight.device))
+        rows: Tensor = self.embeddings(self.ids.to(device_of(self.embeddings)))
         return rows
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

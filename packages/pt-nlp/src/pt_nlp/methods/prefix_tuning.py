@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pt_core.attachment import off
 from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt, Prompt
-from pt_nlp.backbones import Shape, base_of, is_causal, shape_of
+from pt_nlp.backbones import Shape, base_of, device_of, is_causal, shape_of
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prompt_tuning import check_ids
 
@@ -118,7 +118,7 @@ class PrefixTuning(TextMethod):
                 field="init_ids",
                 remedy=f"Write a longer text, or set prompt_length to {len(ids)}",
             )
-        tokens = torch.tensor([ids[:length]], device=table.device)
+        tokens = torch.tensor([ids[:length]], device=device_of(self.backbone.get_input_embeddings()))
         with torch.no_grad(), off(self.backbone):
             cache = base_of(self.backbone)(input_ids=tokens, use_cache=True).past_key_values
         return torch.stack([torch.cat([layer.keys, layer.values]).float().cpu() for layer in cache.layers])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.prompts import SoftPrompt, tile
-from pt_nlp.backbones import shape_of
+from pt_nlp.backbones import device_of, shape_of
 from pt_nlp.method import TextConfig, TextMethod
 
 
@@ -110,7 +110,7 @@ def embedded(words: nn.Embedding, ids: Sequence[int] | Tensor) -> Tensor:
     Args:
         words: the backbone's input embeddings.
     """
-    rows: Tensor = words(torch.as_tensor(ids, dtype=torch.long).to(words.weight.device))
+    rows: Tensor = words(torch.as_tensor(ids, dtype=torch.long).to(device_of(words)))
     return rows.float().cpu()
 
 
