@@ -335,3 +335,18 @@ def test_the_harmonic_mean_of_base_and_new_is_that_of_the_field() -> None:
     assert harmonic_mean(61.5, 61.5) == pytest.approx(61.5)
     assert 40 < harmonic_mean(40, 80) < 60
     assert harmonic_mean(0, 80) == harmonic_mean(80, 0) == harmonic_mean(0, 0) == 0
+
+
+def test_equal_logits_count_as_argmax_takes_them():
+    logits, labels = torch.zeros(4, 10), torch.tensor([0, 0, 1, 9])
+    found = evaluate_logits(["accuracy", "micro-f1", "top-5-accuracy"], "multiclass", logits, labels)
+    assert found == {"accuracy": 0.5, "micro-f1": 0.5, "top-5-accuracy": 0.75}
+
+
+def test_rows_without_a_known_label_do_not_match():
+    logits = torch.tensor([[3.0, -3.0], [1.0, 1.0], [2.0, -2.0]])
+    labels = torch.tensor([[0, 1], [-1, -1], [1, -1]])
+    assert evaluate_logits(["exact-match"], "multilabel", logits, labels, missing=-1) == {"exact-match": 0.5}
+    assert math.isnan(
+        evaluate_logits(["exact-match"], "multilabel", logits[1:2], labels[1:2], missing=-1)["exact-match"]
+    )

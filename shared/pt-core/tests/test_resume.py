@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,11 +157,47 @@ def test_several_optimisers_with_momentum_and_plain_numbers_are_resumed(tmp_path
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
-def short(folder, backbone=None, method_config=None, rows=9, validation=True, **changes):
+def short(folder, backbone=None, method_config=None, rows=9, validation=True, ids="a", moved=0.0, **changes):
     backbone = backbone or TinyLM()
     method = TinyPrompt(backbone, TinyPromptConfig(**(method_config or {})))
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(moved)
     run = FitConfig.model_validate(SHORT.model_dump() | changes)
-    return method, fit(method, tiny_split(rows), tiny_split(5, 1) if validation else None, run, folder)
+    train = replace(tiny_split(rows), ids=[f"{ids}/{i}" for i in range(rows)])
+    return method, fit(method, train, tiny_split(5, 1) if validation else None, run, folder)
+
+
+def test_start_values_of_another_device_are_the_same_run(tmp_path):
+    _, first = short(tmp_path)
+    assert short(tmp_path, moved=1e-7)[1].metrics == first.metrics
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors", "metrics.jsonl", "best"])
+def test_a_damaged_folder_is_named(name, tmp_path):
+    short(tmp_path)
+    file = next(path for path in tmp_path.rglob("*") if path.name.startswith(name))
+    if name == "best":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-20] + b"}{")
+    with pytest.raises(InputError, match="cannot be read .* Delete the run's folder"):
+        short(tmp_path)
+
+
+def test_a_log_that_became_shorter_is_not_filled_up(tmp_path):
+    short(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    assert len(short(tmp_path)[1].history) == len(lines) - 1
+    assert file.read_text() == "".join(lines[:-1])
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="the output folder is a file"):
+        short(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -170,8 +207,10 @@ def short(folder, backbone=None, method_config=None, rows=9, validation=True, **
         ({"seed": 1}, "config.seed: 0 there, 1 here"),
         ({"max_steps": 8}, "config.max_steps: 6 there, 8 here; total_steps: 6 there, 8 here"),
         ({"method_config": {"lr": 0.2}}, "method_config.lr: 0.1 there, 0.2 here"),
-        ({"rows": 8}, "train_rows: 9 there, 8 here"),
-        ({"validation": False}, "validation_rows: 5 there, None here"),
+        ({"rows": 8}, "train: '9 rows ("),
+        ({"ids": "b"}, "train: '9 rows ("),
+        ({"validation": False}, "validation: '5 rows ("),
+        ({"moved": 0.5}, "start.bias: [0.0, 0.0] there, ["),
         ({"backbone": TinyLM(seed=1)}, "backbone: '"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -8,6 +8,7 @@ import random
 import re
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from pt_core import training
+from pt_core import metrics, training
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Loss, Method, Output
@@ -925,3 +926,84 @@ def test_logits_that_are_nan_in_an_evaluation_stop_the_run_with_its_step():
     config = FitConfig(max_steps=4, batch_size=4, evaluate_every=2, progress=False, device="cpu")
     with pytest.raises(NonFiniteLoss, match=r"row 1: the logits are NaN at step 2\. Lower the learning rate"):
         fit(method, tiny_split(8), tiny_split(4, 1), config, after_step=lambda step: spoil(step) if step == 2 else None)
+
+
+def test_a_run_begins_without_gradients_of_another():
+    x, y = pairs([1.0, 2.0], [2.0, 4.0]), config(max_steps=1, batch_size=2, lr=0.1, optimiser="sgd")
+    fresh, used = line(), line()
+    for parameter in used.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    fit(fresh, x, None, y)
+    fit(used, x, None, y)  # one of no number would stop it
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), used.parameters(), strict=True))
+
+
+def test_weight_decay_is_that_of_the_run():
+    ends = []
+    for decay in (0.0, 0.5):
+        method = line()
+        method.w.data.fill_(3.0)
+        fit(method, pairs([0.0], [1.0]), None, config(max_steps=1, weight_decay=decay))
+        ends.append(float(method.w))
+    assert ends == [3.0, pytest.approx(3.0 * (1 - 0.5 * 0.5))]  # no gradient, and a rate of its own
+
+
+def test_a_metric_of_ones_own_says_which_way_is_better():
+    best = []
+    for larger in (None, False):
+        loop, _ = recorded([0.9, 0.5, 0.3], "regret", larger_is_better=larger)
+        best.append(loop.state.best_value)
+    assert best == [0.9, 0.3]
+    assert not metrics.higher_is_better("validation/wer")
+
+
+def test_a_tie_is_no_gain():
+    loop, _ = recorded([0.5, 0.5, 0.5], patience=2)
+    assert (loop.state.best_step, loop.state.bad, loop.state.stopped) == (1, 2, True)
+
+
+def test_a_batch_without_terms_changes_nothing_and_stops_nothing():
+    class Sometimes(Line):
+        def loss(self, batch):
+            known = (batch["labels"] > 0).float()
+            return Loss(((self(batch).logits[:, 0] - batch["labels"]) ** 2 * known).sum(), known.sum())
+
+    method = Sometimes(nn.Identity())
+    with pytest.warns(NotLearning, match="no gradient"):
+        fit(method, pairs([1.0, 2.0], [-1.0, -2.0]), None, config(max_steps=2, batch_size=1, optimiser="sgd"))
+    assert (float(method.w), float(method.b)) == (0.0, 0.0)
+
+
+def test_where_gradients_are_off_the_run_says_so():
+    with torch.no_grad(), pytest.raises(InputError, match="gradients are switched off here"):
+        fit(line(), pairs([1.0], [2.0]), None, config(max_steps=1))
+
+
+def test_a_method_that_trains_nothing_is_evaluated_as_a_run_is(monkeypatch):
+    seen = []
+
+    class Still(Line):
+        trains = False
+
+        def forward(self, batch):
+            seen.append((self.training, torch.is_autocast_enabled("cpu")))
+            return super().forward(batch)
+
+    method = Still(nn.Identity())
+    fit(method, pairs([1.0], [2.0]), pairs([1.0], [2.0], metrics=("mae",)), config(max_steps=1, precision="bf16"))
+    assert seen and set(seen) == {(False, True)} and not method.training
+
+
+def test_an_evaluation_that_breaks_off_puts_the_mode_back_and_scores_are_numbers():
+    def score(method, split):
+        return {"own": np.float32(0.5)}
+
+    def broken(method, split):
+        raise RuntimeError("no")
+
+    method = line().train()
+    rows = pairs([1.0], [2.0])
+    assert type(evaluate(method, replace(rows, scorer=score))["own"]) is float
+    with pytest.raises(RuntimeError, match="no"):
+        evaluate(method, replace(rows, scorer=broken))
+    assert method.training

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from pt_core.errors import InputError
 
-LOWER_IS_BETTER = frozenset({"loss", "error", "calibration-error", "mae", "rmse", "perplexity"})
+LOWER_IS_BETTER = frozenset(
+    {"loss", "error", "calibration-error", "mae", "mse", "rmse", "perplexity", "nll", "wer", "cer", "error-rate"}
+)
 
 
 def higher_is_better(name: str) -> bool:
@@ -29,10 +31,12 @@ def higher_is_better(name: str) -> bool:
 
 
 def _accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
-    """Share of rows whose label is among the k largest logits."""
+    """Share of rows whose label is among the k largest logits; of equal logits the first counts as the largest."""
     if k > 1 and logits.shape[1] <= k:
         raise InputError(f"top-{k} accuracy of {logits.shape[1]} classes is always 1", remedy="Use accuracy")
-    return (logits.topk(k).indices == labels[:, None]).any(1).double().mean()
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return (((logits > own) | ((logits == own) & earlier)).sum(1) < k).double().mean()
 
 
 def _balanced_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -70,6 +74,14 @@ def _multilabel(function: str, logits: Tensor, labels: Tensor, **options: str) -
     metric = getattr(_torchmetrics(), function)
     value: Tensor = metric(predicted, labels, labels.shape[1], ignore_index=-1, validate_args=False, **options)
     return value
+
+
+def _multilabel_exact_match(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of rows with all known labels right; rows without a known label do not count."""
+    known = (labels != -1).any(1)
+    if not known.any():
+        return torch.tensor(math.nan)
+    return _multilabel("multilabel_exact_match", logits[known], labels[known])
 
 
 # Ranking, per class
@@ -169,7 +181,7 @@ METRICS: dict[str, dict[str, Callable[[Any, Any], Tensor | float]]] = {
     },
     "multilabel": {
         "accuracy": partial(_multilabel, "multilabel_accuracy", average="micro"),
-        "exact-match": partial(_multilabel, "multilabel_exact_match"),
+        "exact-match": _multilabel_exact_match,
         "macro-f1": partial(_multilabel, "multilabel_f1_score", average="macro"),
         "micro-f1": partial(_multilabel, "multilabel_f1_score", average="micro"),
         "roc-auc": partial(_class_mean, "binary_auroc"),

@@ -21,6 +21,7 @@ Loops of another shape are written out of the same parts:
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -31,7 +32,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from accelerate.utils import gather_object, send_to_device
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -87,6 +89,9 @@ class FitConfig(BaseModel):
         description="validation metric that picks the best step and stops early; default: the loss, or (of a method "
         "without one) the first metric",
     )
+    larger_is_better: bool | None = Field(
+        default=None, description="of the monitored metric; default: by its name (`pt_core.metrics.higher_is_better`)"
+    )
     patience: int | None = Field(default=None, ge=1, description="evaluations without gain before the run stops")
     min_delta: float = Field(default=0.0, ge=0, description="what counts as a gain")
     interrupt_below: float | None = Field(
@@ -110,7 +115,8 @@ class FitConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
             raise ValueError("true and false are no value of this setting")  # pydantic would take true for 1
         return value
 
@@ -153,7 +159,7 @@ def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | Non
         epoch = step * epochs // total
         if schedule == "epoch-cosine":
             if epoch == 0:
-                return 1e-5 / lr
+                return 1e-5 / lr if lr else 0.0
             epoch -= 1
         return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     if schedule == "exponential":
@@ -316,6 +322,8 @@ class Loop:
                 remedy="Give epochs, not max_steps",
                 field="epochs",
             )
+        for optimiser in self.optimisers.values():  # of a run that broke off, or of the caller
+            optimiser.zero_grad(set_to_none=True)
         self.state = _State()
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] | None = None
@@ -331,6 +339,8 @@ class Loop:
         self._suspect: tuple[Tensor, int, list[Any]] | None = None
         if self.folder is not None:
             self._identity = json.loads(json.dumps(self._describe_run() | dict(identity or {})))
+            if self.folder.exists() and not self.folder.is_dir():
+                raise InputError("the output folder is a file", remedy="Choose another one", file=self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._resume()
         self._first_update = self.state.step == 0
@@ -372,8 +382,7 @@ class Loop:
     @contextmanager
     def passes(self) -> Iterator[None]:
         """Context of the passes: bf16 autocast if the run asks for it, and packed frozen weights."""
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16) if bf16 else nullcontext(), self._packed:
+        with _autocast(self.config.precision, self.device), self._packed:
             yield
 
     def to_device(self, batch: Any) -> Any:
@@ -397,6 +406,8 @@ class Loop:
             InputError: the loss does not depend on anything trained, or couples rows and would be accumulated or split.
         """
         if not loss.total.requires_grad:
+            if not torch.is_grad_enabled():
+                raise InputError("gradients are switched off here", remedy="Train outside of torch.no_grad()")
             raise InputError(
                 f"the loss of {self.method.name} does not depend on anything that is trained",
                 remedy="Check that the prompt is attached, used, and not empty",
@@ -446,8 +457,8 @@ class Loop:
         total, count = sums
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self._reads_late or float(count) != 1:  # a pass over a large critic that need not be made
-            for gradient in gradients:
-                gradient.div_(count.to(gradient.device))
+            for gradient in gradients:  # which are zero where no term is counted (no row has a label)
+                gradient.div_(torch.where(count == 0, 1, count).to(gradient.device))
         norm = torch.nn.utils.get_total_norm(gradients).to(self.device)
         finite = torch.isfinite(total) & torch.isfinite(norm)
         self._check_finite()
@@ -496,7 +507,7 @@ class Loop:
 
         Args:
             metrics: by name; the configuration's `monitor` must be among them. One that is NaN is never the best.
-            larger_is_better: default: by the metric's name (see `pt_core.metrics`).
+            larger_is_better: default: as the configuration says, or by the metric's name (see `pt_core.metrics`).
         """
         self._check_finite()
         state, config = self.state, self.config
@@ -507,7 +518,9 @@ class Loop:
                 remedy=f"Choose one of: {', '.join(sorted(metrics)) or 'there are none'}",
                 field="monitor",
             )
-        larger = larger_is_better if larger_is_better is not None else higher_is_better(monitor)
+        larger = next(
+            (x for x in (larger_is_better, config.larger_is_better) if x is not None), higher_is_better(monitor)
+        )
         value, sign = metrics[monitor], 1 if larger else -1
         gain = math.inf if state.best_value is None else (value - state.best_value) * sign
         state.monitor, state.last_metrics = monitor, dict(metrics)
@@ -665,6 +678,7 @@ class Loop:
             "optimisers": list(self.optimisers),
             "backbone": weights,
             "tensors": {name: list(tensor.shape) for name, tensor in method.trained_state().items()},
+            "start": {name: _sums(tensor) for name, tensor in method.trained_state().items()},
         }
 
     def _checkpoints(self) -> list[Path]:
@@ -720,24 +734,30 @@ class Loop:
         assert self.folder is not None
         log = self.folder / "metrics.jsonl"
         kept = self._checkpoints()
-        content = json.loads((kept[-1] / "state.json").read_text("utf-8")) if kept else {}
-        if content:
-            self._refuse_another_run(content["identity"])
-            self._load(load_file(kept[-1] / "state.safetensors"), content)
+        if kept:
+            with _whole(kept[-1]):
+                content = json.loads((kept[-1] / "state.json").read_text("utf-8"))
+                tensors = load_file(kept[-1] / "state.safetensors")
+                identity = content["identity"]
+            self._refuse_another_run(identity)
+            with _whole(kept[-1]):
+                self._load(tensors, content)
         if self.main:
             for leftover in [*self.folder.glob(".checkpoint-*"), *self.folder.glob(".best-*")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if log.exists():
-                os.truncate(log, self.state.log_offset)  # what was logged after the checkpoint will be logged again
+                # What was logged after the checkpoint will be logged again.
+                os.truncate(log, min(self.state.log_offset, log.stat().st_size))
         self.accelerator.wait_for_everyone()
-        self.history = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+        with _whole(log):
+            self.history = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
 
     def _refuse_another_run(self, identity: Mapping[str, Any]) -> None:
         theirs, ours = flat(identity), flat(self._identity)
         changed = [
             f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
             for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key)
+            if not _alike(theirs.get(key), ours.get(key))
         ]
         if changed:
             raise InputError(
@@ -761,6 +781,21 @@ class Loop:
         self.state = _State(**content["state"])
         if self.config.keep_best and self.state.best_value is not None:
             self.best = load_file(self._best_file())
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Reads a part of a run's folder: what cannot be read is damaged, not the reader."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"this part of a run cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
+            remedy="Delete the run's folder to start again",
+            file=path,
+        ) from error
 
 
 def device_of(config: FitConfig) -> torch.device:
@@ -787,6 +822,20 @@ def _accelerator(config: FitConfig, folder: Path | None) -> tuple[Accelerator, t
     return accelerator, torch.device("cpu") if on_cpu else accelerator.device
 
 
+def _sums(tensor: Tensor) -> list[float]:
+    """Two numbers that tell a tensor from others, as far as rounding goes."""
+    values = tensor.detach().double().flatten()
+    return [float(values.norm()), float((values * torch.linspace(-1, 1, len(values)).to(values)).sum())]
+
+
+def _alike(theirs: Any, ours: Any) -> bool:
+    """Equality, for lists of floats up to rounding: start values may come from another device."""
+    if isinstance(theirs, list) and isinstance(ours, list) and all(isinstance(x, float) for x in [*theirs, *ours]):
+        scale = 1e-4 * max((abs(x) for x in theirs), default=0.0) + 1e-6
+        return len(theirs) == len(ours) and all(abs(a - b) <= scale for a, b in zip(theirs, ours, strict=True))
+    return bool(theirs == ours)
+
+
 def _part(rows: list[int], accelerator: Accelerator) -> list[int]:
     """This process's contiguous part of `rows`."""
     return [int(i) for i in np.array_split(np.asarray(rows), accelerator.num_processes)[accelerator.process_index]]
@@ -804,6 +853,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
 
 
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
 @torch.no_grad()
 def evaluate(
     method: Method,
@@ -811,6 +864,7 @@ def evaluate(
     batch_size: int = 32,
     device: torch.device | None = None,
     accelerator: Accelerator | None = None,
+    precision: Literal["float32", "bf16"] = "float32",
 ) -> dict[str, float]:
     """Metrics of a method on a split: the split's own scorer if it has one, else its metrics on the logits, and the loss.
 
@@ -821,6 +875,7 @@ def evaluate(
         device: where the batches go; default: where the method is.
         accelerator: of several processes. Each computes its share of the rows, all get the same numbers. A scorer is
             not split: all processes run it, and the main one's numbers count.
+        precision: of the passes; bf16 by autocast, as in a run.
 
     Returns:
         Metric name -> value; `loss` is the mean over the loss's own terms (over batches, if the loss couples rows).
@@ -832,39 +887,41 @@ def evaluate(
         tensors = itertools.chain(method.parameters(), method.backbone.parameters())
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     was_training = method.training
-    method.eval()
     on_logits = bool(split.metrics) and split.scorer is None
     source = method.loss_comes_from()
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     total, count = 0.0, 0.0
-    rows = list(range(len(split)))
-    for batch in split.batches(batch_size, rows if accelerator is None else _part(rows, accelerator)):
-        batch = send_to_device(batch, device)
-        output = method(batch) if on_logits else None
-        if source is not None:
-            loss = method.loss_of(output, batch) if source == "output" and output is not None else None
-            loss = method.loss(batch) if loss is None else loss
-            total, count = total + float(loss.total), count + float(loss.count)
-        if output is not None:
-            if output.logits is None:
-                raise InputError(f"{method.name} gives no logits for the metrics {', '.join(split.metrics)}")
-            logits.append(output.logits.float().cpu())
-            labels.append(torch.as_tensor(batch["labels"]).cpu())
-    scores = split.scorer(method, split) if split.scorer is not None else {}
+    with ExitStack() as context:
+        context.callback(method.train, was_training)
+        context.enter_context(_autocast(precision, device))
+        method.eval()
+        rows = list(range(len(split)))
+        for batch in split.batches(batch_size, rows if accelerator is None else _part(rows, accelerator)):
+            batch = send_to_device(batch, device)
+            output = method(batch) if on_logits else None
+            if source is not None:
+                loss = method.loss_of(output, batch) if source == "output" and output is not None else None
+                loss = method.loss(batch) if loss is None else loss
+                total, count = total + float(loss.total), count + float(loss.count)
+            if output is not None:
+                if output.logits is None:
+                    raise InputError(f"{method.name} gives no logits for the metrics {', '.join(split.metrics)}")
+                logits.append(output.logits.float().cpu())
+                labels.append(torch.as_tensor(batch["labels"]).cpu())
+        scores = split.scorer(method, split) if split.scorer is not None else {}
     if accelerator is not None and accelerator.num_processes > 1:
         gathered = gather_object([(total, count, logits, labels, scores)])
         totals, counts, all_logits, all_labels, all_scores = zip(*gathered, strict=True)
         total, count, scores = sum(totals), sum(counts), all_scores[0]
         logits, labels = list(itertools.chain(*all_logits)), list(itertools.chain(*all_labels))
-    method.train(was_training)
     results = {"loss": total / count} if count else {}
     if on_logits:
         found = torch.cat(logits)
         if len(bad := found.isnan().nonzero()):
             raise NonFiniteLoss(f"evaluation, row {int(bad[0, 0]) + 1}: the logits are NaN")
         results |= evaluate_logits(split.metrics, split.task, found, torch.cat(labels), split.missing)
-    return results | scores
+    return results | {name: float(value) for name, value in scores.items()}
 
 
 def fit(
@@ -896,14 +953,16 @@ def fit(
     config = config or FitConfig(epochs=10)
     check_fit(method, train, validation, config)
     if not method.trains:
-        method.place(_accelerator(config, Path(output_dir) if output_dir is not None else None)[1])
-        metrics = evaluate(method, validation, config.eval_batch_size) if validation is not None else {}
+        accelerator, device = _accelerator(config, Path(output_dir) if output_dir is not None else None)
+        method.place(device).eval()
+        options = {"device": device, "accelerator": accelerator, "precision": config.precision}
+        metrics = evaluate(method, validation, config.eval_batch_size, **options) if validation is not None else {}
         return FitResult(0, 0, metrics, [], 0.0, False)
     lengths = list(train.lengths) if config.bucket_by_length and train.lengths is not None else None
     plan = BatchPlan(len(train), config.batch_size, config.seed, lengths)
     total = config.max_steps or plan.per_epoch * (config.epochs or 1)
     every = config.evaluate_every or plan.per_epoch
-    identity = {"train_rows": len(train), "validation_rows": len(validation) if validation is not None else None}
+    identity = {"train": described(train), "validation": None if validation is None else described(validation)}
     loop = Loop(method, config, output_dir, total_steps=total, identity=identity)
     method.train()
     try:
@@ -923,6 +982,12 @@ def fit(
         method.eval()  # others may go on with the backbone
         raise
     return loop.finish()
+
+
+def described(split: Split) -> str:
+    """What tells a split from others without reading its rows."""
+    named = json.dumps([None if x is None else list(x) for x in (split.ids, split.lengths)], default=str)
+    return f"{len(split)} rows ({hashlib.sha256(named.encode()).hexdigest()[:12]})"
 
 
 def backward(loop: Loop, train: Split, rows: list[int]) -> None:

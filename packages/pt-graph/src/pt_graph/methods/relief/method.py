@@ -18,7 +18,7 @@ from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
 from pt_core.metrics import evaluate_logits
-from pt_core.training import FitConfig, FitResult, Loop, NotLearning, check_fit
+from pt_core.training import FitConfig, FitResult, Loop, NotLearning, check_fit, described
 from pt_graph.backbones import GraphBackbone, dropping
 from pt_graph.method import GraphMethod, label_loss
 from pt_graph.methods.relief.config import RELIEFConfig
@@ -202,7 +202,7 @@ class RELIEF(GraphMethod):
         total = config.max_steps or config.epochs or 1
         every = config.evaluate_every or (2 if c.level == "node" else 1)
         first = min(c.first_best_epoch, total)
-        identity = {"train_rows": len(train), "validation_rows": len(validation) if validation is not None else None}
+        identity = {"train": described(train), "validation": None if validation is None else described(validation)}
         try:
             loop = Loop(self, config, output_dir, total_steps=total, identity=identity)
             order = shuffled(labelled, config.seed if c.split_seed is None else c.split_seed)
