@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -136,10 +137,10 @@ class DualEncoder(nn.Module):
             self.names = nn.Parameter(torch.randn(3, 2, 8))
             self.text = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
             self.image = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.GELU(), nn.Linear(8, 8))
-        self.image_rows = 0
+        self.image_rows = Counter()
 
     def encode_image(self, images):
-        self.image_rows += len(images)
+        self.image_rows.update(rows=len(images))
         return F.normalize(self.image(images), dim=-1)
 
     def encode_text(self, tokens):
@@ -278,7 +279,7 @@ def test_reinforcement_learns_and_reads_accuracy_without_a_loss():
 def test_images_pass_through_their_frozen_tower_once():
     backbone, method = dual(Context)(0)
     method.fit(images(11, 0), images(7, 1), SHORT.model_copy(update={"max_steps": 30}))
-    assert backbone.image_rows == 11 + 7
+    assert backbone.image_rows["rows"] == 11 + 7
 
 
 def test_what_is_skipped_is_printed(tmp_path, capsys):
@@ -379,6 +380,24 @@ class CountsRowsForTokens(TinyPrompt):
         return Loss(loss.value, 1)
 
 
+class CentresWhileItTrains(TinyPrompt):
+    def logits(self, batch):
+        logits = super().logits(batch)
+        return logits - logits.mean(0) if self.training else logits
+
+
+class GivesMeansForParts(TinyPrompt):
+    def loss(self, batch):
+        loss = super().loss(batch)
+        return Loss(loss.total, loss.count, {"of-words": loss.value})
+
+
+class LeavesARate(TinyPrompt):
+    def __init__(self, backbone, config=None):
+        super().__init__(backbone, config)
+        backbone.dropout.p = 0.0
+
+
 class LeavesAHook(TinyPrompt):
     def __init__(self, backbone, config=None):
         super().__init__(backbone, config)
@@ -415,6 +434,9 @@ BROKEN = [
     (MindsPackedWeights, "packed_weights_give_the_same_step", "not close"),
     (CentresTheBatch, "batch_mates_do_not_change_a_row", "not close"),
     (CountsRowsForTokens, "the_loss_is_a_sum_over_rows", ""),
+    (CentresWhileItTrains, "the_loss_is_a_sum_over_rows", "total, with training=True: .*not close"),
+    (GivesMeansForParts, "the_loss_is_a_sum_over_rows", "of-words, with training=False: .*not close"),
+    (LeavesARate, "removing_restores_the_backbone", "left behind: .*'p': 0.0"),
     (LeavesAHook, "removing_restores_the_backbone", "left behind: .*head: Linear.*hooks 1"),
     (LeavesThePrompt, "removing_restores_the_backbone", "left behind: .*_pt_attached.*forward"),
     (SaysItDoesNotTrain, "what_does_not_train_says_so", "has 36 trainable values"),

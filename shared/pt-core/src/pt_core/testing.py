@@ -17,6 +17,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast
 from unittest import mock
@@ -305,21 +306,36 @@ def batch_mates_do_not_change_a_row(case: Case, folder: Path) -> None:
 
 
 def the_loss_is_a_sum_over_rows(case: Case, folder: Path) -> None:
-    """Totals and counts of single rows add up to those of their batch, so that accumulation equals the large batch."""
+    """Totals, counts and parts of single rows add up to those of their batch: accumulation equals the large batch.
+
+    In training mode too, but for dropout, unless random numbers are drawn for other things or the backbone trains as well.
+    """
     _, method = case.make(0)
     if method.loss_comes_from() is None:
         case.skip("it is not trained by a loss of a batch")
     if case.random_loss or case.mixes_rows:
         case.skip("its loss is random" if case.random_loss else "rows of its batches influence each other by design")
-    method.eval()
-    with torch.no_grad():
-        batch = method.loss(_batch(case))
-        if not batch.decomposes:
-            case.skip("its loss declares that it couples rows")
-        alone = [method.loss(_batch(case, [i])) for i in range(_rows(case))]
-    assert float(sum(loss.count for loss in alone)) == float(batch.count)
-    total = torch.stack([loss.total for loss in alone]).sum()
-    torch.testing.assert_close(total, batch.total, rtol=10 * case.tolerance, atol=10 * case.tolerance)
+    for training in (False, True) if method.frozen_backbone else (False,):
+        method.train(training)
+        for module in method.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
+        torch.manual_seed(0)
+        drawn = torch.get_rng_state()
+        with torch.no_grad():
+            batch = method.loss(_batch(case))
+            if not batch.decomposes:
+                case.skip("its loss declares that it couples rows")
+            alone = [method.loss(_batch(case, [i])) for i in range(_rows(case))]
+        if training and not torch.equal(torch.get_rng_state(), drawn):
+            return
+        mode = f"with training={training}"
+        assert float(sum(loss.count for loss in alone)) == float(batch.count), mode
+        sums = {"total": torch.stack([loss.total for loss in alone]).sum()}
+        sums |= {name: torch.stack([loss.parts[name] for loss in alone]).sum() for name in batch.parts}
+        for name, value in sums.items():
+            wanted, off = batch.parts.get(name, batch.total), 10 * case.tolerance
+            torch.testing.assert_close(value, wanted, rtol=off, atol=off, msg=partial("{}, {}: {}".format, name, mode))
 
 
 def removing_restores_the_backbone(case: Case, folder: Path) -> None:
@@ -471,11 +487,19 @@ def _look(backbone: nn.Module, probe: Callable[[nn.Module], Tensor] | None) -> t
         for parameter, want in wanted:
             parameter.requires_grad = want
     parts = [
-        f"{name}: {type(module).__qualname__}, {sorted(module.__dict__)}, "
+        f"{name}: {type(module).__qualname__}, {sorted(module.__dict__)}, {_plain(module)}, "
         f"hooks {sum(len(v) for k, v in module.__dict__.items() if k.endswith('_hooks'))}"
         for name, module in backbone.named_modules()
     ]
     return parts, snapshot(backbone), output
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Settings of a module: its attributes that are plain values, but for the mode it is in."""
+    kinds = (bool, int, float, str, tuple)
+    return {
+        name: value for name, value in sorted(vars(module).items()) if isinstance(value, kinds) and name != "training"
+    }
 
 
 # --- a tiny model, its family and a method on it ---------------------------------------------------------------------
@@ -588,6 +612,7 @@ class TinyPrompt(Method):
         logits, wanted = self.logits(batch)[:, :-1], batch["input_ids"][:, 1:]
         if self.training:
             self.rows_seen += len(wanted)
+        if self.training and self.config.noise:
             drawn = random.random() + float(np.random.rand())
             logits = logits + self.config.noise * (drawn * logits + torch.randn(logits.shape).to(logits))
         count = (wanted != 0).sum()
