@@ -12,7 +12,8 @@ the forward of the base model only, so that heads, losses, `generate`, pipelines
   prompt and text: rows do not depend on the padding that others need.
 - Where neither the cache nor states at padding are asked for (`reads`, as methods do in training), prompt and texts pass such
   a model as one row without padding (pt_nlp.one_row).
-- Encoders and encoder-decoders are bidirectional where the prompt enters: they always take the plain path.
+- Encoders and encoder-decoders are bidirectional where the prompt enters: they always take the plain path. In encoders without
+  a table of positions distances are counted in slots: there, too, padding on the left stands in front of the prompt.
 - Keys and values (prefix tuning, P-tuning v2) enter as a filled cache; causal models and encoder-decoders put them in front
   of the decoder's self-attention, BERT-like encoders in front of every layer's.
 

@@ -669,6 +669,7 @@ class Loop:
         weights = None
         if method.frozen_backbone and not any(p.is_meta for p in method.backbone.parameters()):
             weights = fingerprint(method.backbone, full=False)  # asked at the start of every run
+        start = method.trained_state() if method.frozen_backbone else {}  # a backbone that is trained is in the checkpoint
         return {
             "method": method.name,
             "method_config": method.config.model_dump(mode="json"),
@@ -678,7 +679,7 @@ class Loop:
             "optimisers": list(self.optimisers),
             "backbone": weights,
             "tensors": {name: list(tensor.shape) for name, tensor in method.trained_state().items()},
-            "start": {name: _sums(tensor) for name, tensor in method.trained_state().items()},
+            "start": {name: _sums(tensor) for name, tensor in start.items()},
         }
 
     def _checkpoints(self) -> list[Path]:
