@@ -238,6 +238,11 @@ def test_images_in_memory_are_known_by_their_bytes() -> None:
         ({"train": None, "test": None, "icons": {}, "class_names": NAMES}, "have class names of their own"),
         ({"targets": {"other": {"icons": {}, "class_names": NAMES}}}, "have class names of their own"),
         ({"targets": {"other": {"icons": {}, "templates": "a photo"}}}, "needs one {}"),
+        ({"targets": {"new": {"icons": {}}}, "protocol": "base-to-new"}, "'new' is what a result of the protocols is"),
+        (
+            {"targets": {"others": {"icons": {}}, "more": {"icons": {}}}},
+            "'others' is what a result of the protocols is",
+        ),
     ],
 )
 def test_bad_settings_are_refused(folder: Path, data: dict[str, Any], problem: str) -> None:

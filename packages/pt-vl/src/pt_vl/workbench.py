@@ -163,6 +163,14 @@ class VLData(Images):
         {}, description="data sets, each with its own classes, that `pt transfer` trains on and transfers between"
     )
 
+    @field_validator("targets")
+    @classmethod
+    def _names_of_results(cls, targets: dict[str, Images]) -> dict[str, Images]:
+        for name in ("base", "new", "harmonic-mean", "others"):
+            if name in targets:
+                raise ValueError(f"{name!r} is what a result of the protocols is called: give the target another name")
+        return targets
+
     @property
     def only_tasks(self) -> bool:
         """Whether there are no images beside those of the tasks."""
