@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pt_core import FitConfig
+from pt_core import FitConfig, InputError
 from pt_core.data import Split
 from pt_core.tokens import Tokens
 from pt_vl.method import Stacked
@@ -144,6 +144,49 @@ def test_every_run_starts_with_the_alphas_of_the_configuration(make_encoder: Cal
     twice.fit(images(), None, run())
     torch.testing.assert_close(seen[0], torch.tensor([twice.config.alpha_text, twice.config.alpha_image]))
     assert float(twice.alphas[0]) > 0.1
+
+
+def test_the_first_step_of_every_run_has_no_shift(make_encoder: Callable[..., Any], tmp_path: Path) -> None:
+    method, config = restore(make_encoder(), lr=0.5), run(schedule="constant", optimiser="sgd", checkpoint_every=2)
+    method.fit(images(), None, config)
+    assert float((method.norms() / method.anchors - 1).abs().max()) > 0.01
+    start = {name: tensor.clone() for name, tensor in method.trained_state().items()}
+    history = method.fit(images(), None, config, tmp_path / "run").history
+    assert history[0]["feature_shift"] < 1e-9 < history[-1]["feature_shift"]
+    # a run that is resumed keeps the norms that it started with
+    stopped, whole = restore(make_encoder(), lr=0.5), restore(make_encoder(), lr=0.5)
+    for each in (stopped, whole):
+        each.load_trained_state(start)
+    whole.fit(images(), None, config)
+    folder = tmp_path / "stopped"
+    original = stopped.loss
+    calls: list[int] = []
+
+    def loss(batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(batch)
+
+    stopped.loss = loss  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(images(), None, config, folder)
+    resumed = restore(make_encoder(), lr=0.5)
+    resumed.fit(images(), None, config, folder)
+    for name, tensor in whole.trained_state().items():
+        torch.testing.assert_close(resumed.trained_state()[name], tensor, msg=name)
+
+
+def test_the_shift_of_features_is_one_of_the_whole_batch(make_encoder: Callable[..., Any]) -> None:
+    for shift, depth in (("feature", 3), ("gram", 3), ("feature", 1)):
+        method, config = restore(make_encoder(), shift=shift, depth=depth), run(batch_size=6, micro_batch_size=2)
+        if (shift, depth) == ("feature", 3):
+            with pytest.raises(
+                InputError, match="restore couples the rows of a batch: it cannot be accumulated or split"
+            ):
+                method.fit(images(), None, config)
+        else:
+            method.fit(images(), None, config)
 
 
 def test_start_norms_and_alphas_are_saved(make_encoder: Callable[..., Any], tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ class RESTORE(MaPLe):
     Fidelity: the released code (trainer MaPLe_FSA). Start norms and alphas are buffers and so part of every checkpoint, where
     the code keeps attributes that a resumed run would set anew. The dynamic surgery may be continuous in the paper (not
     known); the code makes it once, and so does this, in every run anew: one that goes on from trained prompts (a transfer)
-    starts with the configuration's alphas again.
+    starts with the configuration's alphas, and measures its prompts against the norms that they come with. `shift="feature"`
+    is a ratio of means over the batch, which does not decompose: it is refused with micro-batches and several processes.
 
     Reference: RESTORE: Towards Feature Shift for Vision-Language Prompt Learning. arXiv 2403.06136, 2024.
     """
@@ -120,13 +121,17 @@ class RESTORE(MaPLe):
         return torch.stack([self._text_shift(), self._image_shift(batch["pixels"])])
 
     def loss_of(self, output: Output, batch: Batch) -> Loss:
-        """CE + gamma * feature-shift term, summed over rows (the second is the same for each)."""
+        """CE + gamma * feature-shift term, summed over rows (the second is the same for each).
+
+        The shift of features is one of the whole batch.
+        """
         loss = super().loss_of(output, batch)
         rows = loss.count
         text, image = self.shifts(batch)
         term = (text - image).square().sum() * rows
         parts = {"cross_entropy": loss.total, "feature_shift": term}
-        return Loss(loss.total + self.config.gamma * term, rows, parts)
+        whole = self.config.shift == "feature" and self.config.depth > 1
+        return Loss(loss.total + self.config.gamma * term, rows, parts, decomposes=not whole)
 
     # --- the paper's notion of shift --------------------------------------------------------------------------------
     def _text_shift(self) -> Tensor:
@@ -178,8 +183,11 @@ class RESTORE(MaPLe):
     ) -> FitResult:
         """Supervised training; alphas grow once, when epoch floor(E / 3), counted from 0, has ended."""
         config = config or self.published(train)
-        with torch.no_grad():  # every run starts from the configuration's, also one that goes on from trained prompts
+        with (
+            torch.no_grad()
+        ):  # every run starts so, also one that goes on from trained prompts; one resumed loads its own
             self.alphas.copy_(self.alphas.new_tensor([self.config.alpha_text, self.config.alpha_image]))
+            self.anchors.copy_(self.norms())
         per_epoch = math.ceil(len(train) / min(config.batch_size, len(train)))
         epochs = config.epochs or math.ceil((config.max_steps or 1) / per_epoch)
         due = min((epochs // 3 + 1) * per_epoch, config.max_steps or epochs * per_epoch)
