@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from pt_core import FitConfig, InputError
@@ -232,6 +233,12 @@ def test_the_tower_stays_as_it_was_and_gets_no_gradient(make_encoder: Callable[.
     ramt(encoder, lr=2e-3).fit(images(), None, run())
     for name, parameter in encoder.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None, name
+
+
+@pytest.mark.parametrize("threshold", [-0.005, 1.0])
+def test_a_threshold_that_does_not_tell_bits_apart_is_refused(threshold: float) -> None:
+    with pytest.raises(ValidationError, match="threshold"):
+        RAMTConfig(class_names=NAMES, threshold=threshold)
 
 
 def test_a_packed_mask_of_another_tower_is_refused(make_encoder: Callable[..., Any]) -> None:

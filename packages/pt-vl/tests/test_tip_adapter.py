@@ -97,6 +97,21 @@ def test_the_trained_form_starts_where_the_other_is_and_trains_its_keys_only(mak
     assert trained.labels.tolist() == fixed.labels.tolist()
 
 
+def test_every_run_starts_with_the_alpha_and_beta_of_the_configuration(make_encoder: Callable[..., Any]) -> None:
+    method = tip(make_encoder())
+    method.fit(images(), images(12, seed=5), RUN)
+    start = torch.tensor([1.17, 1.0])
+    assert not torch.equal(method.strength, start), "searched"
+    method.fit(images(), None, RUN)
+    assert torch.equal(method.strength, start)
+    trained = tip(make_encoder(), TipAdapterF, lr=0.05)
+    keys = []
+    for _ in range(2):
+        trained.fit(images(), images(12, seed=5), RUN)
+        keys.append(trained.keys.detach().clone())
+    assert torch.equal(*keys), "the second run is the first one again"
+
+
 def test_the_trained_form_takes_the_optimiser_of_its_run(make_encoder: Callable[..., Any]) -> None:
     method = tip(make_encoder(), TipAdapterF)
     published = method.published(images())

@@ -38,7 +38,13 @@ class RAMTConfig(VLConfig):
     )
     mask_patches: bool = Field(True, description="mask the patch embedding too, as the released attention variant does")
     init: float = Field(0.01, description="start of every mask value; configs/trainers/MASK/vit_b16.yaml")
-    threshold: float = Field(0.005, description="a weight stays where its mask value is larger; MASK/vit_b16.yaml")
+    threshold: float = Field(
+        0.005,
+        ge=0,
+        lt=1,
+        description="a weight stays where its mask value is larger; MASK/vit_b16.yaml. It tells apart 0 and 1, the values of "
+        "an artifact's bits",
+    )
     l2: float = Field(1e-4, ge=0, description="weight of the sum of the masks' norms; MASK/vit_b16.yaml")
     gradient_dropout: float = Field(
         1.0,

@@ -111,13 +111,14 @@ class TipAdapter(VLMethod):
 
     @torch.no_grad()
     def build_cache(self, train: Split, config: FitConfig) -> None:
-        """Keys: normalised mean of the raw features of a row's views."""
+        """Keys: normalised mean of the raw features of a row's views. alpha and beta are the configuration's again."""
         if len(train) != len(self.keys):
             raise InputError(
                 f"the cache has room for {len(self.keys)} rows, there are {len(train)}",
                 field="cache_size",
                 remedy=f"Set it to {len(train)}",
             )
+        self.strength.copy_(self.strength.new_tensor([self.config.alpha, self.config.beta]))
         views = self.config.views if not getattr(train.collate, "fixed", True) else 1
         total = torch.zeros_like(self.keys)
         with torch.random.fork_rng(devices=[]):  # views are drawn by the run's seed
