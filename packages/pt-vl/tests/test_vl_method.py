@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils import vector_to_parameters
 from torch.testing import assert_close
 
 from pt_core.artifacts import load, load_artifact
@@ -18,6 +19,7 @@ from pt_core.training import FitConfig
 from pt_vl.method import VLConfig, cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
+from pt_vl.methods.restore import RESTORE, RESTOREConfig
 from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
 
 Make = Callable[..., Any]
@@ -82,6 +84,27 @@ def test_class_features_are_computed_once_until_what_they_depend_on_changes(
     with torch.no_grad():
         assert_close(changed, inner())
     assert method.text_features().requires_grad, "a gradient that is wanted is there"
+
+
+def test_values_that_change_behind_autograd_and_buffers_are_seen(make_encoder: Make) -> None:
+    method = RESTORE(make_encoder(), RESTOREConfig(class_names=CLASSES, depth=3)).eval()
+    flat = torch.randn(method.count(), generator=torch.Generator().manual_seed(2))
+
+    def swapped() -> None:
+        method.deep.data = torch.randn(method.deep.shape, generator=torch.Generator().manual_seed(3))
+
+    for change in (
+        lambda: method.context.data.mul_(2),
+        swapped,
+        lambda: vector_to_parameters(flat, method.parameters()),
+        lambda: method.alphas.copy_(torch.tensor([5.0, 5.0])),
+    ):
+        with torch.no_grad():
+            before = method.text_features()
+            assert method.text_features() is before
+            change()
+            assert not torch.allclose(method.text_features(), before, atol=1e-4)
+            assert torch.equal(method.text_features(), method.encode_text())
 
 
 def test_an_optimisers_step_is_seen(make_encoder: Make, make_images: Make) -> None:

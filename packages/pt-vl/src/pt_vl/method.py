@@ -230,7 +230,7 @@ class VLMethod(Method):
             raise InputError(f"{self.name} has to know the classes", field="class_names")
         super().__init__(backbone, config)
         self.generator = torch.Generator().manual_seed(self.config.seed)
-        self._known: tuple[Any, Tensor] | None = None
+        self._known: tuple[Any, dict[str, Tensor], Tensor] | None = None
         for template in (
             () if self.trains_text else self.config.templates
         ):  # refuse what is too long before anything starts
@@ -264,12 +264,12 @@ class VLMethod(Method):
         if self.trains_text and torch.is_grad_enabled():
             return self.encode_text()
         device = self.backbone.device
-        values = [(id(p), p._version) for p in self.parameters()] if self.trains_text else []
-        key = (values, device, torch.is_autocast_enabled(device.type))
-        if self._known is None or self._known[0] != key:
+        values = self.trained_state() if self.trains_text else {}
+        key = (device, torch.is_autocast_enabled(device.type))
+        if self._known is None or self._known[0] != key or not _equal(values, self._known[1]):
             with torch.no_grad():
-                self._known = (key, self.encode_text())
-        return self._known[1]
+                self._known = (key, {name: tensor.clone() for name, tensor in values.items()}, self.encode_text())
+        return self._known[2]
 
     def image_features(self, batch: Batch) -> Tensor:
         """Image features [B, d]: those of the batch if it has any (`cache_features`), else of its pixels."""
@@ -351,6 +351,12 @@ class VLMethod(Method):
             if validation is not None:
                 validation = cache_features(validation, self.backbone, config.eval_batch_size)
         return super().fit(train, validation, config, output_dir)
+
+
+def _equal(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return all(
+        tensor.device == others[name].device and torch.equal(tensor, others[name]) for name, tensor in values.items()
+    )
 
 
 class Stacked:
