@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch_geometric.data import Data
 
 from pt_core import InputError, artifacts, recipe, registry, runs
@@ -184,6 +184,29 @@ def test_the_identity_follows_rows_and_settings(folder: Path) -> None:
     first, other = Bench(made(folder)).identity, Bench(made(folder, data={"shots": 10})).identity
     assert first == json.loads(json.dumps(first)) == Bench(made(folder)).identity
     assert {key for key in first if first[key] != other[key]} == {"data", "rows"}
+
+
+@pytest.mark.parametrize("change", ["labels", "smiles", "y", "x", "edge_index"])
+def test_the_identity_follows_what_the_rows_hold(folder: Path, change: str) -> None:
+    kind = "molecules" if change in ("labels", "smiles") else "nodes"
+    first = Bench(made(folder, kind)).identity
+    if kind == "molecules":  # the same rows by their numbers
+        text = (folder / "molecules.csv").read_text()
+        old, new = ("CCO,0,0", "CCO,1,0") if change == "labels" else ("CCO,", "OCC=O,")
+        (folder / "molecules.csv").write_text(text.replace(old, new, 1))
+    else:
+        parts = load_file(folder / "graph.safetensors")
+        parts[change] = parts[change].flip(-1)
+        save_file({name: tensor.contiguous() for name, tensor in parts.items()}, folder / "graph.safetensors")
+    other = Bench(made(folder, kind)).identity
+    assert {key for key in first if first[key] != other[key]} == {"rows"}
+
+
+def test_the_identity_follows_the_weights(folder: Path) -> None:
+    first, path = Bench(made(folder)).identity, folder / "gin" / "model.safetensors"
+    save_file({n: t + 0.5 if t.is_floating_point() else t for n, t in load_file(path).items()}, path)
+    other = Bench(made(folder)).identity
+    assert {key for key in first if first[key] != other[key]} == {"weights"}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pt_core import artifacts, recipe, registry
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.frozen import fingerprint
 from pt_core.method import Method
 from pt_core.runs import Job
 from pt_core.training import FitConfig, evaluate
@@ -193,15 +194,19 @@ class Bench:
         self.featuriser = _featuriser(self.backbone)
         self.read = checked.data.read(self.featuriser)
         self._tasks: dict[int, GraphTask] = {}
+        self._weights = fingerprint(self.backbone, full=False)  # before a method is on it
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What backbone and data are, as JSON; the rows that train and test by their ids."""
+        """What backbone and data are, as JSON; weights by their hash, rows by that of their contents and of what trains."""
         task = self.task(self.recipe.seed)
         parts = {"train": task.train, "validation": task.validation, "test": task.test}
         ids = json.dumps({name: list(part.ids or ()) if part else [] for name, part in parts.items()})
-        rows = hashlib.sha256(ids.encode()).hexdigest()
-        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | {"rows": rows}
+        rows = hashlib.sha256(ids.encode())
+        for part in _contents(self.read):
+            rows.update(part)
+        known = {"rows": rows.hexdigest(), "weights": self._weights}
+        return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | known
 
     def task(self, seed: int) -> GraphTask:
         if seed not in self._tasks:
@@ -321,6 +326,18 @@ def _at_most(split: Split | None, count: int | None, seed: int) -> Split | None:
     if split is None or count is None or len(split) <= count:
         return split
     return split.subset(sorted(np.random.default_rng((seed, len(split))).permutation(len(split))[:count].tolist()))
+
+
+def _contents(read: Any) -> Iterator[bytes]:
+    """Bytes of what `GraphData.read` gave: SMILES and labels of molecules, all tensors of graphs."""
+    if isinstance(read, Molecules):
+        yield json.dumps([read.smiles, read.labels.tolist(), read.classes]).encode()
+        return
+    for graph in read if isinstance(read, list) else [read]:
+        for name, value in sorted(graph.to_dict().items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{name} {value.dtype} {list(value.shape)}".encode()
+                yield value.contiguous().numpy().tobytes()
 
 
 def _featuriser(backbone: GraphBackbone) -> Literal["chem", "minimol"]:
