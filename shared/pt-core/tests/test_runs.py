@@ -166,6 +166,47 @@ def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
         runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "y", "data": {"train": "a.jsonl"}})
 
 
+@pytest.mark.parametrize("changed", ["method", "method_config", "config", "seed"])
+def test_a_folder_with_a_finished_run_takes_no_other_one(tmp_path: Path, changed: str) -> None:
+    runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "x"})
+    before = (tmp_path / "prompt" / "prompt_config.json").read_bytes()
+    labels = {"method": "untrained", "method_config": "long"}
+    job, config = Maker()(labels.get(changed, "tiny"), int(changed == "seed"))
+    config = config.model_copy(update={"max_steps": 4} if changed == "config" else {})
+    named = {"method_config": "method_config.length", "config": "config.max_steps", "seed": "config.seed"}
+    with pytest.raises(
+        InputError, match=rf"holds results of something else \(.*{named.get(changed, changed)}.* differ"
+    ):
+        runs.train(job, config, tmp_path, identity={"rows": "x"})
+    assert (tmp_path / "prompt" / "prompt_config.json").read_bytes() == before
+    resumed = {"checkpoint_every": 1, "progress": True, "device": "auto", "trackers": ()}
+    job, config = Maker()("tiny", 0)
+    runs.train(job, config.model_copy(update=resumed), tmp_path, identity={"rows": "x"})
+
+
+@pytest.mark.parametrize("there", ["prompt/notes.txt", "prompt", "results.json/a", "curves.png/a"])
+def test_what_a_run_could_not_write_at_its_end_is_refused_at_its_start(tmp_path: Path, there: str) -> None:
+    file = tmp_path / "run" / there
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    job, config = Maker()("tiny", 0)
+    job.train.collate = lambda rows: pytest.fail("training began")
+    with pytest.raises(InputError, match=r"holds other files|is a file|is a folder, a file goes there"):
+        runs.train(job, config, tmp_path / "run")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"link: is a link to nothing\. Choose another output folder"):
+        runs.train(job, config, tmp_path / "link")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("mark", ["{", "[1]", "3"])
+def test_a_damaged_mark_of_a_folder_is_named(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "identity.json").write_text(mark)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(InputError, match=r"identity\.json: is damaged"):
+        runs.train(*Maker()("tiny", 0), tmp_path, identity={"rows": "x"})
+
+
 @pytest.mark.parametrize("below", [".", "deeper"])
 def test_a_file_in_the_place_of_the_folder_is_refused_and_left_alone(tmp_path: Path, below: str) -> None:
     file = tmp_path / "notes.txt"

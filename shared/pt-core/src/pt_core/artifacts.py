@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -317,13 +317,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         InputError: the folder holds anything else, which would be lost.
     """
-    folder = folder.resolve()
+    folder = _resolved(folder)
     recover_folder(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError("is a file", file=folder, remedy="Choose a new folder")
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in files) if folder.exists() else []
-    if others:
-        raise InputError(f"holds other files ({others[0]})", file=folder, remedy="Choose a new folder")
+    check_replaceable(folder, files)
     for left in [*_beside(folder, "new"), *_beside(folder, "old")]:  # of a save that was killed
         shutil.rmtree(left)
     mark = secrets.token_hex(4)
@@ -335,7 +331,13 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         _sync(new)
         if folder.exists():
             os.rename(folder, old)
-        os.rename(new, folder)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            os.rename(folder, old)  # again: a reader has taken the moment between the two for a kill
+            os.rename(new, folder)
         _sync(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -345,12 +347,33 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             os.rename(old, folder)
 
 
+def check_replaceable(folder: Path, files: Collection[str] = FILES) -> None:
+    """Refuse a folder that `write_folder` would not replace by one of these files.
+
+    Raises:
+        InputError: it holds anything else, which would be lost, or is a file.
+    """
+    folder = _resolved(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is a file", file=folder, remedy="Choose a new folder")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in files) if folder.exists() else []
+    if others:
+        raise InputError(f"holds other files ({others[0]})", file=folder, remedy="Choose a new folder")
+
+
 def recover_folder(folder: Path) -> None:
     """Put the old folder back where `write_folder` was killed after moving it away and before the new one took its place."""
-    folder = folder.resolve()
+    folder = _resolved(folder)
     if not _exists(folder):
         for old in _beside(folder, "old")[-1:]:
             os.rename(old, folder)
+
+
+def _resolved(folder: Path) -> Path:
+    try:
+        return folder.resolve()
+    except (OSError, RuntimeError) as error:  # Python 3.11 and 3.12 raise the latter
+        raise InputError("is a link to itself", file=folder) from error
 
 
 def _exists(path: Path) -> bool:

@@ -118,6 +118,7 @@ def train(
     from pt_core import report, runs
 
     package, checked = recipes.load(recipe, recipes.parse_settings(settings or []))
+    runs.check_output(output)
     bench = registry.workbench(package).Bench(checked)
     job, config = bench.job(checked.method.name, checked.seed if seed is None else seed)
     outcome = runs.train(job, config, output, identity=bench.identity)

@@ -23,9 +23,9 @@ def check_folder(folder: str | Path) -> None:
     """Refuse an output folder that could not be made or written to, before anything is loaded for it.
 
     Raises:
-        InputError: it is a file, or lies below one; it, or the nearest folder above it, cannot be written.
+        InputError: it is a file or a link to nothing, or lies below one; it, or the nearest folder above it, cannot be written.
     """
-    place = next((p for p in (Path(folder), *Path(folder).parents) if os.path.exists(p)), Path())
-    problem = "cannot be written" if place.is_dir() else "is a file"
+    place = next((p for p in (Path(folder), *Path(folder).parents) if os.path.lexists(p)), Path())
+    problem = "cannot be written" if place.is_dir() else "is a file" if place.exists() else "is a link to nothing"
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise InputError(problem, file=place, remedy="Choose another output folder")

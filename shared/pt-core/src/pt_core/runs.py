@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pt_core.artifacts import TENSORS
+from pt_core.artifacts import TENSORS, check_replaceable
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.files import check_folder, write
 from pt_core.method import Method
 from pt_core.report import Result
-from pt_core.training import FitConfig, FitResult, evaluate, flat
+from pt_core.training import _MAY_CHANGE_ON_RESUME, FitConfig, FitResult, evaluate, flat
 
 
 @dataclass
@@ -72,15 +72,17 @@ def train(
         folder: for checkpoints, metrics and the artifact.
         label: name in tables; default: the method's.
         identity: anything JSON, beyond method, configuration and backbone, that must be the same for a killed run to go
-            on (the data).
+            on (the data). With it, the folder takes no other run until it is deleted; None: it is that of a comparison.
 
     Raises:
-        InputError: the folder holds another run.
+        InputError: the folder holds another run, or other files in the place of the prompt.
     """
-    folder = Path(folder)
+    folder, method = Path(folder), job.method
+    check_output(folder)
     if identity is not None:
-        claim(folder, identity)
-    method = job.method
+        run = {key: value for key, value in config.model_dump().items() if key not in _MAY_CHANGE_ON_RESUME}
+        chosen = {"method": method.name, "method_config": method.config.model_dump(mode="json"), "config": run}
+        claim(folder, chosen | dict(identity))
     started = time.perf_counter()
     fitted: FitResult = method.fit(job.train, job.validation, config, folder / "training")
     seconds = max(fitted.seconds, time.perf_counter() - started)
@@ -197,6 +199,21 @@ def _read(kept: Path) -> Outcome:
     return Outcome(Result(**content["result"]), content["history"], artifact)
 
 
+def check_output(folder: Path) -> None:
+    """Refuse a folder in which what a run ends with could not be written, before it is trained.
+
+    Raises:
+        InputError: it is a file or cannot be written; there are other files where the prompt goes, or folders where files go.
+    """
+    check_folder(folder)
+    check_replaceable(folder / "prompt")
+    for name in ("results.json", "curves.png"):
+        if (folder / name).is_dir():
+            raise InputError(
+                "is a folder, a file goes there", file=folder / name, remedy="Choose another output folder"
+            )
+
+
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Mark a folder with what it holds results of, or refuse one that holds others. A mark beside which there is neither
     a checkpoint nor a result is that of a run that came to nothing, and is replaced.
@@ -208,7 +225,10 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
     stamp, ours = folder / "identity.json", json.loads(json.dumps(identity))
     kept = ("results.json", "prompt", "cells/**/*.json", "**/checkpoint-*")
     if stamp.exists() and any(any(folder.glob(pattern)) for pattern in kept):
-        theirs, ours_flat = flat(json.loads(stamp.read_text("utf-8"))), flat(ours)
+        try:
+            theirs, ours_flat = flat(dict(json.loads(stamp.read_text("utf-8")))), flat(ours)
+        except (TypeError, ValueError) as error:
+            raise InputError("is damaged", file=stamp, remedy="Choose another output folder") from error
         changed = [key for key in sorted(theirs.keys() | ours_flat.keys()) if theirs.get(key) != ours_flat.get(key)]
         if changed:
             raise InputError(
