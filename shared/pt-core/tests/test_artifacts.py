@@ -287,6 +287,28 @@ def test_a_full_disk_leaves_the_old_artifact(saved: Path, monkeypatch: pytest.Mo
     assert [f.name for f in saved.parent.iterdir()] == ["a"] and load_artifact(saved).tensors.keys() == {"p"}
 
 
+def test_a_reader_between_the_two_renames_of_a_save_does_not_cost_the_new_artifact(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = os.rename, []
+
+    def rename(source: Any, target: Any) -> None:
+        real(source, target)
+        if ".old-" in str(target) and not seen:
+            seen.append(load_artifact(saved).tensors.keys())
+
+    monkeypatch.setattr(os, "rename", rename)
+    save_artifact(saved, {"q": torch.zeros(1)}, config())
+    assert seen == [{"p"}] and load_artifact(saved).tensors.keys() == {"q"}
+    assert [f.name for f in saved.parent.iterdir()] == ["a"]
+
+
+def test_a_folder_that_is_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=r"loop: (is a link to itself|no such folder)"):
+        load_artifact(tmp_path / "loop")
+
+
 def test_names_that_look_alike_are_not_mixed_up(tmp_path: Path) -> None:
     for name in ("a", "a.old-00000000", ".a.old-1"):
         save_artifact(tmp_path / name, {name: torch.ones(1)}, config())
