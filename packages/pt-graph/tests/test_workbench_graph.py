@@ -218,6 +218,8 @@ def test_the_identity_follows_the_weights(folder: Path) -> None:
         ({"kind": "nodes", "labels": [], "few_shot": None}, "node tasks need data.hops"),
         ({"kind": "graphs"}, "few_shot is a rule for molecules"),
         ({"shots": None}, "needs shots"),
+        ({"shots": True}, "true and false are no value"),
+        ({"neighbours": [3, True]}, "true and false are no value"),
     ],
 )
 def test_bad_settings_are_refused(folder: Path, data: dict[str, Any], problem: str) -> None:

@@ -162,6 +162,7 @@ def test_too_few_rows_of_a_class_are_named_with_their_file(folder: Path) -> None
         ({"template": "{text} {label}"}, {}, r"data\.template.*must not contain \{label\}"),
         ({"template": "{text} {topic}", "label": "topic"}, {}, r"data\.template.*must not contain \{topic\}"),
         ({"validation": "rows.jsonl"}, {}, r"a validation file or validation_shots, not both"),
+        ({"max_source_length": True}, {}, r"data\.max_source_length.*true and false are no value of this setting"),
         ({"max_source_length": 0}, {}, r"data\.max_source_length.*greater than or equal to 1"),
         ({"kind": "verbaliser"}, {}, r"data\.kind.*'verbalizer', 'classification', 'multilabel' or 'text-to-text'"),
         (

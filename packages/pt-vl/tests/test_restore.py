@@ -172,6 +172,7 @@ def test_the_first_step_of_every_run_has_no_shift(make_encoder: Callable[..., An
     with pytest.raises(KeyboardInterrupt):
         stopped.fit(images(), None, config, folder)
     resumed = restore(make_encoder(), lr=0.5)
+    resumed.load_trained_state(start)
     resumed.fit(images(), None, config, folder)
     for name, tensor in whole.trained_state().items():
         torch.testing.assert_close(resumed.trained_state()[name], tensor, msg=name)

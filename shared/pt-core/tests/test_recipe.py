@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pt_core import recipe, registry
 from pt_core.errors import InputError
 from pt_core.files import write
+from pt_core.settings import Settings
 
 WORKBENCH = """
 from pydantic import BaseModel, ConfigDict
@@ -139,6 +140,8 @@ def test_a_file_elsewhere_names_its_package(tmp_path: Path) -> None:
         ({"compare.other": {}}, ["unknown method 'other'"]),
         ({"compare": ["noisy"]}, ["field 'compare'", "valid dictionary"]),
         ({"about.me": 3}, ["field 'about.me'", "'about' is a value, not a section"]),
+        ({"seed": True}, ["field 'seed'", "true and false are no value of this setting", "got True"]),
+        ({"method.length": True}, ["field 'method.length'", "true and false are no value of this setting"]),
         ({"seed": -1}, ["field 'seed'", "greater than or equal to 0", "got -1"]),
     ],
 )
@@ -197,6 +200,24 @@ def test_a_key_or_value_that_must_be_text_says_how_to_quote_it() -> None:
             Words.model_validate({"verbalizer": given})
         message = str(recipe.explain(wrong.value, Words))
         assert f"field '{where}': " in message and remedy in message
+
+
+def test_true_is_no_number_at_any_depth_and_a_truth_value_where_one_is_meant() -> None:
+    class Some(Settings):
+        share: float | None = None
+        pair: tuple[float, float] = (0.0, 1.0)
+        deep: list[tuple[int, ...]] | None = None
+        flag: bool = False
+        either: bool | int = 0
+        text: str = ""
+
+    for given in ({"share": True}, {"pair": [False, 1.0]}, {"deep": [[1], [2, True]]}):
+        with pytest.raises(ValidationError, match="true and false are no value of this setting"):
+            Some.model_validate(given)
+    with pytest.raises(ValidationError, match="valid string"):  # whose remedy is to quote it
+        Some.model_validate({"text": True})
+    made = Some.model_validate({"share": 1, "pair": [0, 1], "deep": [[1]], "flag": True, "either": True})
+    assert (made.share, made.pair, made.deep, made.flag, made.either) == (1.0, (0.0, 1.0), [(1,)], True, True)
 
 
 def test_a_file_that_is_not_utf8_is_refused(toy: Path) -> None:

@@ -128,6 +128,33 @@ def test_a_metric_that_is_not_finite_does_not_cost_the_prompt(tmp_path: Path) ->
     assert json.loads((tmp_path / "results.json").read_text())[0]["metrics"]["roc-auc"] is None
 
 
+def test_test_rows_are_computed_in_the_precision_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(TinyPrompt, "forward", _spied(TinyPrompt.forward, seen))
+    job, config = Maker()("tiny", 0)
+    runs.train(job, config.model_copy(update={"precision": "bf16"}), tmp_path)
+    assert len(seen) > 1 and all(seen)
+
+
+def _spied(forward: Any, seen: list[bool]) -> Any:
+    def spied(self: TinyPrompt, batch: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, batch)
+
+    return spied
+
+
+def test_of_several_processes_the_first_one_writes_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, config = Maker()("tiny", 0)
+    fitted, save = job.method.fit(job.train, job.validation, config), job.method.save_pretrained
+    monkeypatch.setattr(job.method, "fit", lambda *args: fitted)
+    monkeypatch.setattr(job.method, "save_pretrained", lambda *args, **options: pytest.fail("written by the second"))
+    for name, value in {"is_initialized": True, "get_rank": 1}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: save(tmp_path / "prompt"))
+    assert runs.train(job, config, tmp_path).artifact == tmp_path / "prompt"
+
+
 def test_a_method_that_trains_nothing_leaves_no_artifact(tmp_path: Path) -> None:
     job, config = Maker()("untrained", 0)
     outcome = runs.train(job, config, tmp_path)

@@ -84,7 +84,7 @@ def test_a_run_has_one_length():
 
 @pytest.mark.parametrize(
     ("field", "given"),
-    [("max_steps", True), ("batch_size", True), ("lr", True), ("min_delta", False), ("monitor", True)],
+    [("max_steps", True), ("batch_size", True), ("lr", True), ("min_delta", False)],
 )
 def test_true_and_false_are_no_numbers(field, given):
     with pytest.raises(ValueError, match=f"{field}\n.*true and false are no value of this setting"):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,6 +35,7 @@ from pt_core.artifacts import write_folder
 from pt_core.attachment import Forward, Rows, register_family
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
+from pt_core.settings import Settings
 from pt_graph.walk import MessageLayer, Walk, edge_sums
 
 POOLS = {"mean": global_mean_pool, "sum": global_add_pool, "max": global_max_pool}
@@ -50,10 +51,8 @@ class FeaturePrompt(Prompt):
         raise TypeError(f"{type(self).__name__} does not say what becomes of the features")
 
 
-class BackboneConfig(BaseModel):
+class BackboneConfig(Settings):
     """What a backbone is, beside its weights; written beside them as config.json."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
     readout: Literal["mean", "sum", "max"] = "mean"

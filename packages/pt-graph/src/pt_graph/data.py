@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from scipy.sparse import csr_array, eye_array
@@ -32,6 +32,7 @@ from torch_geometric.data import Batch, Data
 
 from pt_core.data import Split, class_names, encode_labels, read_table
 from pt_core.errors import InputError
+from pt_core.settings import Settings
 from pt_graph import molecules
 
 METRICS = {"multilabel": ("roc-auc",), "multiclass": ("accuracy", "macro-f1")}
@@ -40,10 +41,8 @@ FewShot = Literal["relief", "gpf"]
 Indices = tuple[list[int], list[int], list[int]]
 
 
-class GraphSpec(BaseModel):
+class GraphSpec(Settings):
     """What turns inputs into graphs and logits into answers. Saved with every prompt."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["molecules", "graphs", "nodes"] = Field(description="what a row is")
     task: Task = Field(description="multilabel: binary tasks with missing labels; multiclass: one class")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pt_core import artifacts, recipe, registry
 from pt_core.data import Split
@@ -19,6 +19,7 @@ from pt_core.errors import InputError
 from pt_core.frozen import fingerprint
 from pt_core.method import Method
 from pt_core.runs import Job
+from pt_core.settings import Settings
 from pt_core.training import FitConfig, evaluate
 from pt_graph import assets
 from pt_graph.backbones import GraphBackbone, backbone_config, load_backbone
@@ -40,10 +41,8 @@ from pt_graph.minimol import load_minimol
 DATA_ASSETS = {"asset:b3db": assets.b3db}
 
 
-class GraphModel(BaseModel):
+class GraphModel(Settings):
     """Which frozen model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(
         description="zoo:chem-gin (ships with pt-graph), asset:minimol (inside a published package), a folder of "
@@ -66,10 +65,8 @@ class GraphModel(BaseModel):
         return load_backbone(self.name, None if self.config is None else backbone_config(self.config))
 
 
-class GraphData(BaseModel):
+class GraphData(Settings):
     """Which graphs, what their labels are, and which of them train."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["molecules", "nodes", "graphs"] = Field(
         "molecules", description="a table with SMILES; nodes of one graph; a folder in TU format"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from pt_core.data import (
@@ -40,6 +40,7 @@ from pt_core.data import (
 from pt_core.errors import InputError
 from pt_core.metrics import check_names, evaluate_text
 from pt_core.recipe import explain
+from pt_core.settings import Settings
 
 Kind = Literal["verbalizer", "classification", "multilabel", "text-to-text"]
 Backbone = Literal["causal-lm", "encoder", "seq2seq"]
@@ -57,10 +58,8 @@ SCORED_AS = {
 }  # kind of task in `pt_core.metrics`
 
 
-class TaskSpec(BaseModel):
+class TaskSpec(Settings):
     """What turns text into a batch and a prediction into an answer. Saved with every prompt."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind
     backbone: Backbone = "causal-lm"

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from torch import nn
 
 from pt_core import artifacts, doctor, frozen, metrics, recipe, registry
 from pt_core.errors import InputError
 from pt_core.method import Method, MethodConfig
 from pt_core.runs import Job
+from pt_core.settings import Settings
 from pt_core.training import FitConfig, evaluate
 from pt_nlp import assets
 from pt_nlp.backbones import load_backbone
@@ -42,10 +43,8 @@ DATA_ASSETS: dict[str, Callable[[], Sequence[Mapping[str, Any]]]] = {
 NO_CONTENT = ("N/A", "[MASK]", "")  # Zhao et al. 2021, for `calibrate: content-free`
 
 
-class TextBackbone(BaseModel):
+class TextBackbone(Settings):
     """Which frozen model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(
         description=f"hub id, folder, or one of {', '.join(BACKBONE_ASSETS)} (inside a published package)"
@@ -70,10 +69,8 @@ class TextBackbone(BaseModel):
         return load_backbone(name, self.kind, revision=self.revision, dtype=dtype, **options)
 
 
-class TextData(BaseModel):
+class TextData(Settings):
     """Which rows, and how text becomes a task. What is not here has the defaults of `pt_nlp.data.TaskSpec`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: str = Field(
         description=f"file (JSONL, CSV, TSV, Parquet), folder of `datasets`, or {', '.join(DATA_ASSETS)}"
@@ -87,7 +84,7 @@ class TextData(BaseModel):
     validation_shots: int = Field(0, ge=0, description="rows of `train` per class that validate instead")
     max_test_rows: int | None = Field(None, ge=1)
     template: str = "{text}"
-    verbalizer: dict[str, str] = {}
+    verbalizer: dict[str, str] = Field({})
     target_prefix: str | None = None
     objective: Literal["tokens", "classes"] = "tokens"
     length_normalised: bool = False

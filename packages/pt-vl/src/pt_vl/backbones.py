@@ -37,7 +37,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -48,6 +48,7 @@ from pt_core import packing
 from pt_core.attachment import Forward, Rows, register_family
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
+from pt_core.settings import Settings
 from pt_core.tokens import BlockPrompt, Tokens, insert, real, run
 
 ZOO = Path(__file__).parent / "zoo"  # what ships with this package
@@ -61,14 +62,12 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 # --- images as the model was trained on them -------------------------------------------------------------------------
-class Preprocessing(BaseModel):
+class Preprocessing(Settings):
     """How an image becomes pixels: resized, cropped to a square, scaled to [0, 1], normalised. Saved with every prompt.
 
     Defaults: CLIP's (Radford et al. 2021, released code). The longer side is rounded as there, by torchvision; Hugging Face's
     processors cut it off, so that at some sizes their centre crop lies a pixel aside.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: int = Field(224, ge=1, description="pixels of a side that the model takes")
     resize: int | None = Field(None, ge=1, description="of the shorter side before the centre crop; default: `size`")

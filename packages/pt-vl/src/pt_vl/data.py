@@ -24,12 +24,13 @@ from typing import Any, Literal, Self, cast
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import v2
 
 from pt_core.data import Split, base_to_new, class_names, encode_labels, few_shot_split, read_table
 from pt_core.errors import InputError
+from pt_core.settings import Settings
 from pt_vl.backbones import DualEncoder, Preprocessing
 from pt_vl.method import Stacked, alike, check_templates, written
 
@@ -64,10 +65,8 @@ Source = Path | bytes | np.ndarray[Any, Any]
 Unreadable = Literal["refuse", "skip"]
 
 
-class ImageSpec(BaseModel):
+class ImageSpec(Settings):
     """What turns images into a batch and a prediction into an answer. Saved with every prompt."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     class_names: tuple[str, ...] = Field(description="in the order of the logits")
     labels: tuple[str, ...] | None = Field(None, description="what data have in the place of class names, if not these")

@@ -17,10 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import load_file
 
 from pt_core.errors import InputError
+from pt_core.settings import Settings
 from pt_vl.backbones import ZOO, DualEncoder
 from pt_vl.data import ImageTask, Listed
 
@@ -46,10 +47,8 @@ def shipped() -> tuple[dict[str, Any], list[bytes]]:
     return json.loads((folder / "icons.json").read_text("utf-8")), pngs
 
 
-class IconChoice(BaseModel):
+class IconChoice(Settings):
     """Which icons: of one level, and of some groups, styles (domains) or classes. Classes keep the order of the whole."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     level: Literal["concept", "class"] = Field("concept", description="what is a class")
     groups: tuple[Group, ...] | None = Field(None, description="default: all eleven")

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, cast
 
 import torch
 from accelerate.utils import send_to_device
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors.torch import load_file
 
 from pt_core import artifacts, doctor, recipe, registry
@@ -22,6 +22,7 @@ from pt_core.frozen import fingerprint
 from pt_core.method import MethodConfig
 from pt_core.metrics import harmonic_mean
 from pt_core.runs import Job
+from pt_core.settings import Settings
 from pt_core.training import FitConfig, evaluate
 from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
 from pt_vl.data import (
@@ -44,10 +45,8 @@ from pt_vl.methods.mvlpt import MVLPT
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class VLBackbone(BaseModel):
+class VLBackbone(Settings):
     """Which frozen model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(
         description="hub id or folder of a CLIP or SigLIP model, zoo:mini-clip, or open-clip:MODEL[/PRETRAINED]"
@@ -62,11 +61,9 @@ class VLBackbone(BaseModel):
         return load_backbone(self.name, self.revision, dtype)
 
 
-class Images(BaseModel):
+class Images(Settings):
     """Where images lie: a folder with a folder for each class, a table of paths and labels, a split file of the CoOp family,
     a folder of `datasets`, or the icons that ship with this package."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: str | None = Field(
         None,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pt_core import artifacts, frozen
 from pt_core.errors import InputError
+from pt_core.settings import Settings
 
 if TYPE_CHECKING:
     from pt_core.attachment import Handle
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Any]
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Settings):
     """Settings of a method. Unknown keys are refused; the source of every default is in its field's description."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass

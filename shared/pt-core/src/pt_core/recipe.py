@@ -14,6 +14,7 @@ from pt_core import registry
 from pt_core.artifacts import Artifact
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
+from pt_core.settings import Settings
 from pt_core.training import FitConfig
 
 T = TypeVar("T", bound=BaseModel)
@@ -36,10 +37,9 @@ class Variant(BaseModel):
     training: dict[str, Any] = Field({}, description="changes to the recipe's `training`")
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """What every recipe has. A package adds its `backbone` and `data` (`Recipe` of its `workbench` module)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     package: ClassVar[str]  # short name of the package whose methods the recipe may name
 
     about: str = Field("", description="what the recipe shows, for `pt list --recipes`")

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
+
 from pt_core.artifacts import TENSORS, check_replaceable
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.files import check_folder, write
 from pt_core.method import Method
 from pt_core.report import Result
-from pt_core.training import _MAY_CHANGE_ON_RESUME, FitConfig, FitResult, evaluate, flat
+from pt_core.training import MAY_CHANGE_ON_RESUME, FitConfig, FitResult, evaluate, flat
 
 
 @dataclass
@@ -80,20 +82,25 @@ def train(
     folder, method = Path(folder), job.method
     check_output(folder)
     if identity is not None:
-        run = {key: value for key, value in config.model_dump().items() if key not in _MAY_CHANGE_ON_RESUME}
+        run = {key: value for key, value in config.model_dump().items() if key not in MAY_CHANGE_ON_RESUME}
         chosen = {"method": method.name, "method_config": method.config.model_dump(mode="json"), "config": run}
         claim(folder, chosen | dict(identity))
     started = time.perf_counter()
     fitted: FitResult = method.fit(job.train, job.validation, config, folder / "training")
     seconds = max(fitted.seconds, time.perf_counter() - started)
-    metrics = evaluate(method, job.test, config.eval_batch_size) if job.test is not None else fitted.metrics
+    metrics = fitted.metrics
+    if job.test is not None:
+        metrics = evaluate(method, job.test, config.eval_batch_size, precision=config.precision)
     artifact, size = None, None
     if method.kept_state():
         # An artifact refuses what is not finite; a metric that these rows do not define must not cost the prompt.
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        artifact = method.save_pretrained(
-            folder / "prompt", backbone_name=job.backbone_name, revision=job.revision, task=job.task, metrics=finite
-        )
+        artifact, several = folder / "prompt", torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not several or torch.distributed.get_rank() == 0:
+            named = {"backbone_name": job.backbone_name, "revision": job.revision}
+            method.save_pretrained(artifact, task=job.task, metrics=finite, **named)
+        if several:
+            torch.distributed.barrier()
         size = (artifact / TENSORS).stat().st_size
     result = Result(
         method=label or method.name,

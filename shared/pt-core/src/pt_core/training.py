@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -56,6 +56,7 @@ from pt_core.frozen import fingerprint
 from pt_core.method import Batch, Loss, Method
 from pt_core.metrics import evaluate_logits, higher_is_better
 from pt_core.packing import packed
+from pt_core.settings import Settings
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "epoch-cosine", "epoch-cosine-plain"]
 BY_EPOCHS = ("epoch-cosine", "epoch-cosine-plain")  # schedules that count epochs
@@ -65,10 +66,8 @@ class NotLearning(UserWarning):
     """Nothing is being learned: no gradient reaches the prompt, or the loss stays where it began."""
 
 
-class FitConfig(BaseModel):
+class FitConfig(Settings):
     """How a run is trained. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps; give this or `epochs`")
     epochs: int | None = Field(default=None, ge=1, description="passes over the rows; give this or `max_steps`")
@@ -112,14 +111,6 @@ class FitConfig(BaseModel):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     progress: bool = True
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
-            raise ValueError("true and false are no value of this setting")  # pydantic would take true for 1
-        return value
-
     @model_validator(mode="after")
     def _one_length(self) -> FitConfig:
         if (self.max_steps is None) == (self.epochs is None):
@@ -131,7 +122,7 @@ class FitConfig(BaseModel):
         return self
 
 
-_MAY_CHANGE_ON_RESUME = {"progress", "trackers", "checkpoint_every", "device"}
+MAY_CHANGE_ON_RESUME = {"progress", "trackers", "checkpoint_every", "device"}
 
 
 def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | None = None, lr: float = 1.0) -> float:
@@ -669,12 +660,14 @@ class Loop:
         weights = None
         if method.frozen_backbone and not any(p.is_meta for p in method.backbone.parameters()):
             weights = fingerprint(method.backbone, full=False)  # asked at the start of every run
-        start = method.trained_state() if method.frozen_backbone else {}  # a backbone that is trained is in the checkpoint
+        start = (
+            method.trained_state() if method.frozen_backbone else {}
+        )  # a backbone that is trained is in the checkpoint
         return {
             "method": method.name,
             "method_config": method.config.model_dump(mode="json"),
             "method_identity": method.run_identity(),  # nothing, where older checkpoints have none
-            "config": {k: v for k, v in config.model_dump(mode="json").items() if k not in _MAY_CHANGE_ON_RESUME},
+            "config": {k: v for k, v in config.model_dump(mode="json").items() if k not in MAY_CHANGE_ON_RESUME},
             "total_steps": self.total_steps,
             "optimisers": list(self.optimisers),
             "backbone": weights,

@@ -183,9 +183,8 @@ class RESTORE(MaPLe):
     ) -> FitResult:
         """Supervised training; alphas grow once, when epoch floor(E / 3), counted from 0, has ended."""
         config = config or self.published(train)
-        with (
-            torch.no_grad()
-        ):  # every run starts so, also one that goes on from trained prompts; one resumed loads its own
+        # Every run starts so, also one that goes on from trained prompts; one that is resumed loads its own.
+        with torch.no_grad():
             self.alphas.copy_(self.alphas.new_tensor([self.config.alpha_text, self.config.alpha_image]))
             self.anchors.copy_(self.norms())
         per_epoch = math.ceil(len(train) / min(config.batch_size, len(train)))
