@@ -410,6 +410,8 @@ def test_bad_inputs_are_refused_before_training(make_backbone: Any, make_graph: 
     good, labels = make_split(SIZES), torch.tensor([0, 1, 0])
     wide = rows([make_graph(3, i, width=7) for i in range(3)], labels)
     refused("width 6, the graphs have", wide)
+    for field, value in [("optimiser", "adam"), ("weight_decay", 0.1), ("schedule", "cosine")]:
+        refused(f"field '{field}': has no effect: RELIEF names its own", good, None, run(**{field: value}))
     refused("width 6, the graphs have", good, wide)
     refused("3 labelled training graphs for 4 members", rows([make_graph(3, i) for i in range(3)], labels), members=4)
     refused("label 2 of 2 classes", rows([make_graph(3, i) for i in range(3)], torch.tensor([0, 2, 1])))

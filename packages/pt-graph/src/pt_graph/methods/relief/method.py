@@ -61,7 +61,8 @@ class RELIEF(GraphMethod):
       (`max_nodes` sets it); graphs without a label are dropped; above `critic_limit` weights the critic is `PooledCritic`,
       of 2.5 d^2 weights; the best epoch is picked by the run's `monitor` from `first_best_epoch` on, and the test split is
       not read before the end.
-    - The run's optimiser, rates, weight decay, schedule and max_grad_norm have no effect: the method names its own.
+    - The run's optimiser, rate, weight decay and schedule are refused and its max_grad_norm has no effect: the method names
+      its own.
 
     Reference: Zhu et al. RELIEF: Reinforcement Learning Empowered Graph Feature Prompt Tuning. KDD 2025. arXiv 2408.03195.
     """
@@ -192,6 +193,9 @@ class RELIEF(GraphMethod):
         if config.bucket_by_length or config.micro_batch_size:
             field = "bucket_by_length" if config.bucket_by_length else "micro_batch_size"
             raise InputError("a rollout is not split or bucketed", remedy="Leave it out", field=field)
+        for field in ("optimiser", "momentum", "weight_decay", "schedule"):
+            if getattr(config, field) != FitConfig.model_fields[field].default:
+                raise InputError("has no effect: RELIEF names its own", remedy="Leave it out", field=field)
         sizes, labelled = self._survey(train, "training")
         others = self._survey(validation, "validation")[0] if validation is not None else []
         if len(labelled) < c.members:
