@@ -116,6 +116,8 @@ class Images(Settings):
         if value is None:
             return None
         found = TEMPLATES.get(value, (value,)) if isinstance(value, str) else value
+        if not found:
+            raise ValueError("give at least one template")
         try:
             check_templates(found)
         except ValueError as error:
@@ -167,6 +169,13 @@ class VLData(Images):
             if name in targets:
                 raise ValueError(f"{name!r} is what a result of the protocols is called: give the target another name")
         return targets
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _within_the_image(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("give the least and the most of a crop's share of the image: 0 < least <= most <= 1")
+        return value
 
     @property
     def only_tasks(self) -> bool:
