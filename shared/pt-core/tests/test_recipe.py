@@ -136,6 +136,7 @@ def test_a_file_elsewhere_names_its_package(tmp_path: Path) -> None:
         ({"compare.noisy.name": "x"}, ["field 'compare.noisy.name'", "Name the method by `method`"]),
         ({"compare.noisy.training": 3}, ["field 'compare.noisy.training'", "valid dictionary"]),
         ({"compare.noisy.training.steps": 3}, ["field 'compare.noisy.training.steps'", "unknown key"]),
+        ({"compare.noisy.training.seed": 3}, ["field 'compare.noisy.training.seed'", "a key of the recipe"]),
         ({"compare.noisy.training.epochs": 3}, ["field 'compare.noisy.training'", "exactly one of"]),
         ({"compare.other": {}}, ["unknown method 'other'"]),
         ({"compare": ["noisy"]}, ["field 'compare'", "valid dictionary"]),

@@ -87,8 +87,11 @@ class Recipe(Settings):
         run = self.training.model_dump(exclude_unset=True) | variant.training
         try:
             training = FitConfig.model_validate(run)
+            self._one_seed(training)
         except ValidationError as error:
             raise explain(error, FitConfig, f"{section}.training") from error
+        except ValueError as error:
+            raise InputError(str(error), field=f"{section}.training.seed") from error
         choice = MethodChoice.model_validate({"name": variant.method or label, **settings})
         changed = self.model_copy(update={"method": choice, "training": training})
         changed.config(section)
