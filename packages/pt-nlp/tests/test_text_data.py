@@ -107,6 +107,14 @@ def test_a_field_of_the_template_that_is_no_value_is_refused(words, value, tmp_p
         TextTask.from_files(path, words, **options)
 
 
+def test_the_answer_as_the_input_is_refused(words, tmp_path: Path) -> None:
+    path = save(tmp_path, ".jsonl")
+    with pytest.raises(InputError, match=r"field 'label': the answer would be the input: both are the column 'stars'"):
+        TextTask.from_files(path, words, kind="classification", text="stars", label="stars", template="{text} {stars}")
+    with pytest.raises(InputError, match="the answer would be the input"):
+        read_rows(path, {"text": "stars", "label": "stars"})
+
+
 def test_a_template_that_tells_the_answer_is_refused(words, tmp_path: Path) -> None:
     path, options = save(tmp_path, ".jsonl"), {"kind": "verbalizer", "text": "review", "label": "stars"}
     for name in ("label", "stars"):

@@ -161,6 +161,18 @@ def test_too_few_rows_of_a_class_are_named_with_their_file(folder: Path) -> None
         ({"template": "{txt}"}, {}, r"data\.template.*must contain \{text\}"),
         ({"template": "{text} {label}"}, {}, r"data\.template.*must not contain \{label\}"),
         ({"template": "{text} {topic}", "label": "topic"}, {}, r"data\.template.*must not contain \{topic\}"),
+        ({"text": "topic", "label": "topic"}, {}, r"data\.label.*the answer would be the input: both are .*'topic'"),
+        ({"text": "label"}, {}, r"data\.label.*the answer would be the input"),
+        ({"label": "text"}, {}, r"data\.label.*the answer would be the input"),
+        ({"kind": "classification", "objective": "tokens"}, {}, r"data'.*objective has no effect with kind: class"),
+        (
+            {"kind": "multilabel", "length_normalised": True},
+            {},
+            r"data'.*length_normalised has no effect with kind: mul",
+        ),
+        ({"kind": "text-to-text", "verbalizer": {"a": "b"}}, {}, r"data'.*verbalizer has no effect with kind: text-to"),
+        ({"kind": "classification", "verbalizer": {"a": "b"}}, {}, r"data\.verbalizer has no effect with kind: class"),
+        ({"kind": "multilabel", "target_prefix": ""}, {}, r"data\.target_prefix has no effect with kind: multilabel"),
         ({"validation": "rows.jsonl"}, {}, r"a validation file or validation_shots, not both"),
         ({"max_source_length": True}, {}, r"data\.max_source_length.*true and false are no value of this setting"),
         ({"max_source_length": 0}, {}, r"data\.max_source_length.*greater than or equal to 1"),
@@ -187,6 +199,12 @@ def test_a_recipe_that_cannot_work_is_refused(
         made(folder, data=data, **top)
     message = str(recipe.explain(caught.value, Recipe))  # type: ignore[arg-type]
     assert re.search(problem, message), message
+
+
+def test_label_words_may_be_named_with_a_head_where_a_method_reads_them(folder: Path) -> None:
+    words: dict[str, Any] = {"kind": "multilabel", "verbalizer": {"positive": "good"}}
+    made(folder, {"name": "prompt-tuning", "init": "labels"}, words)
+    made(folder, data=words | {"target_prefix": ""}, compare={"written": {"method": "trie-search"}})
 
 
 @pytest.mark.parametrize(

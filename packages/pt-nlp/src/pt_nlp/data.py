@@ -247,6 +247,12 @@ def template_fields(template: str) -> dict[str, str]:
     return {name: name for name in re.findall(r"\{(\w+)\}", template)}
 
 
+def check_columns(text: str, label: str | None) -> None:
+    """Raise ValueError where the input and the answer are one column."""
+    if text == label:
+        raise ValueError(f"the answer would be the input: both are the column {text!r}")
+
+
 def check_template(template: str, label: str = "label") -> None:
     """Raise ValueError unless a template has the text in it and not the answer (`label`: its column)."""
     if template.count("{text}") != 1:
@@ -368,10 +374,11 @@ class TextTask:
         """
         files = {k: v for k, v in {"train": train, "validation": validation, "test": test}.items() if v is not None}
         template = str(spec.get("template", "{text}"))
-        try:
-            check_template(template, label)
-        except ValueError as error:
-            raise InputError(str(error), field="template") from error
+        for field, check, given in (("label", check_columns, text), ("template", check_template, template)):
+            try:
+                check(given, label)
+            except ValueError as error:
+                raise InputError(str(error), field=field) from error
         fields = template_fields(template) | {"text": text, "label": label}
         rows = {name: read_rows(path, fields) for name, path in files.items()}
         return cls.from_rows(
@@ -486,6 +493,10 @@ class TextTask:
 def read_rows(path: str | Path, fields: Mapping[str, str]) -> list[dict[str, Any]]:
     """Rows of a table (JSONL, JSON, CSV, TSV, Parquet) or of a folder saved by `datasets.Dataset.save_to_disk`."""
     path = Path(path)
+    try:
+        check_columns(fields["text"], fields.get("label"))
+    except ValueError as error:
+        raise InputError(str(error), file=path, field="label") from error
     if not path.is_dir():
         table = read_table(path, fields, text=("text",))
         for number, row in enumerate(table, start=1):

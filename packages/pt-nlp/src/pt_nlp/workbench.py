@@ -27,6 +27,7 @@ from pt_nlp.data import (
     Kind,
     TaskSpec,
     TextTask,
+    check_columns,
     check_rows,
     check_template,
     read_rows,
@@ -78,7 +79,7 @@ class TextData(Settings):
     validation: str | None = None
     test: str | None = Field(None, description="default: rows of `train` that no split uses, where shots are drawn")
     text: str = "text"
-    label: str = "label"
+    label: str = Field("label", validate_default=True)
     kind: Kind = "verbalizer"
     shots: int | None = Field(None, ge=1, description="training rows per class; None takes all")
     validation_shots: int = Field(0, ge=0, description="rows of `train` per class that validate instead")
@@ -97,6 +98,12 @@ class TextData(Settings):
     def _exists(cls, value: str | None) -> str | None:
         if value is not None and not _known(value, DATA_ASSETS).startswith("asset:") and not Path(value).exists():
             raise ValueError("no such file")
+        return value
+
+    @field_validator("label")
+    @classmethod
+    def _is_not_read(cls, value: str, info: ValidationInfo) -> str:
+        check_columns(info.data.get("text", "text"), value)
         return value
 
     @field_validator("template")
@@ -118,6 +125,14 @@ class TextData(Settings):
     def _one_validation(self) -> Self:
         if self.validation is not None and self.validation_shots:
             raise ValueError("give a validation file or validation_shots, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        unread = () if self.kind == "verbalizer" else ("objective", "length_normalised")
+        for name in (*unread, "verbalizer") if self.kind == "text-to-text" else unread:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} has no effect with kind: {self.kind}; leave it out")
         return self
 
     @property
@@ -166,6 +181,20 @@ class Recipe(recipe.Recipe):
             raise ValueError(
                 f"data.kind {self.data.kind} needs a language model; an encoder takes classification or multilabel"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _words_are_read(self) -> Self:
+        """With a head, label words are read by what starts from them or writes them."""
+        if self.data.kind not in ("classification", "multilabel"):
+            return self
+        chosen = [(self.method.name, self.method.model_extra or {})]
+        chosen += [(v.method or label, v.model_extra or {}) for label, v in self.compare.items() if v is not None]
+        writes = any(name == "trie-search" for name, _ in chosen)
+        starts = any(settings.get("init") == "labels" for _, settings in chosen)
+        for name, read in (("verbalizer", writes or starts), ("target_prefix", writes)):
+            if name in self.data.model_fields_set and not read:
+                raise ValueError(f"data.{name} has no effect with kind: {self.data.kind}; leave it out")
         return self
 
     def config(self, section: str = "method", **known: Any) -> MethodConfig:
