@@ -150,6 +150,27 @@ def test_train_eval_predict_export(pt: Command, recipe: Path, backbone: Path, tm
     assert torch.equal(rows, load_file(tmp_path / "run" / "prompt" / "prompt.safetensors")["prompt.weight"])
 
 
+def test_what_cannot_be_read_or_written_is_refused_before_the_backbone_is_loaded(
+    pt: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert pt("train", recipe, "-o", "run", "--set", "training.max_steps=2")[0] == 0
+    monkeypatch.setattr("pt_nlp.workbench.load_backbone", lambda *_, **__: pytest.fail("the backbone was loaded"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    for arguments, problem in [
+        (["eval", "run/prompt", "--data", "gone.csv"], "gone.csv: no such file"),
+        (["predict", "run/prompt", "--data", "gone.csv"], "gone.csv: no such file"),
+        (["export", "run/prompt", "-o", "a", "--format", "onnx"], "run/prompt: unknown format 'onnx'. There is: peft"),
+        (
+            ["export", "run/prompt", "-o", "full"],
+            f"{tmp_path}/full: holds other files (notes.txt). Choose a new folder",
+        ),
+        (["train", recipe, "-o", "run", "--set", "data.shots=99"], None),
+    ]:
+        code, out, err = pt(*arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1) and problem in (None, err.removeprefix("pt: ").rstrip()), err
+
+
 def test_a_run_that_was_killed_goes_on_to_the_same_prompt(pt: Command, recipe: Path, tmp_path: Path) -> None:
     longer = ["--set", "training.max_steps=60", "--set", "training.checkpoint_every=2", "--set", "method.lr=0.02"]
     assert pt("train", recipe, "-o", "whole", *longer)[0] == 0
@@ -188,7 +209,7 @@ cli.main()
 def test_a_run_of_another_recipe_or_of_other_rows_does_not_go_on(pt: Command, recipe: Path, tmp_path: Path) -> None:
     assert pt("train", recipe, "-o", "run")[0] == 0
     code, _, err = pt("train", recipe, "-o", "run", "--set", "method.lr=0.1")
-    assert code == 2 and "method_config.lr: 0.05 there, 0.1 here" in err
+    assert code == 2 and "something else (method_config.lr differ)" in err
     code, _, err = pt("train", recipe, "-o", "run", "--set", "data.template={text} :")
     assert code == 2 and "not YAML" in err
     code, _, err = pt("train", recipe, "-o", "run", "--set", 'data.template="{text} :"')

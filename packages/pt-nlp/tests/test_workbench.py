@@ -152,6 +152,19 @@ def test_too_few_rows_of_a_class_are_named_with_their_file(folder: Path) -> None
         split_texts(folder, shots=99)
 
 
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"shots": 99}, r"rows\.jsonl, field 'label': class 'negative' has 24 rows, 101 wanted"),
+        ({"shots": 22}, r"rows\.jsonl: no rows are left to test on"),
+        ({"verbalizer": {"neutral": "so"}}, r"the verbalizer names unknown labels: \['neutral'\]"),
+    ],
+)
+def test_rows_are_drawn_before_the_backbone_is_loaded(folder: Path, data: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        Bench(made(folder, data=data, backbone={"name": "nowhere"}))
+
+
 # --- what is refused before anything is loaded -----------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("data", "top", "problem"),

@@ -333,13 +333,20 @@ class TextTask:
                 specification is inconsistent.
         """
         files = files or {}
-        labels = check_rows(rows, kind, str(spec.get("template", "")), labels, files)
-        try:
-            made = TaskSpec(kind=kind, labels=tuple(labels), tokenizer_hash=tokenizer_hash(tokenizer), **spec)
-        except ValidationError as error:
-            raise explain(error, TaskSpec, "task") from error
+        made, drawn = plan(
+            rows,
+            kind=kind,
+            labels=labels,
+            files=files,
+            shots=shots,
+            validation_shots=validation_shots,
+            max_test_rows=max_test_rows,
+            test_on_rest=test_on_rest,
+            seed=seed,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            **spec,
+        )
         task = cls(made, tokenizer)
-        drawn = draw(rows, kind, labels, shots, validation_shots, max_test_rows, test_on_rest, seed, files)
         for name, positions in drawn.items():
             source = name if name in rows else "train"
             chosen = [rows[source][i] for i in positions]
@@ -621,6 +628,29 @@ def _check_texts(rows: Sequence[Mapping[str, Any]], kind: Kind, fields: Iterable
         for field in ("text", "label") if kind == "text-to-text" else ("text",):
             if not isinstance(row[field], str) or not row[field].strip():
                 raise InputError(f"the {field} is empty or not text", file=file, row=number, field=field)
+
+
+def plan(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    kind: Kind,
+    labels: Sequence[str] | None = None,
+    files: Mapping[str, str | Path] | None = None,
+    shots: int | None = None,
+    validation_shots: int = 0,
+    max_test_rows: int | None = None,
+    test_on_rest: bool = False,
+    seed: int = 0,
+    **spec: Any,
+) -> tuple[TaskSpec, dict[str, list[int]]]:
+    """What of a task needs no tokenizer: its specification, and which rows each split draws; see `TextTask.from_rows`."""
+    files = files or {}
+    labels = check_rows(rows, kind, str(spec.get("template", "")), labels, files)
+    try:
+        made = TaskSpec(kind=kind, labels=tuple(labels), **spec)
+    except ValidationError as error:
+        raise explain(error, TaskSpec, "task") from error
+    return made, draw(rows, kind, labels, shots, validation_shots, max_test_rows, test_on_rest, seed, files)
 
 
 def draw(

@@ -25,7 +25,7 @@ from pt_nlp.backbones import Model, base_of, is_causal, shape_of
 from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig, flatten, unflatten
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
 READ = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 WRITTEN = ("prompt-tuning", "p-tuning", "prefix-tuning", "spot")
 

@@ -18,7 +18,7 @@ from pt_core.method import Method, MethodConfig
 from pt_core.runs import Job
 from pt_core.settings import Settings
 from pt_core.training import FitConfig, evaluate
-from pt_nlp import assets
+from pt_nlp import assets, interop
 from pt_nlp.backbones import load_backbone
 from pt_nlp.constrained import label_ids
 from pt_nlp.data import (
@@ -30,6 +30,7 @@ from pt_nlp.data import (
     check_columns,
     check_rows,
     check_template,
+    plan,
     read_rows,
     template_fields,
 )
@@ -41,6 +42,7 @@ DATA_ASSETS: dict[str, Callable[[], Sequence[Mapping[str, Any]]]] = {
     "asset:naics": assets.naics_sectors,
     "asset:isic": assets.isic_sections,
 }
+EXPORTS = {"peft": interop.FILES}
 NO_CONTENT = ("N/A", "[MASK]", "")  # Zhao et al. 2021, for `calibrate: content-free`
 
 
@@ -151,11 +153,14 @@ class TextData(Settings):
         check_rows(rows, self.kind, self.template, files=self.files)
         return rows
 
+    def check(self, rows: Mapping[str, Sequence[Mapping[str, Any]]], backbone: str, seed: int) -> None:
+        """Refuse what cannot become a task, before a model is loaded for it: see `task`."""
+        plan(rows, backbone=backbone, files=self.files, test_on_rest=True, seed=seed, **self._options())
+
     def task(
         self, rows: Mapping[str, Sequence[Mapping[str, Any]]], tokenizer: Any, backbone: str, seed: int
     ) -> TextTask:
         """The task of one seed, which draws the shots and, where no test rows are named, those of what the shots leave."""
-        settings = set(TaskSpec.model_fields) | {"shots", "validation_shots", "max_test_rows"}
         return TextTask.from_rows(
             rows,
             tokenizer,
@@ -163,8 +168,11 @@ class TextData(Settings):
             files=self.files,
             test_on_rest=True,
             seed=seed,
-            **self.model_dump(include=settings),
+            **self._options(),
         )
+
+    def _options(self) -> dict[str, Any]:
+        return self.model_dump(include=set(TaskSpec.model_fields) | {"shots", "validation_shots", "max_test_rows"})
 
 
 class Recipe(recipe.Recipe):
@@ -242,6 +250,7 @@ class Bench:
     def __init__(self, checked: Recipe) -> None:
         self.recipe = checked
         self.rows = checked.data.rows()
+        checked.data.check(self.rows, checked.backbone.kind, checked.seed)
         self.backbone, self.tokenizer = checked.backbone.load()
         offloaded = any(p.is_meta for p in self.backbone.parameters())
         self._weights = None if offloaded else frozen.fingerprint(self.backbone, full=False)  # before a method is on it
@@ -302,11 +311,9 @@ class Session:
 
     def export(self, format: str, folder: Path) -> Path:
         """Write the prompt in another library's format."""
-        if format != "peft":
+        if format not in EXPORTS:
             raise InputError(f"unknown format {format!r}", remedy="Text prompts are exported as `peft`")
-        from pt_nlp.interop import export_peft
-
-        return export_peft(self.method, folder)
+        return interop.export_peft(self.method, folder)
 
 
 def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> Session:

@@ -9,6 +9,7 @@ A workbench offers:
                                                     `.predict(inputs)`, `.evaluate(file, text, label)`,
                                                     `.export(format, folder)`
     demo(folder, seeds, shots, data)                the package's demo; None: its own default
+    EXPORTS                                         format -> names of the files that it is made of; without it: none
 
 and, where `pt transfer` is to work, its Bench has (see `pt_core.transfer.TransferBench`)
 
@@ -207,6 +208,7 @@ def evaluate(
     backbone: Backbone = None,
 ) -> None:
     """Evaluate a trained prompt on labelled data."""
+    _check_there(data)
     from rich.table import Table
 
     table = Table("metric", "value")
@@ -226,6 +228,7 @@ def predict(
     """Predict with a trained prompt; prints one JSON object a line."""
     if bool(inputs) == (data is not None):
         raise InputError("give either inputs or --data")
+    _check_there(data)
     session = _open(prompt, backbone)
     for answer in session.predict(inputs if data is None else session.inputs(data, text=text)):
         print(json.dumps(answer, ensure_ascii=False))
@@ -239,7 +242,15 @@ def export(
     backbone: Backbone = None,
 ) -> None:
     """Write a trained prompt in another library's format."""
-    print(f"written: {_open(prompt, backbone).export(format, output)}")
+    from pt_core import artifacts
+
+    artifact, workbench = _read(prompt)
+    formats = getattr(workbench, "EXPORTS", {})
+    if format not in formats:
+        there = f"There is: {', '.join(formats)}" if formats else "Use the artifact itself: this package has no other"
+        raise InputError(f"unknown format {format!r}", file=prompt, remedy=there)
+    artifacts.check_replaceable(output, formats[format])
+    print(f"written: {workbench.open_artifact(artifact, backbone).export(format, output)}")
 
 
 @app.command()
@@ -252,8 +263,20 @@ def doctor() -> None:
     check.report(Console())
 
 
+def _check_there(data: Path | None) -> None:
+    """Refuse a missing file before the backbone is loaded for it."""
+    if data is not None and not data.exists():
+        raise InputError("no such file", file=data)
+
+
 def _open(prompt: str, backbone: str | None) -> Any:
-    """The session of a trained prompt, by the workbench of its package."""
+    """The session of a trained prompt."""
+    artifact, workbench = _read(prompt)
+    return workbench.open_artifact(artifact, backbone)
+
+
+def _read(prompt: str) -> tuple[Any, Any]:
+    """A trained prompt, and the workbench of its package."""
     from pt_core import artifacts
 
     artifact = artifacts.load_artifact(prompt)
@@ -261,7 +284,7 @@ def _open(prompt: str, backbone: str | None) -> Any:
         package = registry.short_name(artifact.config.package)
     except InputError as error:
         raise InputError(f"needs another package: {error}", file=prompt) from error
-    return registry.workbench(package).open_artifact(artifact, backbone)
+    return artifact, registry.workbench(package)
 
 
 def _show(table: Any) -> None:
