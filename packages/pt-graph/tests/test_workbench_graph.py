@@ -227,6 +227,16 @@ def test_bad_settings_are_refused(folder: Path, data: dict[str, Any], problem: s
         made(folder, data=data)
 
 
+def test_a_prompt_whose_labels_do_not_fit_its_outputs_is_refused(folder: Path) -> None:
+    bench = Bench(made(folder))
+    task = bench.task(0).spec.model_dump() | {"labels": ["first", "second", "third"]}
+    path = bench.job("gpf", 0)[0].method.save_pretrained(folder / "saved", task=task)
+    with pytest.raises(
+        InputError, match=r"config\.json, field 'task': the task has 3 labels, the prompt answers for 2"
+    ):
+        open_artifact(artifacts.load_artifact(path), "nowhere")
+
+
 def test_a_bare_weight_file_needs_its_configuration(folder: Path) -> None:
     bare = str(folder / "gin" / "model.safetensors")
     with pytest.raises(InputError, match="needs a config"):

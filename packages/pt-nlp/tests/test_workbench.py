@@ -511,6 +511,23 @@ def test_the_demo_shows_as_many_texts_of_each_class_as_have_room(folder: Path, p
     assert demo.demonstrations(bench, range(2)) == room
 
 
+def test_a_prompt_whose_labels_do_not_fit_its_head_is_refused_before_the_backbone_is_loaded(folder: Path) -> None:
+    _, path = trained(folder, data={"kind": "classification"})
+    content = json.loads((path / "prompt_config.json").read_text())
+    content["task"]["labels"] += ["neutral"]
+    (path / "prompt_config.json").write_text(json.dumps(content))
+    problem = r"prompt_config\.json, field 'task': the task has 3 labels, the prompt answers for 2"
+    with pytest.raises(InputError, match=problem):
+        open_artifact(artifacts.load_artifact(path), "nowhere")
+
+
+def test_half_of_a_character_in_a_text_is_refused_with_its_row(folder: Path) -> None:
+    _, path = trained(folder)
+    session = open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+    with pytest.raises(InputError, match=r"row 2, field 'text': holds '\\udcff', which is half of a character"):
+        session.predict(["good film", "good \udcff film"])
+
+
 # --- the demo ----------------------------------------------------------------------------------------------------------
 def test_the_demo_runs_on_a_file_of_ones_own(
     folder: Path, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -312,6 +312,16 @@ def test_a_prompt_opens_in_the_dtype_that_it_was_trained_in(folder: Path, dtype:
     assert set(session.predict([image])[0]["scores"]) == set(NAMES)
 
 
+def test_a_prompt_whose_labels_do_not_fit_its_classes_is_refused(folder: Path) -> None:
+    bench = Bench(made(folder))
+    task = bench.task(0).spec.model_dump() | {"class_names": NAMES[:3]}
+    path = bench.job("coop", 0)[0].method.save_pretrained(folder / "saved", task=task)
+    with pytest.raises(
+        InputError, match=r"config\.json, field 'task': the task has 3 labels, the prompt answers for 4"
+    ):
+        open_artifact(artifacts.load_artifact(path), "nowhere")
+
+
 def test_a_prompt_of_the_shipped_model_opens_by_itself(folder: Path) -> None:
     backbone = load_backbone("zoo:mini-clip")
     method = registry.find_method("vl", "coop")(backbone, CoOpConfig(class_names=NAMES))

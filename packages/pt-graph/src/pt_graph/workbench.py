@@ -308,6 +308,7 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
         InputError: the artifact was saved without its task, or its backbone cannot be loaded.
     """
     spec, name = recipe.opened(artifact, GraphSpec, backbone)
+    recipe.check_head(artifact, len(spec.labels), artifact.config.method_config.get("num_outputs"))
     return Session(artifacts.load(artifact.folder, GraphModel(name=name).load()), spec)
 
 

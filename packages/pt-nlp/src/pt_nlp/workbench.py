@@ -324,6 +324,11 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     """
     folder, known = artifact.folder, artifact.config.backbone
     spec, name = recipe.opened(artifact, TaskSpec, backbone)
+    if spec.kind in ("classification", "multilabel"):
+        config = artifact.config.method_config
+        recipe.check_head(
+            artifact, len(spec.labels), config.get("num_labels") or len(config.get("label_tokens", ())) or None
+        )
     try:
         chosen = TextBackbone(
             name=name, kind=spec.backbone, revision=None if backbone else known.revision, dtype=_trained_in(known.dtype)

@@ -503,6 +503,8 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     config = artifact.config
     names = {"class_names": config.method_config.get("class_names")}
     spec, name = recipe.opened(artifact, ImageSpec, backbone, names)
+    if names["class_names"] and config.method != MVLPT.name:
+        recipe.check_head(artifact, len(spec.class_names), len(names["class_names"]))
     dtype = DTYPES.get(config.backbone.dtype, torch.float32)
     try:
         encoder = load_backbone(name, None if backbone else config.backbone.revision, dtype)

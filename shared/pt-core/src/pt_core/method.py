@@ -146,7 +146,7 @@ class Method(nn.Module):
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def load_trained_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `trained_state`. Raises InputError where names or shapes differ."""
+        """Inverse of `trained_state`. Raises InputError where names, shapes or kinds of numbers differ."""
         own = self.state_dict()
         missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         if missing or unknown:
@@ -156,6 +156,8 @@ class Method(nn.Module):
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
                 raise InputError(f"{name} has shape {tuple(tensor.shape)}, {tuple(own[name].shape)} was expected")
+            if own[name].dtype != tensor.dtype and not (own[name].is_floating_point() and tensor.is_floating_point()):
+                raise InputError(f"{name} is {tensor.dtype}, {own[name].dtype} was expected")
         self.load_state_dict(dict(tensors))
 
     def kept_state(self) -> dict[str, Tensor]:

@@ -11,13 +11,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pt_core import registry
-from pt_core.artifacts import Artifact
+from pt_core.artifacts import CONFIG, Artifact
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
 from pt_core.settings import Settings
 from pt_core.training import FitConfig
 
 T = TypeVar("T", bound=BaseModel)
+# Beside its own errors, those of bytes, dates, numbers of thousands of digits, and brackets of thousands of levels.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 class MethodChoice(BaseModel):
@@ -189,7 +191,7 @@ def parse_settings(lines: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"{line!r} is no setting", remedy="Write --set key.key=value")
         try:
             changes[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except NOT_YAML as error:
             raise InputError(
                 f"the value is not YAML: {value!r}", field=key, remedy="Quote text: 'key=\"text\"'"
             ) from error
@@ -219,6 +221,21 @@ def opened(
         return schema.model_validate({**(defaults or {}), **task}), name
     except ValidationError as error:
         raise explain(error, schema, "task", folder) from error
+
+
+def check_head(artifact: Artifact, labels: int, outputs: int | None) -> None:
+    """Refuse a saved prompt whose task has more or fewer labels than it has outputs (None: it has none of its own).
+
+    Raises:
+        InputError: naming the file.
+    """
+    if outputs is not None and outputs != labels:
+        raise InputError(
+            f"the task has {labels} labels, the prompt answers for {outputs}",
+            file=artifact.folder / CONFIG,
+            field="task",
+            remedy="Get the file again",
+        )
 
 
 def explain(
@@ -281,7 +298,7 @@ def _parse(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text("utf-8"), _Loader)
     except InputError as error:
         raise InputError(str(error), file=path) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise InputError(f"is not YAML: {' '.join(str(error).split())}", file=path) from error
     if not isinstance(content, dict):
         raise InputError("holds no settings", file=path, remedy="A recipe is a mapping of keys")
