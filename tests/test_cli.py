@@ -229,6 +229,20 @@ def test_a_file_that_the_system_refuses_ends_in_one_line_and_exit_code_2(
     assert pt("demo") == (2, "", "pt: [Errno 13] Permission denied: 'rows.csv'\n")
 
 
+def test_what_stdout_cannot_write_is_shown_as_far_as_it_goes() -> None:
+    code = """
+import sys
+from types import SimpleNamespace
+from pt_core import cli
+cli._open = lambda *_: SimpleNamespace(predict=lambda inputs: [{"label": "caf\\u00e9"}])
+sys.argv = ["pt", "predict", "prompt", "text"]
+cli.main()
+"""
+    settings = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ran = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, '{"label": "caf?"}\n'), ran.stderr
+
+
 def test_help_shows_the_extra_of_ray(pt: Command) -> None:
     code, out, _ = pt("transfer", "--help")
     assert code == 0 and "pt-core[ray]" in out

@@ -212,6 +212,7 @@ def test_a_later_format_is_refused_by_its_number(saved: Path) -> None:
         (lambda f: (f / CONFIG).unlink(), r"prompt_config\.json: is missing"),
         (lambda f: (f / TENSORS).unlink(), r"prompt\.safetensors: is missing"),
         (lambda f: (f / CONFIG).write_text("{"), r"prompt_config\.json: is not JSON"),
+        (lambda f: (f / CONFIG).write_text("[" * 100_000), r"prompt_config\.json: is not JSON"),
         (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), r"prompt_config\.json: is not JSON"),
         (lambda f: (f / CONFIG).write_text("[1]"), "should be a valid dictionary"),
         (lambda f: edit(f, "method"), "field 'method': Field required"),
@@ -569,6 +570,13 @@ def test_a_long_text_in_the_place_of_a_folder_is_no_folder(text: str, hub: Hub) 
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("name", ["a/b/c", "-a", "a b", "x" * 200])
+def test_a_name_that_the_hub_does_not_take_is_refused(saved: Path, hub: Hub, name: str) -> None:
+    with pytest.raises(InputError, match="field 'repo_id': no id of the hub: "):
+        push(saved, name)
+    assert not hub.asked
+
+
 def test_a_damaged_artifact_is_not_pushed(saved: Path, hub: Hub) -> None:
     (saved / TENSORS).write_bytes(b"")
     with pytest.raises(InputError, match="damaged"):
@@ -688,6 +696,18 @@ def test_a_method_may_keep_less_than_it_trains(tmp_path: Path, registry: dict[st
     nn.init.normal_(method.prompt)
     assert load_artifact(method.save_pretrained(tmp_path / "a")).tensors.keys() == {"half"}
     assert torch.equal(load(tmp_path / "a", backbone()).prompt, method.prompt.half().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64])
+def test_tensors_of_another_kind_of_numbers_are_refused(
+    tmp_path: Path, registry: dict[str, Any], dtype: torch.dtype
+) -> None:
+    method = trained()
+    method.load_trained_state({name: tensor.half() for name, tensor in method.trained_state().items()})
+    wrong = {name: tensor.to(dtype) for name, tensor in method.trained_state().items()}
+    name = next(iter(wrong))
+    with pytest.raises(InputError, match=rf"{name} is {dtype}, torch\.float32 was expected"):
+        method.load_trained_state(wrong)
 
 
 def test_another_backbone_warns_once_and_strict_refuses(tmp_path: Path, registry: dict[str, Any]) -> None:

@@ -362,6 +362,8 @@ def test_labels_keep_their_type_and_need_not_be_text(tmp_path):
         ("a.jsonl", b'["good", 1]\n', "row 1: a row must be an object, not list"),
         ("a.json", b'{"review": ["good"]}', "holds a dict. Write a list of objects"),
         ("a.json", b"[{]", "not valid JSON"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.jsonl", b"[" * 100_000, "row 1: not valid JSON"),
         ("a.jsonl", b'{"review": "good", "star": 1}', "field 'stars': no such column. .*'review', 'star'$"),
         ("a.csv", b"Review,stars\ngood,1\n", "row 1, field 'review': no such column. .*'Review', 'stars'$"),
         ("a.csv", b"review,stars\ngood,1\nvery, very bad,0\n", "a.csv, row 2: 3 values under 2 columns"),

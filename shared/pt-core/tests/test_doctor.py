@@ -26,6 +26,13 @@ def test_versions_that_a_package_does_not_allow_are_named(monkeypatch: pytest.Mo
     assert doctor.out_of_range("pt-x") == ["pt-x needs gone>=1, installed: 1.0rc1"]
 
 
+def test_a_package_whose_distribution_has_another_name_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "packages", lambda: {"foreign": "no_such_distribution"})
+    out = io.StringIO()
+    doctor.report(Console(file=out, width=120))
+    assert "no-such-distribution -" in out.getvalue()
+
+
 def test_installed_says_the_version_or_none() -> None:
     assert doctor.installed("torch") == version("torch")
     assert doctor.installed("no-such-distribution") is None

@@ -171,6 +171,9 @@ def test_settings_that_a_comparison_would_not_use_are_refused() -> None:
         ("- a\n- b", "holds no settings"),
         ("", "holds no settings"),
         ("\x00", "is not YAML"),
+        ("about: 2024-02-30", "is not YAML: day is out of range for month"),
+        ("about: " + "9" * 5000, "is not YAML: "),
+        ("about: " + "[" * 3000, "is not YAML: "),
         ("metod: {name: tiny-prompt}", "field 'metod': unknown key (did you mean 'method'?)"),
         ("1: 2", "field '1': "),
         ("seed: 1\nmethod: {name: a}\nseed: 2", "first.yaml: row 3, field 'seed': the key is there twice. Leave one"),
@@ -245,6 +248,12 @@ def test_settings_of_the_command_line_are_yaml_values() -> None:
     assert recipe.parse_settings(lines) == expected
     _, checked = recipe.load("toy/first", recipe.parse_settings(["method.lr=1e-3", "data.rows=7"]))
     assert checked.config().model_dump()["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("value", ["2024-02-30", "9" * 5000, "[" * 3000])
+def test_a_setting_that_yaml_cannot_make_a_value_of_is_refused(value: str) -> None:
+    with pytest.raises(InputError, match="field 'seed': the value is not YAML"):
+        recipe.parse_settings([f"seed={value}"])
 
 
 @pytest.mark.parametrize("line", ["lr", "=3", "a..b=1", ".a=1", ""])

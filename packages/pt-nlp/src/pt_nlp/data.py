@@ -150,7 +150,13 @@ class Encoder:
         before, _, after = self.spec.template.partition("{text}")
         fields = {k: v for k, v in row.items() if k != "text"}
         parts = [_fill(before, fields), str(row["text"]), _fill(after, fields)]
-        ids = self._ids("".join(parts))
+        whole = "".join(parts)
+        try:
+            whole.encode()
+        except UnicodeEncodeError as error:
+            problem = f"holds {whole[error.start]!r}, which is half of a character"
+            raise InputError(problem, file=file, row=number, field="text", remedy="Give text in UTF-8") from error
+        ids = self._ids(whole)
         room = self.spec.max_source_length - len(self.head) - len(self.tail)
         if len(ids) > room:
             first, text, last = (self._ids(part) for part in parts)
@@ -442,7 +448,7 @@ class TextTask:
     def texts(self, texts: Sequence[str], **fields: Sequence[str]) -> list[dict[str, Any]]:
         """Encoded rows for prediction, without labels."""
         rows = [{"text": t} | {k: v[i] for k, v in fields.items()} for i, t in enumerate(texts)]
-        return [{"id": i, "source": self.encoder.source(row)} for i, row in enumerate(rows)]
+        return [{"id": i, "source": self.encoder.source(row, number=i + 1)} for i, row in enumerate(rows)]
 
     @torch.no_grad()
     def predict(

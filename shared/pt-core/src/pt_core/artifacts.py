@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import huggingface_hub
 import torch
 import yaml
+from huggingface_hub.utils import HFValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
@@ -150,11 +151,17 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     """Upload an artifact folder to the hub (made if needed), as the user that `hf auth login` knows; returns the URL.
 
     Only the three files are uploaded, and only if they load.
+
+    Raises:
+        InputError: as `load_artifact` does, or the id is none that the hub takes.
     """
     recover_folder(Path(folder))
     _read(Path(folder))
     api = huggingface_hub.HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+    except HFValidationError as error:
+        raise InputError(f"no id of the hub: {' '.join(str(error).split())}", field="repo_id") from error
     commit = api.upload_folder(
         repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload trained prompt"
     )
@@ -256,7 +263,7 @@ def _read(folder: Path) -> Artifact:
             raise InputError("is missing", file=folder / name, remedy="Is this the folder of a trained prompt?")
     try:
         content = json.loads((folder / CONFIG).read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON ({error})", file=folder / CONFIG, remedy="Get the file again") from error
     config = _checked(content, folder / CONFIG)
     try:

@@ -23,6 +23,7 @@ in one line and code 1. Results go to stdout.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -295,6 +296,8 @@ def _show(table: Any) -> None:
 
 def main() -> None:
     """Entry point of `pt`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8, an answer is shown as far as it goes
     try:
         app()
     except (InputError, OSError) as error:

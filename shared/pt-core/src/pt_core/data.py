@@ -418,7 +418,7 @@ def _read_jsonl(text: str, path: Path) -> list[Any]:
     for number, line in enumerate(text.rstrip().split("\n"), start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = f"not valid JSON ({error})" if line.strip() else "the line is empty"
             raise InputError(problem, remedy="Write one JSON object per line", file=path, row=number) from error
     return rows
@@ -427,7 +427,7 @@ def _read_jsonl(text: str, path: Path) -> list[Any]:
 def _read_json(text: str, path: Path) -> list[Any]:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error})", file=path) from error
     if not isinstance(rows, list):
         raise InputError(f"holds a {type(rows).__name__}", remedy="Write a list of objects, or .jsonl", file=path)

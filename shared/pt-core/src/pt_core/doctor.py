@@ -66,7 +66,11 @@ def installed(name: str) -> str | None:
 def out_of_range(distribution: str) -> list[str]:
     """Requirements of one of our packages that the installed versions do not meet."""
     problems = []
-    for line in requires(distribution) or []:
+    try:
+        lines = requires(distribution) or []
+    except PackageNotFoundError:  # a package whose distribution has another name
+        return []
+    for line in lines:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -106,7 +110,7 @@ def report(console: Console) -> None:
         table.add_row(name, have or "-", tested, style=None if have in (None, tested) else "yellow")
     console.print(table)
     ours = ["pt-core", *(module.replace("_", "-") for module in packages().values())]
-    console.print("packages: " + ", ".join(f"{name} {installed(name)}" for name in ours))
+    console.print("packages: " + ", ".join(f"{name} {installed(name) or '-'}" for name in ours))
     for problem in [p for name in ours for p in out_of_range(name)]:
         console.print(problem, style="red", markup=False)
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
