@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import huggingface_hub
 import torch
 import yaml
-from huggingface_hub.utils import HFValidationError
+from huggingface_hub.errors import HFValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
