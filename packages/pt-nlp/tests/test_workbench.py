@@ -349,6 +349,10 @@ def test_the_identity_follows_the_weights(folder: Path, tiny: Callable[..., Any]
     tiny("Llama", seed=1).save_pretrained(folder / "backbone")  # another model under the same path
     other = Bench(made(folder)).identity
     assert [key for key in first if first[key] != other[key]] == ["weights"]
+    config = folder / "backbone" / "config.json"
+    config.write_text(config.read_text().replace('"silu"', '"gelu"'))  # the same weights, another function
+    changed = Bench(made(folder)).identity
+    assert [key for key in other if changed[key] != other[key]] == ["weights"]
 
 
 def test_a_backbone_that_cannot_be_read_is_named_once(folder: Path) -> None:

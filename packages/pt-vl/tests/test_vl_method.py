@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
 from torch.testing import assert_close
+from transformers import CLIPConfig, CLIPModel
 
 from pt_core.artifacts import load, load_artifact
 from pt_core.errors import InputError
 from pt_core.training import FitConfig
+from pt_vl.backbones import DualEncoder
 from pt_vl.method import VLConfig, cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
@@ -163,6 +166,49 @@ def test_features_are_cached_only_of_fixed_views(make_encoder: Make, make_images
     other = make_encoder(seed=1)
     with pytest.raises(InputError, match="the features are of backbone"):
         cache_features(split, other, 2, tmp_path)
+
+
+def activated(make_encoder: Make, family: str, activation: str) -> DualEncoder:
+    """The same weights with one activation or the other."""
+    made: DualEncoder = make_encoder(family)
+    if family == "clip":
+        settings = made.model.config.to_dict()
+        for tower in ("text_config", "vision_config"):
+            settings[tower]["hidden_act"] = activation
+        other = CLIPModel(CLIPConfig(**settings)).eval()
+        other.load_state_dict(made.model.state_dict())
+        return DualEncoder(other, made.tokeniser).eval()
+    for part in made.model.modules():
+        if hasattr(part, "gelu") and activation == "gelu":
+            part.gelu = nn.GELU()
+        elif hasattr(part, "gelu"):
+            part.gelu = importlib.import_module("open_clip.transformer").QuickGELU()
+    return made
+
+
+@pytest.mark.parametrize("family", ["clip", "open-clip"])
+def test_the_same_weights_with_another_activation_are_another_backbone(
+    family: str, make_encoder: Make, make_images: Make, tmp_path: Any
+) -> None:
+    quick, plain = activated(make_encoder, family, "quick_gelu"), activated(make_encoder, family, "gelu")
+    path = coop(quick).save_pretrained(tmp_path / "prompt", backbone_name="a/b")
+    load(path, activated(make_encoder, family, "quick_gelu"), strict=True)
+    with pytest.warns(UserWarning, match="may not fit this backbone, .*: the configuration differs"):
+        load(path, plain)
+    with pytest.raises(InputError, match="not bit for bit a/b: the configuration differs"):
+        load(path, plain, strict=True)
+    cache_features(make_images(3), quick, folder=tmp_path / "features")
+    with pytest.raises(InputError, match="the features are of backbone"):
+        cache_features(make_images(3), plain, folder=tmp_path / "features")
+
+
+def test_features_of_autocast_are_kept_apart(make_encoder: Make, make_images: Make, tmp_path: Any) -> None:
+    backbone, split = make_encoder(), make_images(3)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            cache_features(split, backbone, folder=tmp_path)
+    with pytest.raises(InputError, match="the features are of transform .*'autocast': 'torch.bfloat16'"):
+        cache_features(split, backbone, folder=tmp_path)
 
 
 def test_new_class_names_keep_the_prompt(make_encoder: Make, make_images: Make) -> None:

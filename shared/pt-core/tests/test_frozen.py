@@ -174,6 +174,19 @@ def test_fingerprint_covers_persistent_buffers_only_and_ties_once() -> None:
     assert identity(Trunk()).parameters == 11 * 16 + 3 * (16 * 16 + 16 + 2 * 16)
 
 
+def test_a_fingerprint_takes_in_the_configuration_where_it_is_asked_to() -> None:
+    def of(settings: object, **options: bool) -> str:
+        trunk = Trunk()
+        trunk.config = settings
+        return fingerprint(trunk, **options)
+
+    one, other = Config(), Config(hidden_act="relu")
+    assert of(one) == of(other) == of(None) == of(None, config=True)
+    assert of(one, config=True) != of(other, config=True)
+    assert of(one, full=False, config=True) != of(other, full=False, config=True)
+    assert of(one, config=True) == of(Config("elsewhere/tiny", torch_dtype="float16"), config=True)
+
+
 def test_a_tensor_that_is_not_in_memory_has_no_fingerprint() -> None:
     with pytest.raises(InputError, match="bias is not in memory"):
         fingerprint(nn.Linear(2, 2, device="meta"))
@@ -279,6 +292,16 @@ def test_strict_refuses_any_difference_and_wants_a_full_hash() -> None:
     silent(saved, trunk)
     with pytest.raises(InputError, match="none was saved"):
         compare(identity(trunk), trunk, strict=True)
+
+
+def test_strict_refuses_the_same_weights_of_another_configuration() -> None:
+    trunk, other = Trunk(), Trunk()
+    trunk.config, other.config = Config(), Config(hidden_act="relu")
+    saved = identity(trunk, full=True)
+    silent(saved, trunk, strict=True)
+    with pytest.raises(InputError, match="not bit for bit org/tiny: the configuration differs"):
+        compare(saved, other, strict=True)
+    silent(saved.model_copy(update={"config_hash": None}), other, strict=True)  # saved where there was none
 
 
 def test_configuration_counts_without_what_changes_with_loading() -> None:

@@ -16,6 +16,7 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,18 @@ def test_another_configuration_is_refused_by_name(changes, named, tmp_path):
         short(tmp_path, **changes)
     assert "another output folder" in str(refusal.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_same_weights_of_another_configuration_are_another_run(tmp_path):
+    def backbone(activation):
+        made = TinyLM()
+        made.config = SimpleNamespace(to_dict=lambda: {"activation": activation})
+        return made
+
+    short(tmp_path, backbone=backbone("gelu"))
+    short(tmp_path, backbone=backbone("gelu"))
+    with pytest.raises(InputError, match="holds a run of another configuration .backbone: '"):
+        short(tmp_path, backbone=backbone("relu"))
 
 
 def test_a_method_adds_to_what_must_be_the_same(tmp_path, monkeypatch):

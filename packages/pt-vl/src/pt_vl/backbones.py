@@ -322,6 +322,27 @@ class _OpenClipImage(_OpenClipBlocks):
         return cast(Tensor, pooled if self.visual.proj is None else pooled @ self.visual.proj)
 
 
+class _OpenClipSettings:
+    """What an open_clip model computes beside its weights, read from its parts: it carries no configuration of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def to_dict(self) -> dict[str, Any]:
+        """Part by part, its kind (of the activations, too), and its heads, epsilon, strides and pooling, where it has them."""
+        known = [
+            *("num_heads", "eps", "approximate", "stride", "padding", "image_size", "context_length"),
+            *("pool_type", "text_pool_type", "final_ln_after_pool", "pad_id", "eos_id", "text_eos_id"),
+        ]
+        parts = {}
+        for name, part in self.model.named_modules():
+            values = {key: getattr(part, key) for key in known if hasattr(part, key)}
+            values["causal"] = True if getattr(part, "attn_mask", None) is not None else None
+            kind = type(part).__name__.removesuffix("Fp32")  # norms of a model that was made in another dtype
+            parts[name] = {"kind": kind} | values
+        return parts
+
+
 # --- the interface ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Words:
@@ -414,8 +435,8 @@ class DualEncoder(nn.Module):
     # --- what it is -------------------------------------------------------------------------------------------------
     @property
     def config(self) -> Any:
-        """The model's own configuration (None for open_clip)."""
-        return getattr(self.model, "config", None)
+        """The model's own configuration, or what takes its place for open_clip."""
+        return getattr(self.model, "config", None) or _OpenClipSettings(self.model)
 
     @property
     def hf_device_map(self) -> Any:

@@ -265,7 +265,7 @@ class VLMethod(Method):
             return self.encode_text()
         device = self.backbone.device
         values = self.trained_state() if self.trains_text else {}
-        key = (device, torch.is_autocast_enabled(device.type))
+        key = (device, _autocast(device))
         if self._known is None or self._known[0] != key or not _equal(values, self._known[1]):
             with torch.no_grad():
                 self._known = (key, {name: tensor.clone() for name, tensor in values.items()}, self.encode_text())
@@ -353,6 +353,10 @@ class VLMethod(Method):
         return super().fit(train, validation, config, output_dir)
 
 
+def _autocast(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def _equal(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     return all(
         tensor.device == others[name].device and torch.equal(tensor, others[name]) for name, tensor in values.items()
@@ -396,7 +400,10 @@ def cache_features(
         return split
     store = None
     if folder is not None:
-        store = FeatureCache(folder, fingerprint(backbone.model), backbone.preprocessing.model_dump(mode="json"))
+        how = backbone.preprocessing.model_dump(mode="json")
+        if (dtype := _autocast(backbone.device)) is not None:
+            how["autocast"] = str(dtype)
+        store = FeatureCache(folder, fingerprint(backbone, config=True), how)
     rows: list[dict[str, Any]] = []
     for batch in split.batches(batch_size):
 

@@ -216,7 +216,7 @@ class Bench:
     def identity(self) -> dict[str, Any]:
         """What backbone and data are, as JSON; weights and images (ids, classes, files) by their hashes."""
         data, seed = self.recipe.data, self.recipe.seed
-        known = {"weights": fingerprint(self.backbone.model, full=False)}
+        known = {"weights": fingerprint(self.backbone, full=False, config=True)}
         known["images"] = _hash({} if data.only_tasks else _rows(self.task(seed)))
         if data.tasks:
             known["tasks"] = _hash({name: _rows(self.task(seed, name)) for name in data.tasks})

@@ -7,7 +7,7 @@
     saved = identity(backbone, "google/flan-t5-base", revision="7bcac57")
     compare(saved, other)                            # silent, a warning that says what differs, or a refusal
 
-    cache = FeatureCache("features", fingerprint(tower), "resize 224, centre crop")
+    cache = FeatureCache("features", fingerprint(tower, config=True), "resize 224, centre crop")
     features = cache.get_or_compute(batch["sample_ids"], lambda rows: tower(images[rows]))
 
 What is attached to a backbone (modules with `is_prompt = True`) is trained, so everything here leaves it out.
@@ -49,7 +49,7 @@ def freeze(module: M) -> M:
     return module
 
 
-def fingerprint(module: nn.Module, full: bool = True) -> str:
+def fingerprint(module: nn.Module, full: bool = True, *, config: bool = False) -> str:
     """sha256 (hex) over names, shapes, dtypes and values of parameters and persistent buffers.
 
     Names are sorted, so the order of registration does not matter; tied weights count once.
@@ -58,11 +58,15 @@ def fingerprint(module: nn.Module, full: bool = True) -> str:
         module: a backbone.
         full: read every byte, so that a change of one value is seen. Otherwise 64 values of each tensor, spread evenly:
             milliseconds for a model of billions of values, sees any training, and misses a change of single values.
+        config: take in its configuration as well (see `identity`), where it has one: the same weights compute something else
+            with another activation or number of heads.
 
     Raises:
         InputError: a tensor is not in memory (meta device).
     """
     lines = _manifest(_tensors(module), limit=None if full else 64)
+    if config and (settings := _settings(module)) is not None:
+        lines.append(f"{_config_hash(settings)} configuration")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -178,12 +182,11 @@ def identity(
     Args:
         module: the backbone.
         name, revision: where it comes from; by default what a Hugging Face model says of itself.
-        config: what determines its function beside the weights; by default `module.config` if that has a `to_dict`.
+        config: what determines its function beside the weights; by default `module.config.to_dict()`, if it has one.
         full: also hash all weights, so that it can be loaded with `strict=True`.
     """
     own: Any = getattr(module, "config", None)
-    if config is None and hasattr(own, "to_dict"):
-        config = own.to_dict()
+    config = _settings(module) if config is None else config
     parameters = {n: t for n, t in _tensors(module).items() if isinstance(t, nn.Parameter)}
     quantised = _quantised(module)
     return BackboneIdentity(
@@ -208,7 +211,7 @@ def compare(saved: BackboneIdentity, module: nn.Module, strict: bool = False) ->
     Args:
         saved: from the artifact.
         module: the backbone at hand.
-        strict: refuse any difference in weights, persistent buffers or dtype, by full hash.
+        strict: refuse any difference in weights, persistent buffers or dtype, by full hash, and all that is warned of.
 
     Warns:
         UserWarning: weights or configuration differ; the message says which.
@@ -237,7 +240,7 @@ def compare(saved: BackboneIdentity, module: nn.Module, strict: bool = False) ->
                 "strict comparison needs a full hash of the backbone, and none was saved",
                 remedy="Save with identity(..., full=True), or load without strict",
             )
-        if fingerprint(module) != saved.full_hash:
+        if doubts or fingerprint(module) != saved.full_hash:
             same_sample = f"full hashes differ (dtype {saved.dtype} when saved, {now.dtype} here)"
             raise InputError(f"not bit for bit {source}: {'; '.join(doubts) or same_sample}", remedy=remedy)
     elif doubts:
@@ -328,6 +331,12 @@ def _quantised(module: nn.Module) -> bool:
     )
 
 
+def _settings(module: nn.Module) -> dict[str, Any] | None:
+    """The configuration that a model carries, as those of Hugging Face do."""
+    own: Any = getattr(module, "config", None)
+    return own.to_dict() if hasattr(own, "to_dict") else None
+
+
 def _config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(_stable(config), sort_keys=True, default=str).encode()).hexdigest()
 
@@ -373,8 +382,10 @@ class FeatureCache:
 
     Args:
         folder: made if needed; one for each backbone, transform and data set.
-        backbone_fingerprint: `fingerprint(trunk)`, of every value: features of a trunk that differs in one are others.
-        transform: all that turns a stored sample into the trunk's input, as text or JSON values.
+        backbone_fingerprint: `fingerprint(trunk, config=True)`, of every value: features of a trunk that differs in one are
+            others.
+        transform: all that turns a stored sample into the trunk's input, as text or JSON values; and the dtype of autocast,
+            where there is one.
 
     Raises:
         InputError: the folder holds features of another backbone or transform, or is damaged.

@@ -659,10 +659,9 @@ class Loop:
         method, config = self.method, self.config
         weights = None
         if method.frozen_backbone and not any(p.is_meta for p in method.backbone.parameters()):
-            weights = fingerprint(method.backbone, full=False)  # asked at the start of every run
-        start = (
-            method.trained_state() if method.frozen_backbone else {}
-        )  # a backbone that is trained is in the checkpoint
+            weights = fingerprint(method.backbone, full=False, config=True)  # asked at the start of every run
+        # A backbone that is trained itself is in the checkpoint.
+        start = method.trained_state() if method.frozen_backbone else {}
         return {
             "method": method.name,
             "method_config": method.config.model_dump(mode="json"),
