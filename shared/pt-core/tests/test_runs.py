@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pt_core import report, runs
+from pt_core import files, report, runs
 from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
@@ -333,6 +333,38 @@ def test_a_cell_that_was_cut_while_it_was_written_is_run_again(tmp_path: Path) -
     make = Maker()
     runs.compare(make, ["tiny"], [0], tmp_path, announce=lambda line: None)
     assert make.made == [("tiny", 0)]
+
+
+def test_a_damaged_cell_is_named_and_computed_again_once_it_is_deleted(tmp_path: Path) -> None:
+    whole = runs.compare(Maker(), ["tiny"], [0], tmp_path, announce=lambda line: None)
+    cell = tmp_path / "cells" / "tiny-0.json"
+    for content in (
+        cell.read_bytes()[:40],
+        b"\x00" * 40,
+        b"{}",
+        b"[]",
+        b'{"result": {}, "history": [], "artifact": null}',
+    ):
+        cell.write_bytes(content)
+        with pytest.raises(InputError, match=r"tiny-0\.json: is damaged\. Delete it: the cell is computed again"):
+            runs.compare(Maker(), ["tiny"], [0], tmp_path, announce=lambda line: None)
+    cell.unlink()
+    again = runs.compare(Maker(), ["tiny"], [0], tmp_path, announce=lambda line: None)
+    assert again[0].result.metrics == whole[0].result.metrics
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, bool]] = []
+    for name in ("fsync", "replace"):
+        original = getattr(files.os, name)
+
+        def spied(*values: Any, name: str = name, original: Any = original) -> None:
+            done.append((name, (tmp_path / "a").exists()))
+            original(*values)
+
+        monkeypatch.setattr(files.os, name, spied)
+    files.write(tmp_path / "a", "text")
+    assert done == [("fsync", False), ("replace", False)] and (tmp_path / "a").read_text() == "text"
 
 
 def test_labels_become_safe_file_names(tmp_path: Path) -> None:

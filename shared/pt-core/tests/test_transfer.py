@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,20 @@ def test_a_finished_study_is_read_and_may_grow(whole: tuple[Study, Path], tmp_pa
     bench.made.clear()
     assert studied(tmp_path, lambda: bench, metric="loss").metric == "loss"
     assert bench.made == []
+
+
+def test_a_damaged_cell_is_named_and_computed_again_once_it_is_deleted(
+    whole: tuple[Study, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole[1], tmp_path / "copy")
+    file = Cell(TASKS[1], 0, TASKS[0]).file(folder)
+    for content in (file.read_bytes()[:30], b"{}", b"[]"):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"\.json: is damaged\. Delete it: the cell is computed again") as refusal:
+            studied(folder)
+        assert str(file) in str(refusal.value)
+    file.unlink()
+    assert studied(folder) == whole[0]
 
 
 def test_it_says_first_how_much_is_left_and_then_how_long_it_takes(tmp_path: Path) -> None:

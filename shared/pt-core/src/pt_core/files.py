@@ -9,11 +9,17 @@ from pt_core.errors import InputError
 
 
 def write(path: str | Path, content: str | bytes) -> None:
-    """Write a file beside its place, then rename it: a kill at any moment leaves the old one or the new one."""
+    """Write a file beside its place, then rename it: a kill at any moment leaves the old one or the new one.
+
+    It is on the disk before it has its name, so that a power cut leaves no half of it there.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -200,10 +200,17 @@ def histories(outcomes: Sequence[Outcome]) -> dict[str, list[list[dict[str, Any]
 
 
 def _read(kept: Path) -> Outcome:
-    """A finished cell."""
-    content = json.loads(kept.read_text("utf-8"))
-    artifact = kept.parent / content["artifact"] if content["artifact"] else None
-    return Outcome(Result(**content["result"]), content["history"], artifact)
+    """A finished cell.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        content = json.loads(kept.read_text("utf-8"))
+        artifact = kept.parent / content["artifact"] if content["artifact"] else None
+        return Outcome(Result(**content["result"]), content["history"], artifact)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError("is damaged", file=kept, remedy="Delete it: the cell is computed again") from error
 
 
 def check_output(folder: Path) -> None:

@@ -218,7 +218,7 @@ def read(
     """The study of finished cells.
 
     Raises:
-        InputError: a cell is not there, or does not have the metric.
+        InputError: a cell is not there, is damaged, or does not have the metric.
     """
     found = {cell: _read(cell, Path(folder)) for cell in grid(tasks, seeds)}
     names = [name for name in next(iter(found.values()))["metrics"] if name != "loss"]
@@ -306,11 +306,14 @@ def _check(bench: TransferBench, label: str, tasks: Sequence[str], seed: int, me
 
 
 def _read(cell: Cell, folder: Path) -> dict[str, Any]:
+    file = cell.file(folder)
     try:
-        content: dict[str, Any] = json.loads(cell.file(folder).read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
+        return {key: content[key] for key in ("metrics", "before", "seconds")}
     except FileNotFoundError as error:
-        raise InputError(f"{cell} is not done", file=cell.file(folder)) from error
-    return content
+        raise InputError(f"{cell} is not done", file=file) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError("is damaged", file=file, remedy="Delete it: the cell is computed again") from error
 
 
 class _Estimate(AbstractContextManager["_Estimate"]):
