@@ -80,6 +80,15 @@ def test_the_context_stands_where_placeholders_would_and_eot_is_theirs(
     same(method.encode_text(), torch.stack(expected))
 
 
+@pytest.mark.parametrize(("position", "ahead"), [("middle", 1), ("front", 0)])
+def test_a_sign_that_a_name_ends_in_stays_with_the_name(position: Any, ahead: int, make_encoder: Make) -> None:
+    backbone = make_encoder()
+    assert (len(backbone.plain_ids("cat ,")), len(backbone.plain_ids("cat ,."))) == (2, 2)  # ",." is one token
+    sentences = Sentences(backbone, ["cat ,", "dog"], 2, position)
+    context = [4, 5]
+    assert sentences.order[0].tolist() == [0, *context[:ahead], 1, 2, *context[ahead:], 3]
+
+
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_what_classes_share_is_computed_once_with_the_gradients_of_the_plain_path(

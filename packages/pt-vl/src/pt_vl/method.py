@@ -142,10 +142,10 @@ class Sentences(nn.Module):
         self.first = first
         context = n + torch.arange(length)  # slots of the context, behind the n own ones
         order = []
-        for name, row in zip(names, tokens.ids.tolist(), strict=True):
-            before = (
-                0 if position == "end" else _common(backbone.plain_ids(f"{words} {written(name)}".strip()), row[first:])
-            )
+        for name, count in zip(names, tokens.lengths.tolist(), strict=True):
+            # As many tokens as the name has by itself: its last sign and the full stop may have become one.
+            own_length = len(backbone.plain_ids(f"{words} {written(name)}".strip()))
+            before = 0 if position == "end" else min(own_length, count - first - 1)
             head, half = torch.arange(first), {"end": length, "middle": length // 2, "front": 0}[position]
             own = torch.arange(first, n)
             order.append(torch.cat([head, context[:half], own[:before], context[half:], own[before:]]))
