@@ -356,6 +356,11 @@ def test_the_recipe_of_the_real_model_has_published_settings_and_every_method_ta
             )
             by_itself = FAMILY | registry.find_method("vl", chosen.method.name).run
             assert FitConfig(**by_itself) == chosen.training
+    backbone = load_backbone("zoo:mini-clip")
+    for words, length in ({}, 16), ({"method.init": "a photo of a"}, 4):  # the latter: base to new, as its comment says
+        _, checked = recipe.load("vl/clip-b16", images | words)
+        method = registry.find_method("vl", "coop")(backbone, checked.config(class_names=NAMES))
+        assert list(method.context.shape) == [length, backbone.text_width]
     assert checked.with_method("r-amt").config().gradient_dropout == 0.3
     assert checked.with_method("tip-adapter-f").training.weight_decay == 0.01
     with pytest.raises(InputError, match="vl/clip-b16, field 'data': give train, test, split_file or icons"):
