@@ -191,7 +191,7 @@ class Bench:
         self.featuriser = _featuriser(self.backbone)
         self.read = checked.data.read(self.featuriser)
         self._tasks: dict[int, GraphTask] = {}
-        self._weights = fingerprint(self.backbone, full=False)  # before a method is on it
+        self._weights = fingerprint(self.backbone, full=False, config=True)  # before a method is on it
 
     @property
     def identity(self) -> dict[str, Any]:

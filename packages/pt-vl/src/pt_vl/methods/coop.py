@@ -60,9 +60,10 @@ class CoOp(VLMethod):
 
     Parameters: M d_t, or C M d_t if class-specific. ViT-B/16, M = 16: 8,192.
 
-    Fidelity: prompts, start values and positions are the released code's ("middle" splits the context at M // 2; what stands
-    in front of its last part is as many tokens of name "." as the name has by itself). There the text tower reads all 77 slots in half precision for each class; here it is cut at the longest class and reads what the
-    classes share once, with the same values.
+    Fidelity: prompts, start values and positions are the released code's ("middle" splits the context at M // 2; what
+    stands in front of its last part is as many tokens of name "." as the name has by itself). There the text tower reads
+    all 77 slots in half precision for each class; here it is cut at the longest class and reads what the classes share
+    once, with the same values.
 
     Reference: Zhou et al. Learning to Prompt for Vision-Language Models. IJCV 2022.
     """
