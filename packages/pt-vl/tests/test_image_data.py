@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -413,6 +414,19 @@ def test_images_that_cannot_be_read_are_skipped_where_asked_before_the_draw(fold
     assert Counter(labels(task.train)) == {0: 5, 1: 5, 2: 5}
     assert task.train is not None
     assert not {"cat/1.png", "dog/2.png"} & set(task.train.ids or ())
+
+
+def test_strips_that_would_fill_the_memory_cannot_be_read(tmp_path: Path, folder: Path, make_encoder: Make) -> None:
+    assert read_image(save(tmp_path / "long.png", Image.new("RGB", (300, 3)))).size == (300, 3)
+    told = r"its sides of 3 and 301 pixels differ by more than a factor of 100"
+    for source in (save(tmp_path / "strip.png", Image.new("RGB", (3, 301))), np.zeros((301, 3, 3), np.uint8)):
+        with pytest.raises(OSError, match=told):
+            read_image(source)
+    shutil.copy(tmp_path / "strip.png", folder / "train" / "cat" / "1.png")
+    with pytest.raises(InputError, match=rf"1 of 18 images cannot be read: cat/1\.png \({told}"):
+        ImageTask.from_folder(folder / "train", make_encoder())
+    with pytest.warns(UserWarning, match="skipped: 1 of 18 images"):
+        ImageTask.from_folder(folder / "train", make_encoder(), unreadable="skip")
 
 
 def test_floats_without_a_scale_are_refused(tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 SPLITS = ("train", "validation", "test")
+LONGEST = (
+    100  # times the shorter side: resizing the latter to the model's makes gigabytes of an image of a few kilobytes
+)
 
 Source = Path | bytes | np.ndarray[Any, Any]
 Unreadable = Literal["refuse", "skip"]
@@ -87,13 +90,13 @@ def read_image(source: Source) -> Image.Image:
         source: a file, the bytes of one, or uint8 [H, W, 3] or [H, W].
 
     Raises:
-        OSError: the file is missing, damaged, truncated or no image.
+        OSError: the file is missing, damaged, truncated or no image, or one side is more than `LONGEST` times the other.
     """
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source).convert("RGB")
     try:
+        if isinstance(source, np.ndarray):
+            return _no_strip(Image.fromarray(source)).convert("RGB")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
+            _no_strip(image).load()
             if image.mode == "F":
                 raise OSError("holds floating point values, whose scale is not known")
             if image.mode == "I" and image.format not in ("PNG", "PPM"):
@@ -105,6 +108,12 @@ def read_image(source: Source) -> Image.Image:
     # What Pillow's decoders raise.
     except (SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from error
+
+
+def _no_strip(image: Image.Image) -> Image.Image:
+    if max(image.size) > LONGEST * min(image.size):
+        raise OSError(f"its sides of {image.width} and {image.height} pixels differ by more than a factor of {LONGEST}")
+    return image
 
 
 class ImageRows(Sequence[dict[str, Any]]):
