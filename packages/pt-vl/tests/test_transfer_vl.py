@@ -191,7 +191,8 @@ def test_tasks_stand_beside_other_images_or_alone(folder: Path) -> None:
     ):
         alone.job("coop", 0)
     assert len(both.job("coop", 0)[0].train) == 6
-    assert alone.identity["tasks"] == both.identity["tasks"] != bench(folder, shots=3).identity["tasks"]
+    assert alone.identity["tasks"] == both.identity["tasks"] == bench(folder, shots=3).identity["tasks"]
+    assert alone.identity["data"] != bench(folder, shots=3).identity["data"]
     assert alone.task_names == list(TASKS)
     with pytest.raises(ValueError, match="give train, test"):
         bench(folder, tasks={})

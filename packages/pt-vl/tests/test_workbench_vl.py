@@ -195,7 +195,22 @@ def test_the_cache_of_tip_adapter_is_as_large_as_the_data(folder: Path) -> None:
 def test_the_identity_follows_images_and_settings(folder: Path) -> None:
     first, other = Bench(made(folder)).identity, Bench(made(folder, shots=3)).identity
     assert first == json.loads(json.dumps(first)) == Bench(made(folder)).identity
-    assert {key for key in first if first[key] != other[key]} == {"data", "images"}
+    assert {key for key in first if first[key] != other[key]} == {"data"}
+
+
+def test_the_identity_follows_images_that_another_seed_draws(folder: Path) -> None:
+    bench = Bench(made(folder))
+    first, drawn = bench.identity, [bench.task(seed).train for seed in range(3)]
+    ids = [set(split.ids or ()) for split in drawn if split is not None]
+    (other, *_) = sorted((ids[1] | ids[2]) - ids[0])
+    shutil.copy(folder / "test" / "tree" / "1.png", folder / "train" / other)
+    again = Bench(made(folder)).identity
+    assert {key for key in first if first[key] != again[key]} == {"images"}
+    tasks = {"tasks": {"one": {"train": str(folder / "train")}, "two": {"train": str(folder / "domain")}}}
+    first = Bench(made(folder, **tasks)).identity
+    Image.new("RGB", (12, 12)).save(folder / "train" / "bird" / "new.png")
+    again = Bench(made(folder, **tasks)).identity
+    assert {key for key in first if first[key] != again[key]} == {"images", "tasks"}
 
 
 def test_the_identity_follows_labels_pixels_and_weights_under_the_same_names(

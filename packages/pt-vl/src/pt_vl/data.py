@@ -435,12 +435,14 @@ class ImageTask:
     Args:
         spec: see `ImageSpec`.
         train, validation, test: splits; each may be absent.
+        listed: the images that shots were drawn from, by split.
     """
 
     spec: ImageSpec
     train: Split | None = None
     validation: Split | None = None
     test: Split | None = None
+    listed: Mapping[str, Listed] = field(default_factory=dict)
 
     @classmethod
     def from_folder(
@@ -613,7 +615,7 @@ class ImageTask:
         chosen: dict[str, Sequence[int]] = {split: range(len(part)) for split, part in listed.items()}
         if shots is not None:
             chosen |= draw(labels["train"], labels.get("validation"), names, shots, seed)
-        task = cls(spec)
+        task = cls(spec, listed=listed)
         for split, rows in chosen.items():
             # What the training images leave over is validated on, where there is no validation split.
             origin = split if split in listed else "train"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from accelerate.utils import send_to_device
@@ -208,18 +208,22 @@ class Bench:
     def __init__(self, checked: Recipe) -> None:
         self.recipe, self.backbone = checked, checked.backbone.load()
         self._tasks: dict[tuple[str | None, int], ImageTask] = {}
+        self._listed: dict[str | None, str] = {}
         self._halves: dict[int, tuple[ImageTask, ImageTask]] = {}
         self._featured: dict[int, tuple[Split, Split]] = {}
         self._targets: dict[str, ImageTask] | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What backbone and data are, as JSON; weights and images (ids, classes, files) by their hashes."""
+        """What backbone and data are, as JSON; weights and images (ids, classes, files) by their hashes.
+
+        The images are all that are there to draw shots from: other seeds draw others.
+        """
         data, seed = self.recipe.data, self.recipe.seed
         known = {"weights": fingerprint(self.backbone, full=False, config=True)}
-        known["images"] = _hash({} if data.only_tasks else _rows(self.task(seed)))
+        known["images"] = _hash({}) if data.only_tasks else self._hash_of(seed)
         if data.tasks:
-            known["tasks"] = _hash({name: _rows(self.task(seed, name)) for name in data.tasks})
+            known["tasks"] = _hash({name: self._hash_of(seed, name) for name in data.tasks})
         if data.targets:
             known["targets"] = _hash({name: _rows(target) for name, target in self.targets().items()})
         return self.recipe.model_dump(mode="json", include={"backbone", "data"}) | known
@@ -242,7 +246,15 @@ class Bench:
                 if name is None:
                     raise
                 raise InputError(f"task {name!r}: {error}") from error
+            if name not in self._listed:
+                self._listed[name] = _hash(_rows(self._tasks[name, seed]))
+            self._tasks[name, seed].listed = {}  # it may hold the bytes of all images
         return self._tasks[name, seed]
+
+    def _hash_of(self, seed: int, name: str | None = None) -> str:
+        """Of the images that a task is drawn from."""
+        self.task(seed, name)
+        return self._listed[name]
 
     def targets(self) -> dict[str, ImageTask]:
         if self._targets is None:
@@ -536,14 +548,12 @@ def _hash(ids: Any) -> str:
     return hashlib.sha256(json.dumps(ids, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _rows(task: ImageTask) -> dict[str, list[Any]]:
-    """Id, class and image of each row."""
-    found = {}
-    for name, split in _splits(task):
-        rows, ids = cast(ImageRows, split.rows), split.ids or range(len(split))
-        classes = [task.spec.class_names[label] for label in rows.labels]
-        found[name] = list(zip(ids, classes, map(_state, rows.sources), strict=True))
-    return found
+def _rows(task: ImageTask) -> dict[str, Any]:
+    """Id, label and image of all that is there to be drawn from, by whatever seed, and what the labels are called."""
+    known = task.spec.model_dump(include={"class_names", "labels"})
+    for split, part in task.listed.items():
+        known[split] = list(zip(part.ids, part.labels, map(_state, part.sources), strict=True))
+    return known
 
 
 def _state(source: Source) -> Any:
@@ -573,11 +583,6 @@ def _listed(file: Path, text: str, label: str | None = None) -> Listed:
                 raise
             missing = missing or str(error)
     raise InputError(missing, remedy="Name the column of the image paths: --text")
-
-
-def _splits(task: ImageTask) -> list[tuple[str, Split]]:
-    named = {"train": task.train, "validation": task.validation, "test": task.test}
-    return [(name, split) for name, split in named.items() if split is not None]
 
 
 def _device() -> torch.device:
