@@ -60,9 +60,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 SPLITS = ("train", "validation", "test")
-LONGEST = (
-    100  # times the shorter side: resizing the latter to the model's makes gigabytes of an image of a few kilobytes
-)
+# Times the shorter side: resizing the latter to the model's makes gigabytes of an image of a few kilobytes.
+LONGEST = 100
 
 Source = Path | bytes | np.ndarray[Any, Any]
 Unreadable = Literal["refuse", "skip"]
