@@ -89,6 +89,8 @@ def test_a_run_has_one_length():
 def test_true_and_false_are_no_numbers(field, given):
     with pytest.raises(ValueError, match=f"{field}\n.*true and false are no value of this setting"):
         FitConfig(**{"max_steps": 3} | {field: given})
+    with pytest.raises(ValueError, match="monitor\n.*valid string"):  # whose remedy, in a recipe, is to quote it
+        FitConfig(max_steps=3, monitor=True)
 
 
 def test_whole_numbers_may_be_rates_and_switches_stay_switches():
