@@ -311,15 +311,8 @@ class TextTask:
         rows: Mapping[str, Sequence[Mapping[str, Any]]],
         tokenizer: Any,
         *,
-        kind: Kind,
-        labels: Sequence[str] | None = None,
         files: Mapping[str, str | Path] | None = None,
-        shots: int | None = None,
-        validation_shots: int = 0,
-        max_test_rows: int | None = None,
-        test_on_rest: bool = False,
-        seed: int = 0,
-        **spec: Any,
+        **options: Any,
     ) -> TextTask:
         """Build a task from rows in memory. All rows are checked, those that no split draws too.
 
@@ -327,31 +320,18 @@ class TextTask:
             rows: split name (`train`, `validation`, `test`) -> rows with `text`, `label` (a class, a list of classes, or the
                 reference text) and the template's other fields.
             tokenizer: of the backbone.
-            kind: see the module's first lines.
-            labels: class names in the order of the logits; default: those of the training rows, sorted.
             files: where the rows of each split come from, for messages.
-            shots, validation_shots, max_test_rows, seed: as in `from_files`.
-            test_on_rest: where there are shots and no test rows, the training rows that no split has drawn are the test.
-            spec: further fields of `TaskSpec`.
+            options: those of `plan`: kind (see the module's first lines); labels, class names in the order of the logits (default:
+                those of the training rows, sorted); shots, validation_shots, max_test_rows, seed, as in `from_files`;
+                test_on_rest (where there are shots and no test rows, the training rows that no split has drawn are the
+                test); and further fields of `TaskSpec`.
 
         Raises:
             InputError: a text or label is missing, a label is unknown, a class has no or too few rows, or the
                 specification is inconsistent.
         """
         files = files or {}
-        made, drawn = plan(
-            rows,
-            kind=kind,
-            labels=labels,
-            files=files,
-            shots=shots,
-            validation_shots=validation_shots,
-            max_test_rows=max_test_rows,
-            test_on_rest=test_on_rest,
-            seed=seed,
-            tokenizer_hash=tokenizer_hash(tokenizer),
-            **spec,
-        )
+        made, drawn = plan(rows, files=files, tokenizer_hash=tokenizer_hash(tokenizer), **options)
         task = cls(made, tokenizer)
         for name, positions in drawn.items():
             source = name if name in rows else "train"

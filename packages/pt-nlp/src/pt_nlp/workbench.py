@@ -253,9 +253,8 @@ class Bench:
         checked.data.check(self.rows, checked.backbone.kind, checked.seed)
         self.backbone, self.tokenizer = checked.backbone.load()
         offloaded = any(p.is_meta for p in self.backbone.parameters())
-        self._weights = (
-            None if offloaded else frozen.fingerprint(self.backbone, full=False, config=True)
-        )  # before a method is on it
+        # Before a method is on it.
+        self._weights = None if offloaded else frozen.fingerprint(self.backbone, full=False, config=True)
 
     @property
     def identity(self) -> dict[str, Any]:
