@@ -322,8 +322,7 @@ class TextTask:
             tokenizer: of the backbone.
             files: where the rows of each split come from, for messages.
             options: those of `plan`: kind (see the module's first lines); labels, class names in the order of the logits (by
-                default
-                those of the training rows, sorted); shots, validation_shots, max_test_rows, seed, as in `from_files`;
+                default those of the training rows, sorted); shots, validation_shots, max_test_rows, seed, as in `from_files`;
                 test_on_rest (where there are shots and no test rows, the training rows that no split has drawn are the
                 test); and further fields of `TaskSpec`.
 
