@@ -55,7 +55,7 @@ def test_with_dropout_embeddings_of_training_rows_are_drawn_anew(make_backbone: 
 
 def test_a_scorer_sees_graphs(make_backbone: Callable[..., Any], make_split: Callable[..., Any]) -> None:
     held = make_split([5, 3], 1, True, "multilabel")
-    held.scorer = lambda method, split: {"graphs": float(split.batch([0, 1])["graphs"].num_graphs)}
+    held.scorer = lambda method, split, batch_size: {"graphs": float(split.batch([0, 1])["graphs"].num_graphs)}
     result = method(make_backbone("chem")).fit(make_split([5, 3, 4], 0, True, "multilabel"), held, RUN)
     assert result.metrics["graphs"] == 2
 

@@ -308,7 +308,7 @@ def test_policies_learn_what_is_rewarded(what: str, make_backbone: Any, make_gra
 
 def test_a_split_is_scored_with_coverage_and_magnitude(make_backbone: Any, make_split: Any) -> None:
     method, split = RELIEF(make_backbone(), config(z_max=0.5)), make_split(SIZES)
-    plain, scored = evaluate(method, split), evaluate(method, with_prompt_metrics(split, batch_size=5))
+    plain, scored = evaluate(method, split), evaluate(method, with_prompt_metrics(split), batch_size=5)
     assert scored.keys() == {"accuracy", "pcr", "apm"}
     assert scored["accuracy"] == plain["accuracy"]
     assert 0 < scored["pcr"] <= 1

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pt_core.attachment import Handle, attach, off, route
 from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
-from pt_nlp import backbones
+from pt_nlp import backbones, one_row
 
 VOCAB, WIDTH, M = 48, 16, 5
 SHARED = {
@@ -283,9 +283,16 @@ def rows_and_tokens(model: nn.Module) -> list[tuple[int, ...]]:
     return passes
 
 
+@pytest.fixture(params=[2**40, -(2**40)], ids=["one call", "parts"])
+def attention_calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of a row in one call with a mask, or in parts, however many tokens there are."""
+    monkeypatch.setattr(one_row, "MASKED", request.param)
+
+
 @pytest.mark.parametrize("make", [soft, keys])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.usefixtures("attention_calls")
 def test_one_row_without_padding_equals_the_plain_path(
     tiny: Build, kind: str, side: str, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +331,7 @@ def test_padding_has_its_states_unless_nobody_reads_them(tiny: Build) -> None:
 @pytest.mark.parametrize("make", [soft, keys])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.usefixtures("attention_calls")
 def test_the_last_block_computes_only_what_is_read(
     tiny: Build, kind: str, side: str, make: Callable[..., Any], autocast: bool
 ) -> None:
@@ -349,7 +357,7 @@ def test_the_last_block_computes_only_what_is_read(
     assert computed[: 2 + len(of_prompt)] == [count, *of_prompt, count]
     assert min(computed[2 + len(of_prompt) :]) >= int(real.sum()) > 2 * count
     for narrow, whole in zip(*found, strict=True):
-        assert gap(narrow, whole) < (3e-2 if autocast else 1e-5)
+        assert gap(narrow, whole) < (7e-2 if autocast else 1e-5)  # one unit in the last place of bfloat16
         assert gap(narrow, torch.zeros_like(narrow)) > 1e-3
 
 
@@ -389,7 +397,7 @@ def test_attention_of_another_kind_is_noticed_and_takes_two_passes(
     model, prompt, batch = tiny("Llama"), soft(), {"input_ids": texts()["input_ids"].clamp(min=3)}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     attach(model, prompt)
-    one_row = with_gradient(model, prompt, batch, use_cache=False)
+    expected = with_gradient(model, prompt, batch, use_cache=False)
     passes = rows_and_tokens(model)
 
     def by_hand(
@@ -404,7 +412,7 @@ def test_attention_of_another_kind_is_noticed_and_takes_two_passes(
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", by_hand)
     for _ in range(2):
-        for a, b in zip(with_gradient(model, prompt, batch, use_cache=False), one_row, strict=True):
+        for a, b in zip(with_gradient(model, prompt, batch, use_cache=False), expected, strict=True):
             assert gap(a, b) < 1e-5
     shape = tuple(batch["input_ids"].shape)
     assert passes == [(1, M + batch["input_ids"].numel()), (1, M), shape, (1, M), shape]  # tried once

@@ -1,4 +1,4 @@
-"""Attention of texts behind a shared prompt, as one row: in parts, with a mask, and written out by hand."""
+"""Attention of texts behind a shared prompt, as one row: in parts, in rows or in one call with a mask, and by hand."""
 
 from __future__ import annotations
 
@@ -57,14 +57,29 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, kind: str, scale: float) 
     return torch.stack(outputs, dim=2)
 
 
+def in_one_call(query: Tensor, key: Tensor, value: Tensor, where: Texts, length: int, scale: float | None) -> Tensor:
+    prompt = None
+    if query.shape[2] < key.shape[2]:
+        prompt = [(key[0, :, :length], value[0, :, :length])]
+        key, value = key[:, :, length:], value[:, :, length:]
+    with SharedPrefixAttention(where, length, prompt):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is computed in parts, however few tokens there are."""
+    monkeypatch.setattr(one_row, "MASKED", -(2**40))
+
+
 @pytest.mark.parametrize("inside", [True, False], ids=["prompt in the row", "given keys"])
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("kind", MASKS)
-def test_parts_and_mask_equal_softmax_by_hand_in_values_and_gradients(
+def test_parts_and_masks_equal_softmax_by_hand_in_values_and_gradients(
     kind: str, scale: float | None, inside: bool
 ) -> None:
     where, found = texts(kind), []
-    for attention in (one_row._InParts.apply, one_row.with_mask):
+    for attention in (one_row._InParts.apply, one_row.with_mask, in_one_call):
         inputs = row(where.count, inside)
         output = attention(*inputs, where, L, scale)
         gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(4), dtype=output.dtype)
@@ -85,12 +100,13 @@ def test_scores_far_beyond_the_range_of_exp_are_finite(dtype: torch.dtype) -> No
         query, key = query.abs() * 30, key.abs()
         key[:, :, :L] *= 30 * factor
         inputs = [x.requires_grad_() for x in (query, key, value)]
-        made = one_row._InParts.apply(*inputs, where, L, None)
-        gradients = torch.autograd.grad(made.float().square().sum(), inputs)
         plain = one_row.with_mask(*inputs, where, L, None)
         tolerance = 1e-5 if dtype is torch.float32 else 2e-2
-        torch.testing.assert_close(made, plain, atol=tolerance, rtol=tolerance)
-        assert all(x.isfinite().all() for x in gradients)
+        for attention in (one_row._InParts.apply, in_one_call):
+            made = attention(*inputs, where, L, None)
+            gradients = torch.autograd.grad(made.float().square().sum(), inputs)
+            torch.testing.assert_close(made, plain, atol=tolerance, rtol=tolerance)
+            assert made.dtype is dtype and all(x.isfinite().all() for x in gradients)
 
 
 def attend(where: Texts, *inputs: Tensor, **options) -> Tensor:
@@ -137,7 +153,10 @@ def test_attention_that_is_not_plain_is_refused(options: dict) -> None:
         attend(where, *(x.expand(2, -1, -1, -1) for x in (query, key, value)))
 
 
-def test_the_callers_choice_of_kernels_holds() -> None:
+@pytest.mark.parametrize("parts", [True, False])
+def test_the_callers_choice_of_kernels_holds(parts: bool, request: pytest.FixtureRequest) -> None:
+    if parts:
+        request.getfixturevalue("in_parts")
     where = texts("right")
     query, key, value = row(where.count, True)
     assert one_row._takes_flash(query, key, value)
@@ -148,7 +167,10 @@ def test_the_callers_choice_of_kernels_holds() -> None:
         assert torch.autograd.grad(first.square().sum(), query)[0].abs().max() > 0  # which flash attention has not
 
 
-def test_autocast_computes_in_its_dtype() -> None:
+@pytest.mark.parametrize("parts", [True, False])
+def test_autocast_computes_in_its_dtype(parts: bool, request: pytest.FixtureRequest) -> None:
+    if parts:
+        request.getfixturevalue("in_parts")
     where = texts("right")
     query, key, value = row(where.count, True, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

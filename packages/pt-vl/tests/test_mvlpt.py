@@ -92,7 +92,7 @@ def test_with_the_tasks_splits_come_in_any_order_and_may_be_missing(make_encoder
     assert some.num_classes == 5
     result = method.fit(turned, some, run())
     assert result.metrics.keys() == {"accuracy", "accuracy/things", "loss"}
-    assert some.scorer is not None and some.scorer(method.eval(), some)["accuracy"] == result.metrics["accuracy"]
+    assert some.scorer is not None and some.scorer(method.eval(), some, 2)["accuracy"] == result.metrics["accuracy"]
 
 
 def test_a_class_name_of_two_tasks_has_a_column_in_each(make_encoder: Callable[..., Any]) -> None:
@@ -110,7 +110,7 @@ def test_the_order_of_tasks_permutes_columns_only(make_encoder: Callable[..., An
     expected = method(pixels).logits[:, [3, 4, 0, 1, 2]]
     torch.testing.assert_close(turned(pixels).logits, expected, rtol=1e-5, atol=1e-5)
     swapped = union({"things": images(2, 4, 10), "animals": images(3, 6, 0)})
-    scores, again = both().scorer(method, both()), swapped.scorer(turned, swapped)  # type: ignore[misc]
+    scores, again = both().scorer(method, both(), 3), swapped.scorer(turned, swapped, 2)  # type: ignore[misc]
     assert scores == pytest.approx(again)
 
 
@@ -134,7 +134,7 @@ def test_restricting_masks_with_minus_infinity(make_encoder: Callable[..., Any])
 
 def test_validation_is_the_mean_of_accuracies_among_each_tasks_own_classes(make_encoder: Callable[..., Any]) -> None:
     method, split = mvlpt(make_encoder()), both()
-    scores = split.scorer(method, split)  # type: ignore[misc]
+    scores = split.scorer(method, split, 4)  # type: ignore[misc]
     logits, labels = method(split.batch(range(10))).logits, split.batch(range(10))["labels"]
     animals = float((logits[:6, :3].argmax(1) == labels[:6]).float().mean())
     things = float((logits[6:, 3:].argmax(1) + 3 == labels[6:]).float().mean())

@@ -65,7 +65,7 @@ def train(folder: Path | None, method_config=None, scored=False, **run) -> tuple
     method.seen, method.seeds = [], []
     validation = tiny_split(5, seed=1)
     if scored:
-        validation.scorer = lambda method, split: {
+        validation.scorer = lambda method, split, batch_size: {
             "process": float(os.environ.get("RANK", 0)),
             "rows": float(len(split)),
         }

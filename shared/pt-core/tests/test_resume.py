@@ -28,6 +28,7 @@ from pt_core.method import Loss
 from pt_core.testing import (
     SHORT,
     Case,
+    Killed,
     TinyLM,
     TinyPrompt,
     TinyPromptConfig,
@@ -256,6 +257,33 @@ def test_a_checkpoint_of_before_these_keys_is_resumed(tmp_path):
     assert (again.metrics, again.seconds_per_step) == (first.metrics, 0)
 
 
+OTHER = {
+    **{
+        "micro_batch_size": 1,
+        "optimiser": "sgd",
+        "lr": 0.05,
+        "weight_decay": 0.1,
+        "schedule": "linear",
+        "warmup_steps": 1,
+    },
+    **{"final_factor": 0.5, "max_grad_norm": 0.5, "evaluate_every": 5, "eval_batch_size": 7, "monitor": "accuracy"},
+    **{"larger_is_better": False, "patience": 5, "min_delta": 0.2, "interrupt_below": 9.0, "keep_best": False},
+    **{"log_every": 7, "precision": "bf16", "packed_gib": 1.0, "batch_size": 3, "max_steps": 8, "seed": 1},
+    **{"bucket_by_length": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_every_setting_that_changes_numbers_is_part_of_the_run(name, tmp_path):
+    short(tmp_path)
+    with pytest.raises(InputError, match=rf"holds a run of another configuration \(config\.{name}: "):
+        short(tmp_path, **{name: OTHER[name]})
+
+
+def test_all_settings_are_either_part_of_the_run_or_change_no_number():
+    assert {*OTHER} | training.MAY_CHANGE_ON_RESUME | {"epochs", "momentum"} == FitConfig.model_fields.keys()
+
+
 def test_what_changes_no_number_may_change(tmp_path):
     _, first = short(tmp_path)
     _, again = short(tmp_path, checkpoint_every=1, progress=True, device="auto", trackers=("tensorboard",))
@@ -288,6 +316,49 @@ def test_what_was_logged_after_the_last_step_is_not_doubled(tmp_path):
     for _ in range(3):
         Reports(TinyLM()).fit(tiny_split(4), config=SHORT, output_dir=tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text().count("test") == 1
+
+
+def test_what_was_logged_before_the_first_step_is_not_doubled(tmp_path):
+    class Reports(TinyPrompt):
+        def fit(self, train, validation=None, config=None, output_dir=None):
+            loop = training.Loop(self, config, output_dir, total_steps=6)
+            loop.log({"start": 1.0})
+            loop.record(loop.evaluate(validation))
+            for step in loop.steps():
+                if step == self.dies_at:
+                    raise Killed
+                loop.backward(self.loss(train.batch([0, 1])))
+                loop.update()
+                loop.record(loop.evaluate(validation))
+            return loop.finish()
+
+    def run(folder, dies_at=None):
+        made = Reports(TinyLM())
+        made.dies_at = dies_at
+        return made.fit(tiny_split(4), tiny_split(4, 1), SHORT, folder)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", dies_at=5)  # after the checkpoint of step 4
+    assert run(tmp_path / "killed").history == whole.history
+    assert [row["step"] for row in whole.history if "loss" not in row] == [0, 0, 1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_checkpoint_appears_as_a_whole(tmp_path, monkeypatch):
+    """What has its name is complete: it is written beside and renamed, never copied into place."""
+
+    def dies(source, target):
+        assert sorted(path.name for path in Path(source).iterdir()) == ["state.json", "state.safetensors"]
+        assert not Path(target).exists()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.os, "rename", dies)
+        with pytest.raises(Killed):
+            short(tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert short(tmp_path)[1].history == short(tmp_path / "plain")[1].history
 
 
 def test_leftovers_of_a_run_without_a_checkpoint_are_cleared(tmp_path):

@@ -119,7 +119,10 @@ def test_without_test_rows_the_metrics_are_those_of_the_validation_rows_and_tabl
 def test_a_metric_that_is_not_finite_does_not_cost_the_prompt(tmp_path: Path) -> None:
     job, config = Maker()("tiny", 0)
     assert job.test is not None
-    job.test.scorer = lambda method, split: {"roc-auc": math.nan, "accuracy": 0.5}  # one class among the test rows
+    job.test.scorer = lambda method, split, batch_size: {
+        "roc-auc": math.nan,
+        "accuracy": 0.5,
+    }  # one class among the test rows
     outcome = runs.train(job, config, tmp_path)
     assert outcome.artifact is not None
     assert load_artifact(outcome.artifact).config.metrics.keys() == {"accuracy", "loss"}

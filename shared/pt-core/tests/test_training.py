@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -20,7 +21,7 @@ from pt_core import metrics, training
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Loss, Method, Output
-from pt_core.testing import SHORT, TinyPrompt, TinyPromptConfig, one_thread, tiny, tiny_split
+from pt_core.testing import SHORT, Killed, TinyPrompt, TinyPromptConfig, one_thread, tiny, tiny_split
 from pt_core.training import BatchPlan, FitConfig, Loop, NonFiniteLoss, NotLearning, evaluate, fit, lr_factor
 
 
@@ -281,6 +282,9 @@ def test_bucketed_batches_are_of_like_length_and_complete():
     assert sorted(row for batch in batches for row in batch) == list(range(1000))
     spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches]
     assert sum(spread) / 100 < 3
+    shortest = [min(lengths[i] for i in batch) for batch in batches[:50]]
+    rising = sum(a <= b for a, b in itertools.pairwise(shortest))
+    assert 10 < rising < 39  # of 49: sorted batches would go from the short to the long
     plain = BatchPlan(1000, 10, seed=0)
     assert (
         sum(max(lengths[i] for i in plain.batch(b)) - min(lengths[i] for i in plain.batch(b)) for b in range(100))
@@ -526,6 +530,13 @@ def test_early_stopping_by_patience_and_min_delta():
     assert (loop.state.step, loop.state.best_step, loop.state.stopped) == (6, 6, False)
 
 
+def test_the_last_step_of_a_run_that_stops_early_has_its_loss_logged():
+    run = config(max_steps=30, evaluate_every=5, log_every=7, patience=1, min_delta=100.0)
+    result = fit(tiny()[1], tiny_split(8), tiny_split(4, 1), run)
+    assert (result.stopped_early, result.steps) == (True, 10)
+    assert [row["step"] for row in result.history if "loss" in row] == [7, 10]
+
+
 def test_losses_and_errors_are_better_when_smaller():
     for metric in ("loss", "rmse", "calibration-error"):
         assert recorded([3.0, 1.0, 2.0], metric)[0].finish().best_step == 2
@@ -567,17 +578,20 @@ def test_monitor_names_a_metric_and_is_checked_before_the_first_step():
     assert torch.equal(method.prompt.weight, before)
 
 
-@pytest.mark.parametrize("setting", [{"patience": 2}, {"interrupt_below": 0.1}], ids=str)
-def test_what_stops_by_validation_needs_validation(setting):
+GOES_BY_VALIDATION = [{"patience": 2}, {"interrupt_below": 0.1}, {"monitor": "loss"}, {"larger_is_better": False}]
+
+
+@pytest.mark.parametrize("setting", GOES_BY_VALIDATION, ids=str)
+def test_what_goes_by_validation_needs_validation(setting):
     method = tiny()[1]
-    with pytest.raises(InputError, match=f"field '{next(iter(setting))}': there are no validation rows to stop by"):
+    with pytest.raises(InputError, match=f"field '{next(iter(setting))}': there are no validation rows to go by"):
         fit(method, tiny_split(8), None, config(**setting))
     assert fit(method, tiny_split(8), tiny_split(4, 1), config(**setting)).steps > 0
 
 
 def test_a_scorer_gives_the_metrics_and_their_names():
     validation = tiny_split(4, 1)
-    validation.scorer = lambda method, split: {"exact-match": float(len(split))}
+    validation.scorer = lambda method, split, batch_size: {"exact-match": float(len(split))}
     result = fit(tiny()[1], tiny_split(8), validation, config(monitor="exact-match"))
     assert result.metrics["exact-match"] == 4.0
     assert set(result.metrics) == {"loss", "exact-match"}
@@ -699,6 +713,22 @@ def test_tensorboard_gets_the_same_rows(tmp_path):
         written = [(event.step, event.value) for event in events.Scalars(key)]
         logged = [(row["step"], row[key]) for row in result.history if key in row]
         assert written == [(step, pytest.approx(value)) for step, value in logged]
+
+
+def test_tensorboard_forgets_what_a_killed_run_wrote_after_its_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = config(trackers=("tensorboard",), log_every=1, checkpoint_every=4, max_steps=6)
+
+    def dies(step):
+        if step == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(tiny()[1], tiny_split(8), None, run, tmp_path, after_step=dies)
+    result = fit(tiny()[1], tiny_split(8), None, run, tmp_path)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [row["step"] for row in result.history] == [*range(1, 7)]
 
 
 def test_tensorboard_without_a_folder_is_refused():
@@ -997,15 +1027,16 @@ def test_a_method_that_trains_nothing_is_evaluated_as_a_run_is(monkeypatch):
 
 
 def test_an_evaluation_that_breaks_off_puts_the_mode_back_and_scores_are_numbers():
-    def score(method, split):
-        return {"own": np.float32(0.5)}
+    def score(method, split, batch_size):
+        return {"own": np.float32(0.5), "batch": batch_size}
 
-    def broken(method, split):
+    def broken(method, split, batch_size):
         raise RuntimeError("no")
 
     method = line().train()
     rows = pairs([1.0], [2.0])
-    assert type(evaluate(method, replace(rows, scorer=score))["own"]) is float
+    scores = evaluate(method, replace(rows, scorer=score), batch_size=5)
+    assert type(scores["own"]) is float and scores["batch"] == 5
     with pytest.raises(RuntimeError, match="no"):
         evaluate(method, replace(rows, scorer=broken))
     assert method.training

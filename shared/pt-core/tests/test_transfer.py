@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from pt_core import InputError, transfer
 from pt_core.errors import NonFiniteLoss
 from pt_core.runs import Job
-from pt_core.testing import Killed, TinyBench, one_thread, stopped_after
+from pt_core.testing import Killed, TinyBench, TinyPrompt, one_thread, stopped_after
 from pt_core.training import FitConfig, evaluate
 from pt_core.transfer import Cell, Study, grid
 
@@ -54,6 +54,12 @@ def kept(folder: Path) -> dict[str, Any]:
     return {name: {k: v for k, v in cell.items() if k != "seconds"} for name, cell in cells.items()}
 
 
+class Bf16(TinyBench):
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        job, config = super().transfer_job(label, seed, task, source)
+        return job, config.model_copy(update={"precision": "bf16"})
+
+
 class Counting(TinyBench):
     """Knows which cells were made, and fails at one of them."""
 
@@ -70,6 +76,20 @@ class Counting(TinyBench):
             raise Killed
         self.made.append((task, seed, origin))
         return super().transfer_job(label, seed, task, source)
+
+
+# --- one cell ---------------------------------------------------------------------------------------------------------
+def test_test_rows_are_computed_in_the_precision_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    forward = TinyPrompt.forward
+
+    def spied(self: TinyPrompt, batch: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, batch)
+
+    monkeypatch.setattr(TinyPrompt, "forward", spied)
+    transfer.run_cell(Bf16(), "tiny", tmp_path, Cell(TASKS[0], 0))
+    assert len(seen) > 1 and all(seen)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def constrained_labels(
 
 def score_labels(
     task: TextTask, labels: Sequence[str], constrained: bool = True
-) -> Callable[[Any, Split], dict[str, float]]:
+) -> Callable[[Any, Split, int], dict[str, float]]:
     """Scorer of a text-to-text split (`Split.scorer`): macro-F1 and micro-F1 of the written labels.
 
     Args:
@@ -267,9 +267,9 @@ def score_labels(
     """
     tree = LabelTree.of(task, labels) if constrained else None
 
-    def score(method: Any, split: Split) -> dict[str, float]:
+    def score(method: Any, split: Split, batch_size: int) -> dict[str, float]:
         rows = [split.rows[i] for i in range(len(split))]
-        written = encode_multilabels(_written(method, task, rows, labels, tree), labels)
+        written = encode_multilabels(_written(method, task, rows, labels, tree, batch_size), labels)
         wanted = encode_multilabels([parse_labels(row["reference"], labels) for row in rows], labels)
         return evaluate_logits(("macro-f1", "micro-f1"), "multilabel", 2 * written - 1, wanted)
 
@@ -283,7 +283,7 @@ def _written(
     rows: Sequence[Mapping[str, Any]],
     labels: Sequence[str],
     tree: LabelTree | None,
-    batch_size: int = 32,
+    batch_size: int,
     options: Mapping[str, Any] | None = None,
 ) -> list[list[str]]:
     """Labels written for encoded rows: kept to a tree, or parsed from free text."""

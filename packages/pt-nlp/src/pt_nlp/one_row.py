@@ -5,7 +5,8 @@
 Linear layers, norms and rotations treat tokens one by one: they run once, on all of them. Attention has two parts, each text
 on itself and all texts on the prompt, whose outputs are summed by their shares of the softmax: no mask, no copy of the
 prompt for each text, and grouped keys are not repeated. The last block computes keys and values of all tokens, and all else
-only of those whose states are read. Values and gradients are those of a prompt in every row, up to the order of sums.
+only of those whose states are read. Where there are few queries or keys, one call with a mask costs less than the parts'
+bookkeeping. Values and gradients are those of a prompt in every row, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ KeyValues = list[tuple[Tensor, Tensor]]  # keys and values of a prompt for each 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+# Pairs of query and key that one call with a mask may compute beyond those of the parts: about what their bookkeeping costs.
+MASKED = 2**16
 
 
 class NotPlain(Exception):
@@ -62,6 +67,12 @@ class Texts:
         if not total or not torch.equal(real, (slots >= begins) & (slots < begins + lengths)):
             return None
         return cls((batch, n), total, _places(real, mask.device), width, _places(slots[:width] < lengths, mask.device))
+
+    @property
+    def owner(self) -> Tensor:
+        """[T] which text each token is of."""
+        place = torch.arange(self.count) if self.place is None else self.place.cpu()
+        return place // self.width
 
     def take(self, x: Tensor) -> Tensor:
         """The real tokens of a batch, [b, n, ...] -> [T, ...]."""
@@ -113,6 +124,8 @@ class SharedPrefixAttention(TorchFunctionMode):
         super().__init__()
         self.texts, self.length, self.prompt, self.read = texts, length, prompt, read
         self.layers = 0  # that were computed
+        self.masks: dict[tuple[int, int], Tensor] = {}
+        self.pairs = texts.count * (length + texts.width) + length**2  # of the parts
         self.collects: Tensor | None = None  # `read`, in the call that ends at the last block's keys and values
         self.last: tuple[Tensor, Tensor, Tensor] | None = None  # these keys and values, of all tokens, and `read`
         self.entered: Token[SharedPrefixAttention | None]
@@ -151,8 +164,6 @@ class SharedPrefixAttention(TorchFunctionMode):
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if self.last is not None:
             key, value, read = self.last
-            few = query
-            query = query.new_zeros(*few.shape[:2], self.texts.count, few.shape[3]).index_copy(2, read, few)
         elif self.prompt is not None:
             # Some versions of transformers repeat grouped keys before they call, others leave that to torch.
             k, v = (x.to(key).repeat_interleave(key.shape[1] // len(x), 0)[None] for x in self.prompt[self.layers])
@@ -161,11 +172,32 @@ class SharedPrefixAttention(TorchFunctionMode):
             self.last = key, value, self.collects.to(key.device)
             raise _Collected
         self.layers += 1
+        if query.shape[2] * key.shape[2] <= self.pairs + MASKED:
+            mask, dtype = self._mask(query, key), query.dtype
+            with torch.autocast(query.device.type, enabled=False):
+                query, key, value = (_wide(x) for x in (query, key, value))
+                made = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+                return made.to(dtype)
+        few = query
+        if self.last is not None:
+            query = query.new_zeros(*few.shape[:2], self.texts.count, few.shape[3]).index_copy(2, read, few)
         if _takes_flash(query, key, value):
-            made: Tensor = _InParts.apply(query, key, value, self.texts, self.length, scale)  # type: ignore[no-untyped-call]
+            made = _InParts.apply(query, key, value, self.texts, self.length, scale)  # type: ignore[no-untyped-call]
         else:
             made = with_mask(query, key, value, self.texts, self.length, scale)
         return made if self.last is None else made.index_select(2, read)
+
+    def _mask(self, query: Tensor, key: Tensor) -> Tensor:
+        """[queries, keys], 0 where a token sees another and -inf elsewhere; made once for the blocks that it serves."""
+        size = query.shape[2], key.shape[2]
+        if size not in self.masks:
+            keys = F.pad(self.texts.owner, (self.length, 0), value=-1)  # the prompt is everybody's
+            at = torch.arange(size[1])
+            asked = at[size[1] - size[0] :] if self.last is None else self.last[2].cpu() + self.length
+            seen = (at <= asked[:, None]) & ((keys < 0) | (keys == keys[asked][:, None]))
+            mask = torch.zeros(size, dtype=_wide(key).dtype).masked_fill(~seen, -torch.inf)
+            self.masks[size] = mask.to(key.device)
+        return self.masks[size]
 
     def last_block(self, block: Callable[..., Any], read: Tensor, hidden: Tensor, *args: Any, **options: Any) -> Any:
         """A call of the last block on the tokens that are read, with keys and values of all; zeros at the others."""

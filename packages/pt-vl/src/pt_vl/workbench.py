@@ -392,17 +392,17 @@ def tested(
     if not others:
         return own
 
-    def score(method: VLMethod, split: Split) -> dict[str, float]:
-        plain = {"accuracy": evaluate(method, own)["accuracy"]}
+    def score(method: VLMethod, split: Split, batch_size: int) -> dict[str, float]:
+        plain = {"accuracy": evaluate(method, own, batch_size)["accuracy"]}
         for name, (classes, images) in others.items():
             mine = [written(c) for c in method.config.class_names]
             told = tuple((templates or {}).get(name, method.config.templates))
             same = told == method.config.templates or method.class_bound
             if same and {written(c) for c in classes} <= set(mine):
                 columns = [mine.index(written(c)) for c in classes]
-                plain[f"accuracy/{name}"] = accuracy_among(method, images, columns)
+                plain[f"accuracy/{name}"] = accuracy_among(method, images, columns, batch_size)
             elif not method.class_bound:
-                plain[f"accuracy/{name}"] = evaluate(method.with_classes(classes, told), images)["accuracy"]
+                plain[f"accuracy/{name}"] = evaluate(method.with_classes(classes, told), images, batch_size)["accuracy"]
         if protocol == "base-to-new":
             base, new = plain.pop("accuracy"), plain.pop("accuracy/new", None)
             halves = (
@@ -416,7 +416,7 @@ def tested(
 
 
 @torch.no_grad()
-def accuracy_among(method: VLMethod, split: Split, columns: Sequence[int], batch_size: int = 64) -> float:
+def accuracy_among(method: VLMethod, split: Split, columns: Sequence[int], batch_size: int) -> float:
     """Accuracy when only some of the method's classes are compared; labels of `split` count within `columns`.
 
     The method is in eval mode, as everywhere within `evaluate`.

@@ -45,7 +45,7 @@ class Split:
         lengths: length of each row (say, in tokens), for batches of similar length.
         ids: name of each row in logs and predictions; default: its position.
         missing: the value of a multi-label cell whose label is not known.
-        scorer: (method, split) -> metrics, where they are not a function of logits and labels: generation, ranking.
+        scorer: (method, split, batch size) -> metrics, where they are not a function of logits and labels: generation, ranking.
 
     Raises:
         InputError: no rows, an unknown task, or as many lengths or ids as there are not rows.
@@ -59,7 +59,7 @@ class Split:
     lengths: Sequence[int] | None = None
     ids: Sequence[str | int] | None = None
     missing: int | None = None
-    scorer: Callable[[Any, Split], dict[str, float]] | None = None
+    scorer: Callable[[Any, Split, int], dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

@@ -320,6 +320,7 @@ class Loop:
         self.best: dict[str, Tensor] | None = None
         self._steps_here, self._since = 0, time.perf_counter()
         self._in_step, self._started = False, 0.0
+        self._begun = False  # whether `steps` is under way, or over
         self._sums: list[Tensor] = []  # total and count of each backward since the last update
         self._ids: list[Any] = []
         self._coupled = False  # whether a loss of the run couples rows
@@ -352,6 +353,7 @@ class Loop:
 
     def steps(self) -> Iterator[int]:
         """1-based numbers of the steps still to make. What is due after a step (log, checkpoint) happens between them."""
+        self._begun = True
         every = self.config.checkpoint_every or self.config.evaluate_every or 100
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         shown = self.config.progress and self.main
@@ -500,6 +502,8 @@ class Loop:
             metrics: by name; the configuration's `monitor` must be among them. One that is NaN is never the best.
             larger_is_better: default: as the configuration says, or by the metric's name (see `pt_core.metrics`).
         """
+        if self._told_before():
+            return
         self._check_finite()
         state, config = self.state, self.config
         monitor = config.monitor or ("loss" if "loss" in metrics else next(iter(metrics), "loss"))
@@ -530,6 +534,8 @@ class Loop:
 
     def log(self, values: Mapping[str, float]) -> None:
         """Append a row of the step in progress to metrics.jsonl and the trackers; values that are not finite are left out."""
+        if self._told_before():
+            return
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         row = {"step": self.step, **finite}
         self.history.append(row)
@@ -538,6 +544,10 @@ class Loop:
                 file.write(json.dumps(row) + "\n")
         if self.config.trackers:
             self.accelerator.log(finite, step=self.step)
+
+    def _told_before(self) -> bool:
+        """Whether this is before the first step, of a run that goes on: it was logged when the run began."""
+        return self.state.step > 0 and not self._begun
 
     def finish(self) -> FitResult:
         """Put the best prompt into the method (if the run keeps the best), in eval mode, and say what came out."""
@@ -864,7 +874,7 @@ def evaluate(
     Args:
         method: in whatever mode; it is evaluated in eval mode and put back.
         split: labelled rows.
-        batch_size: rows of a forward pass.
+        batch_size: rows of a forward pass, and what a scorer is given.
         device: where the batches go; default: where the method is.
         accelerator: of several processes. Each computes its share of the rows, all get the same numbers. A scorer is
             not split: all processes run it, and the main one's numbers count.
@@ -902,7 +912,7 @@ def evaluate(
                     raise InputError(f"{method.name} gives no logits for the metrics {', '.join(split.metrics)}")
                 logits.append(output.logits.float().cpu())
                 labels.append(torch.as_tensor(batch["labels"]).cpu())
-        scores = split.scorer(method, split) if split.scorer is not None else {}
+        scores = split.scorer(method, split, batch_size) if split.scorer is not None else {}
     if accelerator is not None and accelerator.num_processes > 1:
         gathered = gather_object([(total, count, logits, labels, scores)])
         totals, counts, all_logits, all_labels, all_scores = zip(*gathered, strict=True)
@@ -996,14 +1006,14 @@ def check_fit(method: Method, train: Split, validation: Split | None, config: Fi
     """Refuse, before the first step, settings that could not be followed."""
     if config.bucket_by_length and train.lengths is None:
         raise InputError("the training rows have no lengths", remedy="Leave bucket_by_length off", field="lengths")
-    for name in ("patience", "interrupt_below"):
+    for name in ("monitor", "larger_is_better", "patience", "interrupt_below"):
         if validation is None and getattr(config, name) is not None:
-            raise InputError("there are no validation rows to stop by", remedy="Give some, or leave it out", field=name)
+            raise InputError("there are no validation rows to go by", remedy="Give some, or leave it out", field=name)
     if config.monitor is None or validation is None:
         return
     known = {*validation.metrics} | ({"loss"} if method.loss_comes_from() else set())
     if config.monitor not in known and validation.scorer is not None:  # a scorer's names are known by trying
-        known |= validation.scorer(method, validation.subset([0])).keys()
+        known |= validation.scorer(method, validation.subset([0]), 1).keys()
     if config.monitor not in known:
         raise InputError(
             f"the run monitors {config.monitor!r}, which is not among the validation metrics",

@@ -257,7 +257,7 @@ def run_cell(bench: TransferBench, label: str, folder: Path, cell: Cell) -> None
     try:
         job.method.place(device_of(config))
         assert job.test is not None
-        before = evaluate(job.method, job.test, config.eval_batch_size)
+        before = evaluate(job.method, job.test, config.eval_batch_size, precision=config.precision)
         outcome = runs.train(job, config, place, label)
         if source is None:
             state = job.method.trained_state()

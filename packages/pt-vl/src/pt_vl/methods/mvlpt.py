@@ -234,8 +234,8 @@ def union(splits: Mapping[str, Split | None], tasks: Mapping[str, Sequence[str]]
     fixed = all(getattr(split.collate, "fixed", False) for split in parts)
     names = list(sizes)
 
-    def score(method: MVLPT, split: Split) -> dict[str, float]:
-        return per_task_accuracy(method, split, names)
+    def score(method: MVLPT, split: Split, batch_size: int) -> dict[str, float]:
+        return per_task_accuracy(method, split, names, batch_size)
 
     return replace(
         parts[0],
@@ -250,7 +250,7 @@ def union(splits: Mapping[str, Split | None], tasks: Mapping[str, Sequence[str]]
 
 
 @torch.no_grad()
-def per_task_accuracy(method: MVLPT, split: Split, names: Sequence[str], batch_size: int = 64) -> dict[str, float]:
+def per_task_accuracy(method: MVLPT, split: Split, names: Sequence[str], batch_size: int) -> dict[str, float]:
     """Accuracy of each task among its own classes only, `accuracy/<task>`, and their mean, `accuracy`."""
     right: dict[int, list[bool]] = {}
     for batch in split.batches(batch_size):

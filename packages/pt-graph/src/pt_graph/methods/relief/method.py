@@ -468,11 +468,11 @@ def prompt_metrics(prompts: Sequence[Tensor]) -> dict[str, float]:
     return {"pcr": pcr, "apm": float(sizes.double().mean()) if len(sizes) else 0.0}
 
 
-def with_prompt_metrics(split: Split, batch_size: int = 64) -> Split:
+def with_prompt_metrics(split: Split) -> Split:
     """The split, scored by its own metrics and those of `prompt_metrics`, in one pass."""
 
     @torch.no_grad()
-    def score(method: RELIEF, split: Split) -> dict[str, float]:
+    def score(method: RELIEF, split: Split, batch_size: int) -> dict[str, float]:
         logits: list[Tensor] = []
         labels: list[Tensor] = []
         prompts: list[Tensor] = []
