@@ -261,7 +261,7 @@ OTHER = {
     **{
         "micro_batch_size": 1,
         "optimiser": "sgd",
-        "lr": 0.05,
+        "lr": 0.1,
         "weight_decay": 0.1,
         "schedule": "linear",
         "warmup_steps": 1,
