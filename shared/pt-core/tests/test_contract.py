@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -419,26 +421,166 @@ class DoesNotUseItsBias(TinyPrompt):
             return self.backbone(batch["input_ids"])
 
 
+class LeavesAGradient(TinyPrompt):
+    def loss(self, batch):
+        self.backbone.head.bias.grad = torch.zeros_like(self.backbone.head.bias)
+        return super().loss(batch)
+
+
+class OptimisesTheBackboneToo(TinyPrompt):
+    def parameter_groups(self):
+        return [*super().parameter_groups(), {"name": "head", "params": [self.backbone.head.bias]}]
+
+
+class GivesTwoGroupsOneName(TinyPrompt):
+    def parameter_groups(self):
+        return [group | {"name": "main"} for group in super().parameter_groups()]
+
+
+class ForgetsABuffer(TinyPrompt):
+    def kept_state(self):
+        return {name: tensor for name, tensor in super().kept_state().items() if name != "bias" or not self.loaded}
+
+    loaded = False
+
+    def load_trained_state(self, tensors):
+        super().load_trained_state(tensors)
+        self.loaded = True
+
+
+class ScoresWithoutASeed(TinyPrompt):
+    scored = 0
+
+    def fit(self, *arguments, **options):
+        result = super().fit(*arguments, **options)
+        ScoresWithoutASeed.scored += 1
+        return replace(result, metrics=result.metrics | {"accuracy": ScoresWithoutASeed.scored})
+
+
+class LogsWithoutASeed(TinyPrompt):
+    def fit(self, *arguments, **options):
+        result = super().fit(*arguments, **options)
+        return replace(result, history=[*result.history, {"step": 6, "time": time.perf_counter()}])
+
+
+class SaysItStopped(TinyPrompt):
+    """It remembers in no checkpoint that it stopped."""
+
+    steps_seen = 0
+
+    def loss(self, batch):
+        self.steps_seen += self.training
+        return super().loss(batch)
+
+    def fit(self, *arguments, **options):
+        return replace(super().fit(*arguments, **options), stopped_early=self.steps_seen > 5)
+
+
+class LogsWhatNoCheckpointKeeps(TinyPrompt):
+    seen = 0
+
+    def loss(self, batch):
+        self.seen += self.training
+        loss = super().loss(batch)
+        return Loss(loss.total, loss.count, {"seen": loss.total.detach() * 0 + self.seen})
+
+
+class StartsInBfloat16(TinyPrompt):
+    def __init__(self, backbone, config=None):
+        super().__init__(backbone, config)
+        self.bias.data = self.bias.data.bfloat16()
+
+
+class EndsWithoutNumbers(TinyPrompt):
+    def fit(self, *arguments, **options):
+        result = super().fit(*arguments, **options)
+        self.bias.data.fill_(math.nan)
+        return result
+
+
+class StaysOnTheCpu(TinyPrompt):
+    def fit(self, train, validation=None, config=None, output_dir=None):
+        return super().fit(train, validation, config.model_copy(update={"device": "cpu"}), output_dir)
+
+
+class MindsTheDevice(TinyPrompt):
+    def logits(self, batch):
+        logits = super().logits(batch)
+        return logits if logits.device.type == "cpu" else 2 * logits
+
+
+class LeavesAValue(TinyPrompt):
+    def remove(self):
+        super().remove()
+        with torch.no_grad():
+            self.backbone.head.bias.add_(1)
+
+
+class LeavesAClass(TinyPrompt):
+    def __init__(self, backbone, config=None):
+        super().__init__(backbone, config)
+        forward = type(backbone).forward
+        kind = {"forward": lambda *args, **options: 2 * forward(*args, **options), "__qualname__": "TinyLM"}
+        backbone.__class__ = type("TinyLM", (type(backbone),), kind)
+
+
+class HasNothingToTrain(TinyPrompt):
+    def __init__(self, backbone, config=None):
+        super().__init__(backbone, config)
+        self.requires_grad_(False)
+
+
+class MakesSteps(HasNothingToTrain):
+    trains = False
+
+    def fit(self, *arguments, **options):
+        return replace(super().fit(*arguments, **options), steps=3)
+
+
+class IsNotEvaluated(HasNothingToTrain):
+    trains = False
+
+    def fit(self, train, validation=None, config=None, output_dir=None):
+        return super().fit(train, None, config, output_dir)
+
+
 BROKEN = [
     (WakesTheBackbone, "backbone_stays_bit_identical", "the backbone changed in 3 tensors"),
     (TrainsTheBackboneToo, "backbone_stays_bit_identical", "head.bias of the backbone requires a gradient"),
     (TrainsTheBackboneToo, "gradients_reach_what_is_trained_and_nothing_else", "head.bias is not trained"),
+    (LeavesAGradient, "backbone_stays_bit_identical", "head.bias of the backbone has a gradient"),
     (DoesNotUseItsBias, "gradients_reach_what_is_trained_and_nothing_else", "training did not change bias"),
     (ForgetsAGroup, "groups_are_disjoint_and_complete", r"no optimiser trains \['bias'\]"),
     (NamesAParameterTwice, "groups_are_disjoint_and_complete", "in two groups of 'main'"),
+    (OptimisesTheBackboneToo, "groups_are_disjoint_and_complete", "{'main'} train what is not trainable"),
+    (GivesTwoGroupsOneName, "groups_are_disjoint_and_complete", "two groups have one name"),
+    (ForgetsABuffer, "saving_and_loading_is_bit_exact", "only one of both has {'bias'}"),
     (KeepsSomethingToItself, "saving_and_loading_is_bit_exact", "logits differs"),
     (DrawsWithoutASeed, "the_seed_decides_the_result", "differs by up to"),
-    (IgnoresTheSeed, "the_seed_decides_the_result", ""),
+    (IgnoresTheSeed, "the_seed_decides_the_result", "another seed gives the same tensors"),
+    (ScoresWithoutASeed, "the_seed_decides_the_result", "gives other metrics"),
+    (LogsWithoutASeed, "the_seed_decides_the_result", "logs other rows"),
     (CountsBatches, "a_killed_run_goes_on_to_the_same_result", "differs by up to"),
+    (SaysItStopped, "a_killed_run_goes_on_to_the_same_result", "stopped_early, killed after"),
+    (LogsWhatNoCheckpointKeeps, "a_killed_run_goes_on_to_the_same_result", "metrics.jsonl, killed after"),
+    (StartsInBfloat16, "bf16_keeps_what_is_trained_in_float32", r"\['bias'\] are not float32"),
+    (EndsWithoutNumbers, "bf16_keeps_what_is_trained_in_float32", "bias is not finite"),
+    (StaysOnTheCpu, "a_run_on_another_device_comes_to_the_same", "not placed on the device"),
+    (MindsTheDevice, "a_run_on_another_device_comes_to_the_same", "comparison failed"),
     (TrainsInBfloat16, "bf16_keeps_what_is_trained_in_float32", "bias became torch.bfloat16"),
     (MindsPackedWeights, "packed_weights_give_the_same_step", "not close"),
     (CentresTheBatch, "batch_mates_do_not_change_a_row", "not close"),
-    (CountsRowsForTokens, "the_loss_is_a_sum_over_rows", ""),
+    (CountsRowsForTokens, "the_loss_is_a_sum_over_rows", "rows alone count 3.0 terms and their batch 1.0"),
     (CentresWhileItTrains, "the_loss_is_a_sum_over_rows", "total, with training=True: .*not close"),
     (GivesMeansForParts, "the_loss_is_a_sum_over_rows", "of-words, with training=False: .*not close"),
     (LeavesARate, "removing_restores_the_backbone", "left behind: .*'p': 0.0"),
     (LeavesAHook, "removing_restores_the_backbone", "left behind: .*head: Linear.*hooks 1"),
     (LeavesThePrompt, "removing_restores_the_backbone", "left behind: .*_pt_attached.*forward"),
+    (LeavesAValue, "removing_restores_the_backbone", "values of the backbone differ"),
+    (LeavesAClass, "removing_restores_the_backbone", "the output of the backbone differs"),
+    (HasNothingToTrain, "what_does_not_train_says_so", "declare `trains = False`"),
+    (MakesSteps, "what_does_not_train_says_so", "makes steps"),
+    (IsNotEvaluated, "what_does_not_train_says_so", "is not evaluated"),
     (SaysItDoesNotTrain, "what_does_not_train_says_so", "has 36 trainable values"),
 ]
 
@@ -452,6 +594,6 @@ def test_the_suite_catches(method, check, message, tmp_path):
         return backbone, method(backbone, method.config_class(seed=seed))
 
     checks = {param.id: param.values[0] for param in contract_checks()}
-    case = Case("broken", make, tiny_split(11), tiny_split(5, seed=1))
+    case = Case("broken", make, tiny_split(11), tiny_split(5, seed=1), probe=lambda b: b(torch.tensor([[1, 2, 3]])))
     with pytest.raises(AssertionError, match=message):
         checks[check](case, tmp_path)

@@ -159,9 +159,10 @@ class SharedPrefixAttention(TorchFunctionMode):
     ) -> Tensor:
         if attn_mask is not None or dropout_p or not is_causal or len(query) != 1 or query.shape[2] != key.shape[2]:
             raise NotPlain
-        if torch.is_autocast_enabled(query.device.type):
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if torch.is_autocast_enabled(kind := query.device.type):
+            given = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+            with torch.autocast(kind, enabled=False):
+                return self._attention(*given, is_causal=True, scale=scale)
         if self.last is not None:
             key, value, read = self.last
         elif self.prompt is not None:
@@ -173,11 +174,9 @@ class SharedPrefixAttention(TorchFunctionMode):
             raise _Collected
         self.layers += 1
         if query.shape[2] * key.shape[2] <= self.pairs + MASKED:
-            mask, dtype = self._mask(query, key), query.dtype
-            with torch.autocast(query.device.type, enabled=False):
-                query, key, value = (_wide(x) for x in (query, key, value))
-                made = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
-                return made.to(dtype)
+            q, k, v = (_wide(x) for x in (query, key, value))
+            made = F.scaled_dot_product_attention(q, k, v, self._mask(q, k), scale=scale, enable_gqa=True)
+            return made.to(query.dtype)
         few = query
         if self.last is not None:
             query = query.new_zeros(*few.shape[:2], self.texts.count, few.shape[3]).index_copy(2, read, few)
@@ -195,8 +194,7 @@ class SharedPrefixAttention(TorchFunctionMode):
             at = torch.arange(size[1])
             asked = at[size[1] - size[0] :] if self.last is None else self.last[2].cpu() + self.length
             seen = (at <= asked[:, None]) & ((keys < 0) | (keys == keys[asked][:, None]))
-            mask = torch.zeros(size, dtype=_wide(key).dtype).masked_fill(~seen, -torch.inf)
-            self.masks[size] = mask.to(key.device)
+            self.masks[size] = torch.zeros(size, dtype=key.dtype).masked_fill(~seen, -torch.inf).to(key.device)
         return self.masks[size]
 
     def last_block(self, block: Callable[..., Any], read: Tensor, hidden: Tensor, *args: Any, **options: Any) -> Any:
@@ -336,5 +334,5 @@ class _InParts(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32: torch's kernel is several times slower at differentiating bfloat16, for texts of some 50 tokens."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """On a CPU at least float32: its kernel is several times slower at differentiating bfloat16 (texts of some 50 tokens)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.device.type == "cpu" else x

@@ -218,12 +218,13 @@ def the_seed_decides_the_result(case: Case, folder: Path) -> None:
     """The same seed gives the same tensors, metrics and history, bit for bit; another seed gives others."""
     first, again = case.fit(), case.fit()
     _assert_same(again.method.trained_state(), first.method.trained_state())
-    assert again.result.metrics == first.result.metrics
-    assert again.result.history == first.result.history
+    assert again.result.metrics == first.result.metrics, "the same seed gives other metrics"
+    assert again.result.history == first.result.history, "the same seed logs other rows"
     if not case.draws or not first.method.trains:
         case.skip("that another seed differs: nothing in it is drawn")
     other = case.fit(seed=1).method.trained_state()
-    assert any(not torch.equal(other[name], tensor) for name, tensor in first.method.trained_state().items())
+    differs = any(not torch.equal(other[name], tensor) for name, tensor in first.method.trained_state().items())
+    assert differs, "another seed gives the same tensors"
 
 
 def a_killed_run_goes_on_to_the_same_result(case: Case, folder: Path) -> None:
@@ -330,12 +331,15 @@ def the_loss_is_a_sum_over_rows(case: Case, folder: Path) -> None:
         if training and not torch.equal(torch.get_rng_state(), drawn):
             return
         mode = f"with training={training}"
-        assert float(sum(loss.count for loss in alone)) == float(batch.count), mode
+        counted, wanted = float(sum(loss.count for loss in alone)), float(batch.count)
+        assert counted == wanted, f"rows alone count {counted} terms and their batch {wanted}, {mode}"
         sums = {"total": torch.stack([loss.total for loss in alone]).sum()}
         sums |= {name: torch.stack([loss.parts[name] for loss in alone]).sum() for name in batch.parts}
         for name, value in sums.items():
-            wanted, off = batch.parts.get(name, batch.total), 10 * case.tolerance
-            torch.testing.assert_close(value, wanted, rtol=off, atol=off, msg=partial("{}, {}: {}".format, name, mode))
+            of_batch, off = batch.parts.get(name, batch.total), 10 * case.tolerance
+            torch.testing.assert_close(
+                value, of_batch, rtol=off, atol=off, msg=partial("{}, {}: {}".format, name, mode)
+            )
 
 
 def removing_restores_the_backbone(case: Case, folder: Path) -> None:
@@ -371,8 +375,8 @@ def what_does_not_train_says_so(case: Case, folder: Path) -> None:
     trainable = sum(p.numel() for _, p in method.trainable())  # `count` may tell what is fitted without steps
     assert trainable == 0, f"it declares that it trains nothing, and has {trainable} trainable values"
     result = case.fit().result
-    assert result.steps == 0
-    assert bool(result.metrics) == (case.validation is not None)
+    assert result.steps == 0, "it declares that it trains nothing, and makes steps"
+    assert bool(result.metrics) == (case.validation is not None), "it is not evaluated"
 
 
 def contract_checks() -> list[Any]:
@@ -459,7 +463,7 @@ def _outputs(case: Case, method: Method, rows: list[int] | None = None) -> dict[
 
 
 def _assert_same(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:
-    assert here.keys() == there.keys()
+    assert here.keys() == there.keys(), f"only one of both has {here.keys() ^ there.keys()}"
     for name, tensor in there.items():
         assert here[name].dtype == tensor.dtype, f"{name} has another dtype"
         assert torch.equal(here[name], tensor), f"{name} differs by up to {_gap(here[name], tensor)}"
