@@ -234,6 +234,8 @@ def test_the_workflow_runs_the_same_commands() -> None:
     assert commands["tests"] == [readme_command()]
     assert commands["isolated"][-1] == "python3 tooling/ci.py isolated ${{ matrix.package }}"
     assert commands["oldest-transformers"][-1] == "python3 tooling/ci.py isolated ${{ matrix.package }} --oldest"
+    assert commands["bare"] == ["python3 tooling/ci.py bare ${{ matrix.package }}"]
+    assert jobs["bare"]["strategy"]["matrix"]["package"] == sorted(ci.ISOLATION.keys() - {ci.CORE})
     assert commands["lint-and-types"][-2:] == ["python3 tooling/ci.py lint", "python3 tooling/ci.py types"]
     assert 'affected --base "$BASE"' in commands["affected"][0]
 

@@ -3,6 +3,7 @@
     python3 tooling/ci.py packages                      every workspace package, as JSON
     python3 tooling/ci.py affected --base origin/main   the packages that a change can break, as JSON
     python3 tooling/ci.py isolated pt-core [--oldest]   a package's tests where only its own dependencies are installed
+    python3 tooling/ci.py bare pt-nlp                   pip installs it without constraints and extras, as its README says
     python3 tooling/ci.py lint | types                  ruff; mypy (strict for the core)
 
 A new package gets one row in `ISOLATION`. Environments are made of hard links where uv's cache and the temporary folder
@@ -158,6 +159,12 @@ def importable(python: Path, names: list[str]) -> list[str]:
     ).stdout.split()
 
 
+def refuse_strays(package: str, python: Path) -> None:
+    strays = importable(python, forbidden(package))
+    if strays:
+        sys.exit(f"{package}: its own environment holds {', '.join(strays)}: a dependency that it must not have")
+
+
 def isolated(package: str, oldest: bool) -> None:
     """Build the core and `package` into a fresh environment, check what is missing from it, and run the package's tests there.
 
@@ -178,14 +185,33 @@ def isolated(package: str, oldest: bool) -> None:
         # A workspace source would install the core in place; uv would reuse a cached build after an edit.
         fresh = ["--no-sources", *(option for name in targets for option in ("--refresh-package", name))]
         run(*install, *fresh, *targets.values(), *TEST_TOOLS, cwd=work)
-        strays = importable(python, forbidden(package))
-        if strays:
-            sys.exit(f"{package}: its own environment holds {', '.join(strays)}: a dependency that it must not have")
+        refuse_strays(package, python)
         print(
             f"{package}: installed in {time.monotonic() - started:.0f} s; absent: {', '.join(forbidden(package))}",
             flush=True,
         )
         run(python.with_name("pytest"), folders[package] / "tests", environment=test_environment(environment))
+
+
+def bare(package: str) -> None:
+    """Let pip install the core and `package`, as its README says; check what is missing, and that the command line works."""
+    folders = members(ROOT)
+    with tempfile.TemporaryDirectory(prefix=f"{package}-bare-") as temporary:
+        environment = Path(temporary) / "env"
+        python = environment / "bin" / "python"
+        run(sys.executable, "-m", "venv", environment, cwd=Path(temporary))
+        variables = test_environment(environment)
+        run(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            *(folders[name] for name in (CORE, package)),
+            environment=variables,
+        )
+        refuse_strays(package, python)
+        run(python.with_name("pt"), "list", cwd=Path(temporary), environment=variables)
 
 
 def test_environment(environment: Path) -> dict[str, str]:
@@ -219,6 +245,8 @@ def main() -> None:
     alone = commands.add_parser("isolated", help="a package's tests in an environment of its own")
     alone.add_argument("package", choices=sorted(ISOLATION))
     alone.add_argument("--oldest", action="store_true", help="with the oldest transformers that the package declares")
+    plain = commands.add_parser("bare", help="installed by pip, without constraints and extras")
+    plain.add_argument("package", choices=sorted(ISOLATION.keys() - {CORE}))
     commands.add_parser("lint", help="ruff check and ruff format --check")
     commands.add_parser("types", help="mypy: strict for the core, plain for the packages")
     chosen = parser.parse_args()
@@ -233,6 +261,8 @@ def main() -> None:
                 print(json.dumps(affected(ROOT, chosen.base)))
             case "isolated":
                 isolated(chosen.package, chosen.oldest)
+            case "bare":
+                bare(chosen.package)
             case "lint":
                 lint()
             case "types":

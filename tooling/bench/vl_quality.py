@@ -4,19 +4,21 @@
 
 Icons that ship with pt-vl, of sets that the mini-clip was not trained on:
 
-- few-shot: 63 concepts that nine vendors and more have drawn, 1, 2 and 4 shots.
+- few-shot: 63 concepts that nine vendors and more have drawn, 1, 2 and 4 shots; 11 classes of household things, 1 to 16 shots.
 - base-to-new: 4 shots of the first 32 concepts; both halves, each among its own, and their harmonic mean.
 - cross-dataset: 16 shots of the 30 classes of four groups; the seven other groups, each with its own classes.
 - domains: 4 emoji of each class; the five other styles with the same classes.
 - multi-task: one prompt is trained on the union of six groups (4 shots), averaged over seeds, and is the start on each of the
   five others; beside the same prompt from scratch. `mcoop`, `mvpt` and `mupt` are MVLPT's names of these.
-- transfer: MVLPT's study of single tasks (`pt transfer`), CoOp on six groups, 16 shots, each the start of each other.
+- transfer: MVLPT's study of single tasks (`pt transfer`) for each of its prompts, which start from noise, as published: six
+  groups, 16 shots, each the start of each other.
 
 Finished cells are kept in the output folder, so a killed run goes on. An estimate is printed first.
 
 `--why` looks for causes where a method does not beat what its paper says it beats, with more cells in the same folder: in
-base-to-new RESTORE without its surgery blocks, and without its shift term; in multi-task a start from one seed's
-shared prompt in the place of the average, and how good each start is before it is trained on a target.
+few-shot R-AMT with less gradient dropout and with more epochs; in base-to-new RESTORE without its surgery blocks, and
+without its shift term; in multi-task a start from one seed's shared prompt in the place of the average, and how good each
+start is before it is trained on a target.
 """
 
 from __future__ import annotations
@@ -49,10 +51,19 @@ WHY: dict[str, dict[str, Any]] = {  # what is taken from RESTORE
     "restore-no-surgery": {"alpha_text": 0, "alpha_image": 0, "growth_text": 0, "growth_image": 0},
     "restore-no-shift-term": {"gamma": 0},
 }
+WHY_FEW: dict[str, dict[str, Any]] = {  # of R-AMT: how much gradient is dropped, and how long masks are trained
+    "r-amt-dropping-.3": {"gradient_dropout": 0.3},
+    "r-amt-dropping-none": {"gradient_dropout": 0},
+    "r-amt-30-epochs": {"training": {"epochs": 30}},
+}
+LADDERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {  # the shots that there are drawings for
+    "concepts": ({}, (1, 2, 4)),
+    "household": ({"level": "class", "groups": ["household"]}, (1, 2, 4, 8, 16)),
+}
 SECONDS = 12  # of a cell with 4 shots of 63 concepts, on one core
 # Cells of this size, of a protocol: for a seed and a method that is trained; or, with methods of its own, for a seed.
-PER_METHOD = {"few-shot": 1.8, "base-to-new": 0.5, "cross-dataset": 1.5, "domains": 1.2}
-PER_SEED = {"multi-task": 10.0, "transfer": 6.0}
+PER_METHOD = {"few-shot": 3.2, "base-to-new": 0.5, "cross-dataset": 1.5, "domains": 1.2}
+PER_SEED = {"multi-task": 10.0, "transfer": 24.0}
 console = Console(width=140)
 
 
@@ -83,12 +94,26 @@ def show(folder: Path, results: Sequence[Result], metrics: Sequence[str], title:
     console.print(report.to_markdown(report.results_grid(results, metrics), title=title), markup=False)
 
 
-def few_shot(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> None:
-    points: dict[float, list[Result]] = {
-        k: compare(folder / f"{k}-shots", {"data.shots": k}, labels, seeds) for k in (1, 2, 4)
-    }
-    report.over(points, folder / "shots.png", "accuracy", "shots", log=True)
-    console.print(report.to_markdown(report.over_grid(points, "accuracy", "shots"), title="few-shot"), markup=False)
+def variants(label: str, less: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Settings that add a method of the recipe with changes of its own."""
+    own = recipe.load("vl/mini-clip")[1].compare[label]
+    assert own is not None
+    whole = own.model_dump(exclude_unset=True) | {"method": label}
+    return {f"compare.{name}": whole | changes for name, changes in less.items()}
+
+
+def few_shot(folder: Path, labels: Sequence[str], seeds: Sequence[int], why: bool = False) -> None:
+    changes: dict[str, Any] = {}
+    if why:
+        folder, labels, changes = folder / "why", ["r-amt", *WHY_FEW], variants("r-amt", WHY_FEW)
+    for title, (icons, ladder) in LADDERS.items():
+        data = changes | ({"data.icons": icons} if icons else {})
+        points: dict[float, list[Result]] = {
+            k: compare(folder / title / f"{k}-shots", {"data.shots": k} | data, labels, seeds) for k in ladder
+        }
+        report.over(points, folder / title / "shots.png", "accuracy", "shots", log=True)
+        table = report.to_markdown(report.over_grid(points, "accuracy", "shots"), title=f"few-shot, {title}")
+        console.print(table, markup=False)
 
 
 def base_to_new(folder: Path, labels: Sequence[str], seeds: Sequence[int], why: bool = False) -> None:
@@ -96,10 +121,7 @@ def base_to_new(folder: Path, labels: Sequence[str], seeds: Sequence[int], why: 
     labels = [x for x in labels if x not in BOUND]
     if why:
         labels = ["maple", "restore", *WHY]
-        own = recipe.load("vl/mini-clip")[1].compare["restore"]
-        assert own is not None
-        whole = own.model_dump(exclude_unset=True) | {"method": "restore"}
-        changes |= {f"compare.{name}": whole | less for name, less in WHY.items()}
+        changes |= variants("restore", WHY)
     results = compare(folder / "why" if why else folder, changes, labels, seeds)
     show(folder, results, ("base", "new", "harmonic-mean"), "base-to-new")
 
@@ -207,6 +229,15 @@ def multi_task(folder: Path, seeds: Sequence[int], why: bool = False) -> None:
     show(folder, rows, ("accuracy/targets", *(f"accuracy/{target}" for target in targets)), "multi-task")
 
 
+def transfer(folder: Path, seeds: Sequence[int]) -> None:
+    _, checked = recipe.load("vl/mini-clip")
+    for label, prompt in PROMPTS.items():
+        rate = (checked.with_method(label).method.model_extra or {})["lr"]
+        settings = [f"seed={seeds[0]}", "data.shots=16", "training.epochs=10"]
+        settings.append(f"method={{name: mvlpt, prompt: {prompt}, lr: {rate}}}")
+        cli.transfer("vl/mini-clip", ",".join(PAIRED), len(seeds), settings=settings, output=folder / prompt)
+
+
 def estimate(protocols: Sequence[str], methods: Sequence[str], seeds: int) -> float:
     """Seconds on one core."""
     trained = sum(name not in ("zero-shot", "linear-probe", "tip-adapter") for name in methods)
@@ -220,21 +251,22 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/vl-quality"))
-    parser.add_argument("--why", action="store_true", help="look for causes, in base-to-new and multi-task")
+    parser.add_argument("--why", action="store_true", help="look for causes, in few-shot, base-to-new and multi-task")
     chosen = parser.parse_args()
     seeds = range(1, chosen.seeds + 1)
     seconds = estimate(chosen.protocols, chosen.methods, chosen.seeds)
     console.print(f"about {seconds / 60:.0f} minutes on one core; finished cells in {chosen.output} are kept")
-    of_methods = {"few-shot": few_shot, "cross-dataset": cross_dataset, "domains": domains}
+    of_methods = {"cross-dataset": cross_dataset, "domains": domains}
     for name in chosen.protocols:
         folder = chosen.output / name
-        if name == "base-to-new":
+        if name == "few-shot":
+            few_shot(folder, chosen.methods, seeds, chosen.why)
+        elif name == "base-to-new":
             base_to_new(folder, chosen.methods, seeds, chosen.why)
         elif name == "multi-task":
             multi_task(folder, seeds, chosen.why)
         elif name == "transfer":
-            settings = [f"seed={seeds[0]}", "data.shots=16", "training.epochs=10"]
-            cli.transfer("vl/mini-clip", ",".join(PAIRED), len(seeds), settings=settings, output=folder)
+            transfer(folder, seeds)
         else:
             of_methods[name](folder, chosen.methods, seeds)
 

@@ -166,6 +166,9 @@ def test_a_target_with_other_classes_starts_from_the_shared_prompt(
     assert target.trained_state().keys() == source.prompted.trained_state().keys()
     for name, tensor in target.trained_state().items():
         assert torch.equal(tensor, source.prompted.trained_state()[name])
+    of_target = target.published(images(4))
+    assert (of_target.epochs, of_target.batch_size, of_target.keep_best) == (200, 32, True)
+    assert (of_target.optimiser, of_target.schedule, target.config.lr) == ("sgd", "epoch-cosine", 0.002)
     pixels = images(2).batch(range(3))
     torch.testing.assert_close(target(pixels).logits[:, 2], source(pixels).logits[:, 3], rtol=1e-4, atol=1e-4)
     group = source.for_group({"first": ("tree", "pet"), "second": ("house", "bird")})

@@ -210,7 +210,7 @@ class VLMethod(Method):
     are the tower's own.
 
     Fidelity, of all that train: the last batch of an epoch may be short. The released codes drop it where there are as many
-    rows as in a batch.
+    rows as in a batch. Their random crops and flips are the data's (`augment`, off by default: fixed views are computed once).
     """
 
     config: Any

@@ -1006,9 +1006,9 @@ def check_fit(method: Method, train: Split, validation: Split | None, config: Fi
     """Refuse, before the first step, settings that could not be followed."""
     if config.bucket_by_length and train.lengths is None:
         raise InputError("the training rows have no lengths", remedy="Leave bucket_by_length off", field="lengths")
-    for name in ("monitor", "larger_is_better", "patience", "interrupt_below"):
+    for name in ("patience", "interrupt_below"):
         if validation is None and getattr(config, name) is not None:
-            raise InputError("there are no validation rows to go by", remedy="Give some, or leave it out", field=name)
+            raise InputError("there are no validation rows to stop by", remedy="Give some, or leave it out", field=name)
     if config.monitor is None or validation is None:
         return
     known = {*validation.metrics} | ({"loss"} if method.loss_comes_from() else set())

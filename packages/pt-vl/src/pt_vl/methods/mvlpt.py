@@ -73,7 +73,7 @@ class MVLPT(VLMethod):
         source = MVLPT(backbone, MVLPTConfig(tasks={"pets": ..., "food": ...}, prompt="text"))
         source.fit(union({"pets": pets.train, "food": food.train}), union({"pets": pets.validation, ...}))
         target = source.for_target(("red car", "blue car"))          # a CoOp that starts from the shared prompt
-        target.fit(cars.train)
+        target.fit(cars.train, cars.validation)
 
     Parameters: those of CoOp, deep VPT or UPT. ViT-B/16: text, n = 16: 8,192; visual, n = 16: 147,456; unified, n = 4: 566,400.
 
@@ -162,9 +162,10 @@ class MVLPT(VLMethod):
 
     # --- phases -----------------------------------------------------------------------------------------------------
     def for_target(self, class_names: Sequence[str]) -> VLMethod:
-        """CoOp, VPT or UPT on a target's classes, starting from this prompt."""
+        """CoOp, VPT or UPT on a target's classes, starting from this prompt; `fit` trains it as this method is trained."""
         target = self._build(class_names)
         target.load_trained_state(self.prompted.trained_state())
+        target.published = self.published  # type: ignore[method-assign]  # not the run of CoOp, VPT or UPT by itself
         return target.to(self.backbone.device)
 
     def for_group(self, tasks: Mapping[str, Sequence[str]]) -> MVLPT:
