@@ -113,13 +113,14 @@ def plain_path():
 
 
 def embedded(backbone: nn.Module, method: DePT, **arguments) -> torch.Tensor:
-    """Input embeddings that reach the first block of a Llama, prompt rows left out."""
-    seen = []
-    hook = backbone.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    """Input embeddings that reach the first block of a Llama or T5, prompt rows left out."""
+    seen, seq2seq = [], backbone.config.is_encoder_decoder
+    block = backbone.encoder.block[0] if seq2seq else backbone.model.layers[0]
+    hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     with method.active(), torch.no_grad():
-        backbone(**arguments)
+        backbone(**arguments, **({"decoder_input_ids": arguments["input_ids"][:, :2]} if seq2seq else {}))
     hook.remove()
-    return seen[-1]
+    return seen[-1][:, -arguments["input_ids"].shape[1] :]
 
 
 # --- the card's properties ------------------------------------------------------------------------------------------
@@ -176,11 +177,15 @@ def test_property_2_starts_as_prompt_tuning_and_without_rows_as_the_frozen_model
     torch.testing.assert_close(outputs(bare) * real, expected * real, rtol=1e-5, atol=1e-5)
 
 
-def test_property_3_gradient_at_the_start():
-    method = dept(build("llama"), trained=False)
+@pytest.mark.parametrize(("kind", "head"), [("llama", None), ("t5", None), ("bert", 3)])
+def test_property_3_gradient_at_the_start(kind, head):
+    method = dept(build(kind), trained=False, num_labels=head)
     batch = sources([7, 5], 7)
     batch["target_ids"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
-    batch["target_ids"][:, :4] = -100
+    if kind == "llama":
+        batch["target_ids"][:, :4] = -100
+    if head:
+        batch["labels"] = torch.tensor([0, 2])
     loss = method.loss(batch)
     loss.value.backward()
     low_rank = method.prompt.low_rank
@@ -216,8 +221,9 @@ def test_property_5_start_of_a_scale_and_rank_zero():
     assert torch.equal(a, b)
 
 
-def test_property_6_offsets_stay_when_tokens_swap():
-    backbone = build("llama")
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_property_6_offsets_stay_when_tokens_swap(kind):
+    backbone = build(kind)
     method = dept(backbone)
     ids = torch.arange(3, 10)[None]
     swapped = ids.clone()
@@ -229,10 +235,32 @@ def test_property_6_offsets_stay_when_tokens_swap():
     torch.testing.assert_close(other[1] - delta[1], one[4] - delta[4])
 
 
-@pytest.mark.parametrize(("kind", "backbone"), [("seq2seq", "t5"), ("causal-lm", "llama")])
-def test_property_7_low_rank_frozen_backbone_and_two_rates(kind, backbone):
-    model = build(backbone)
-    method, task = dept(model, trained=False, lr=0.1, low_rank_lr=0.002), task_of(kind)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+def test_property_6_row_i_of_the_offset_is_added_to_source_token_i(kind):
+    """As input embeddings of our own, [P; E(x) + Delta], in the backbone's own forward."""
+    backbone, batch = build(kind), sources([9, 6], 9)
+    method, real = dept(backbone), batch["attention_mask"].bool()
+    more = {"decoder_input_ids": torch.tensor([[0, 5, 9], [0, 3, 4]])} if kind == "t5" else {}
+    with torch.no_grad():
+        text = backbone.get_input_embeddings()(batch["input_ids"]) + method.prompt.delta()[:9]
+        whole = torch.cat([method.prompt.soft.weight.expand(2, -1, -1), text], dim=1)
+        mask = torch.cat([torch.ones(2, M, dtype=torch.long), batch["attention_mask"]], dim=1)
+        expected = backbone(inputs_embeds=whole, attention_mask=mask, **more)[0]
+        without = backbone(**batch, **more)[0]
+        with method.active():
+            found = backbone(**batch, **more)[0]
+    if kind != "t5":
+        expected, without, found = expected[:, M:][real], without[real], found[real]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - without).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "backbone", "head"), [("seq2seq", "t5", None), ("causal-lm", "llama", None), ("encoder", "bert", 2)]
+)
+def test_property_7_low_rank_frozen_backbone_and_two_rates(kind, backbone, head):
+    model, task = build(backbone), task_of(kind, "classification" if head else "verbalizer")
+    method = dept(model, trained=False, lr=0.1, low_rank_lr=0.002, num_labels=head)
     before = snapshot(model)
     config = FitConfig(
         max_steps=12, batch_size=4, schedule="linear", warmup_steps=3, log_every=1, device="cpu", progress=False
@@ -243,7 +271,7 @@ def test_property_7_low_rank_frozen_backbone_and_two_rates(kind, backbone):
     assert delta.abs().max() > 0
     assert torch.linalg.matrix_rank(delta) <= R
     groups = method.parameter_groups()
-    assert [group["name"] for group in groups] == ["prompt", "low-rank"]
+    assert [group["name"] for group in groups] == ["prompt", "low-rank", *(["head"] if head else [])]
     ids = [id(p) for group in groups for p in group["params"]]
     assert len(set(ids)) == len(ids) == sum(1 for _ in method.trainable())
     rates = [(row["lr/prompt"], row["lr/low-rank"]) for row in result.history]
