@@ -21,6 +21,14 @@ from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod, _decoder_ids
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 M, CLASSES = 5, 3
+LINEAR = {
+    "Llama": "llama",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "Mistral": "mistral",
+    "GPT2": "gpt2",
+    "GPTNeoX": "gpt_neox",
+}
 Build = Callable[..., nn.Module]
 
 
@@ -88,10 +96,14 @@ def agree(made: TextMethod, ours: Callable[[], Tensor], naive: Callable[[], Tens
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2", "GPTNeoX", "OPT", "T5"])
+def test_every_type_of_a_linear_head_is_tested() -> None:
+    assert set(LINEAR.values()) == LINEAR_HEADS
+
+
+@pytest.mark.parametrize("kind", [*LINEAR, "OPT", "T5"])
 def test_the_token_loss_equals_that_of_all_logits(tiny: Build, kind: str) -> None:
     made, batch = method(tiny(kind)), to_text(kind)
-    assert (made.backbone.config.model_type in LINEAR_HEADS) == (kind not in ("OPT", "T5"))
+    assert (made.backbone.config.model_type in LINEAR_HEADS) == (kind in LINEAR)
 
     def naive() -> Tensor:
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -104,10 +116,12 @@ def test_the_token_loss_equals_that_of_all_logits(tiny: Build, kind: str) -> Non
     agree(made, lambda: made.loss(batch).total, naive)
 
 
-def test_the_token_loss_projects_labelled_positions_only(tiny: Build) -> None:
-    made, shapes = method(tiny("Llama")), []
-    made.backbone.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    made.loss(to_text("Llama"))
+@pytest.mark.parametrize("kind", LINEAR)
+def test_the_token_loss_projects_labelled_positions_only(tiny: Build, kind: str) -> None:
+    made, shapes = method(tiny(kind)), []
+    head = made.backbone.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    made.loss(to_text(kind))
     assert shapes == [(9, 48)]
 
 
@@ -213,7 +227,7 @@ def test_scores_of_long_label_words_equal_full_sequences(tiny: Build, kind: str,
     agree(made, lambda: scored(made, batch), lambda: naive_scores(made, batch))
 
 
-@pytest.mark.parametrize("kind", ["Llama", "GPT2", "OPT", "T5"])
+@pytest.mark.parametrize("kind", [*LINEAR, "OPT", "T5"])
 def test_scores_of_label_words_of_one_token_equal_full_sequences(tiny: Build, kind: str) -> None:
     made = method(tiny(kind))
     batch = sources("right" if kind == "T5" else "left") | candidates((1, 1, 1))
@@ -243,9 +257,10 @@ def test_sources_of_a_causal_model_may_be_padded_on_either_side(
         assert gap(a, b) < 1e-5 * max(1.0, float(b.abs().max()))
 
 
-def test_the_shortcut_for_one_token_projects_the_label_words_only(tiny: Build) -> None:
-    made, calls = method(tiny("Llama")), []
-    made.backbone.lm_head.register_forward_hook(lambda *_: calls.append(1))
+@pytest.mark.parametrize("kind", LINEAR)
+def test_the_shortcut_for_one_token_projects_the_label_words_only(tiny: Build, kind: str) -> None:
+    made, calls = method(tiny(kind)), []
+    made.backbone.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     assert scored(made, sources() | candidates((1, 1, 1))).shape == (4, 3)
     assert calls == []
 
