@@ -404,6 +404,31 @@ def test_parts_of_the_backbone_may_be_offloaded(tiny: Build, tmp_path: Path) -> 
     assert gap(*found) < 1e-5
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_backbone_under_a_device_map_trains_as_without_one(
+    tiny: Build, words: Any, tmp_path: Path, where: str
+) -> None:
+    for part in (tiny("Llama"), words):
+        part.save_pretrained(tmp_path / "model")
+    parts = {"": "cpu"}
+    if where == "disk":
+        on_disk = {"model.embed_tokens", "model.layers.1", "lm_head"}
+        others = {"model.layers.0", "model.norm", "model.rotary_emb"}
+        parts = dict.fromkeys(on_disk, "disk") | dict.fromkeys(others, "cpu")
+    batch, found = to_text("Llama"), []
+    split = Split(range(4), lambda rows: {name: values[rows] for name, values in batch.items()})
+    for options in ({}, {"device_map": parts, "offload_folder": str(tmp_path / "off")}):
+        model, _ = backbones.load_backbone(tmp_path / "model", "causal-lm", dtype="float32", **options)
+        assert any(p.is_meta for p in model.parameters()) == (bool(options) and where == "disk")
+        made = method(model)
+        start = made.prompt.weight.detach().clone()
+        result = made.fit(split, None, FitConfig(max_steps=2, batch_size=2, log_every=1, device="cpu", progress=False))
+        found.append((made.prompt.weight, torch.tensor([row["loss"] for row in result.history])))
+        assert gap(made.prompt.weight, start) > 5e-3 and len(result.history) == 2
+    for spread, plain in zip(*reversed(found), strict=True):
+        assert gap(spread, plain) < 1e-6
+
+
 def test_decoders_without_a_function_of_their_own_read_targets_one_later() -> None:
     from transformers.models.m2m_100.modeling_m2m_100 import shift_tokens_right
 
