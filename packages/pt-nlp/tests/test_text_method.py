@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt
+from pt_core.registry import find_method
 from pt_core.training import FitConfig
 from pt_nlp import backbones
 from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod, _decoder_ids
@@ -478,16 +479,47 @@ def test_trained_keys_and_values_refuse_gradient_checkpointing(tiny: Build, kind
 
 
 # --- precision, dropout -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["Llama", "T5"])
-def test_a_bf16_backbone_trains_a_float32_prompt_on_a_close_loss(tiny: Build, kind: str) -> None:
-    batch = to_text(kind)
-    exact, low = (method(tiny(kind).to(dtype)) for dtype in (torch.float32, torch.bfloat16))
-    low.prompt.load_state_dict(exact.prompt.state_dict())
-    values = [with_gradient(made, lambda made=made: made.loss(batch).value) for made in (exact, low)]
-    assert low.prompt.weight.dtype == low.prompt.weight.grad.dtype == torch.float32
-    assert low.loss(batch).total.dtype == torch.float32
-    assert gap(values[0][0], values[1][0]) < 0.03 * float(values[0][0])
-    assert gap(values[0][1], values[1][1]) < 0.1 * float(values[0][1].abs().max())
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        *[("prompt-tuning", kind, {"init": "uniform"}) for kind in ("Llama", "T5")],
+        *[("prefix-tuning", kind, {"init": "random", "init_std": 0.5}) for kind in ("Llama", "T5")],
+        ("prefix-tuning", "Llama", {"init": "random", "projection_dim": 8}),
+        *[("p-tuning", kind, {}) for kind in ("Llama", "T5")],
+        ("p-tuning", "Llama", {"encoder": "lstm"}),
+        *[("dept", kind, {"init": "uniform", "rank": 2, "max_source_length": 7}) for kind in ("Llama", "T5")],
+        *[("p-tuning-v2", kind, {"num_labels": CLASSES, "init_std": 0.5}) for kind in ("Llama", "Bert")],
+        ("ptec", "Llama", {"num_labels": CLASSES, "init": "vocabulary", "pos_weight": (1.0, 2.0, 4.0)}),
+        ("ptec", "Bert", {"num_labels": CLASSES, "init": "vocabulary", "multilabel": False, "pooling": "first"}),
+    ],
+)
+def test_a_bf16_backbone_trains_a_float32_prompt_on_a_close_loss(
+    tiny: Build, name: str, kind: str, settings: dict[str, Any]
+) -> None:
+    batch, cls = to_text(kind), find_method("nlp", name)
+    if "num_labels" in settings:
+        labels = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]]).float()
+        several = name == "ptec" and settings.get("multilabel", True)
+        batch = sources("right") | {"labels": labels if several else torch.tensor([0, 2, 1, 2])}
+    exact, low = (
+        cls(tiny(kind).to(dtype), cls.config_class(**{"prompt_length": M} | settings)).eval()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    with torch.no_grad():
+        for _, parameter in exact.trainable():
+            if not parameter.any():  # DePT's B, without which A gets no gradient
+                parameter.normal_(std=0.3, generator=exact.generator)
+    low.load_trained_state(exact.trained_state())
+    losses = [made.loss(batch).value for made in (exact, low)]
+    assert losses[1].dtype == torch.float32
+    assert gap(*losses) < 0.03 * float(losses[0])
+    for loss in losses:
+        loss.backward()
+    assert next(low.backbone.parameters()).dtype == torch.bfloat16
+    for (parameter, a), (_, b) in zip(exact.trainable(), low.trainable(), strict=True):
+        assert b.dtype == b.grad.dtype == torch.float32, parameter
+        assert float(a.grad.norm()) > 0 and bool(b.grad.isfinite().all()), parameter
+        assert float((a.grad - b.grad).norm() / a.grad.norm()) < 0.15, parameter
 
 
 def test_dropout_of_the_backbone_is_off_unless_it_is_asked_for(tiny: Build) -> None:
