@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pt_core.attachment import Handle, attach, off, route
 from pt_core.errors import InputError
-from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
+from pt_core.prompts import DeepPrompt, KeyValuePrompt, Prompt, SoftPrompt
 from pt_nlp import backbones, one_row
 
 VOCAB, WIDTH, M = 48, 16, 5
@@ -33,6 +33,7 @@ SHARED = {
     "GPTNeoX": "gpt_neox",
 }
 BACKBONES = [*SHARED, "OPT", "Bert", "Roberta", "T5"]
+DEEP = ["Llama", "Mistral", "Qwen2", "Qwen3", "Bert", "Roberta"]  # whose towers prompts enter inside
 LEAVE_OUT_PADDING = ("Roberta", "XLMRoberta", "Camembert", "Data2VecText")  # their positions start behind its index, 1
 Build = Callable[..., nn.Module]
 
@@ -45,6 +46,10 @@ def keys(model: nn.Module, seed: int = 2, length: int = M) -> KeyValuePrompt:
     shape = backbones.shape_of(model)
     generator = torch.Generator().manual_seed(seed)
     return KeyValuePrompt(shape.layers, shape.kv_heads, shape.head_dim, length, std=0.5, generator=generator)
+
+
+def deep(block: int = 1) -> DeepPrompt:
+    return DeepPrompt([block], M, WIDTH, std=0.5, generator=torch.Generator().manual_seed(4))
 
 
 def texts(side: str = "right", rows: int = 3, n: int = 9) -> dict[str, Tensor]:
@@ -186,11 +191,13 @@ def test_prompt_positions_show_nowhere_in_an_encoder_decoder(tiny: Build, what: 
     ]
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
-def test_switched_off_or_removed_the_outputs_are_bit_identical(tiny: Build, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "make"), [(kind, soft) for kind in BACKBONES] + [(kind, deep) for kind in DEEP])
+def test_switched_off_or_removed_the_outputs_are_bit_identical(
+    tiny: Build, kind: str, make: Callable[..., Prompt]
+) -> None:
     model, batch = tiny(kind), texts()
     before, modules = outputs(model, batch), [name for name, _ in model.named_modules()]
-    handle = attach(model, soft())
+    handle = attach(model, make())
     prompted = outputs(model, batch)
     assert gap(prompted, before) > 1e-2
     handle.enabled(False)
@@ -893,14 +900,102 @@ def test_a_quantised_backbone_trains_the_prompt(tiny: Build, bits: int, tmp_path
 @pytest.mark.parametrize("kind", ["Llama", "Mistral"])
 def test_rows_before_the_first_block_are_rows_of_the_embeddings(tiny: Build, kind: str) -> None:
     model, rows, batch = tiny(kind), soft(), texts("left")
-    deep = DeepPrompt([0], M, WIDTH)
-    deep.weight.data[0] = rows.weight.data
+    prompt = deep(block=0)
+    prompt.weight.data[0] = rows.weight.data
     expected = concatenated(model, rows.weight, batch)
-    attach(model, deep)
+    attach(model, prompt)
     result = model(**batch)
     assert gap(result.logits[batch["attention_mask"].bool()], expected[batch["attention_mask"].bool()]) < 1e-5
     written = model.generate(**batch, max_new_tokens=5, do_sample=False)
     assert torch.equal(written, model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False))
+
+
+def words_of(tiny: Build, kind: str) -> nn.Module:
+    """A model with logits over its vocabulary."""
+    return tiny(kind, "ForMaskedLM") if kind in ("Bert", "Roberta") else tiny(kind)
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_positions_of_a_prompt_inside_of_the_tower_show_nowhere(tiny: Build, kind: str) -> None:
+    model, batch = words_of(tiny, kind), texts()
+    without = model(**batch, output_hidden_states=True)
+    attach(model, deep())
+    result = model(**batch, labels=batch["input_ids"], output_hidden_states=True)
+    assert result.logits.shape == (3, 9, VOCAB)
+    assert [tuple(h.shape) for h in result.hidden_states] == [(3, 9, WIDTH)] * 3
+    for before, after in zip(without.hidden_states[:2], result.hidden_states, strict=False):
+        assert torch.equal(before, after)  # what enters blocks 0 and 1
+    assert gap(result.logits, without.logits) > 1e-2
+    if kind in ("Bert", "Roberta"):
+        assert gap(result.loss, F.cross_entropy(result.logits.flatten(0, 1), batch["input_ids"].flatten())) < 1e-5
+    else:
+        assert gap(result.loss, cross_entropy(result.logits, batch["input_ids"])) < 1e-5
+    assert torch.equal(model(**batch, return_dict=False)[0], result.logits)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_a_pooler_sees_the_first_real_token_behind_a_prompt_inside_of_the_tower(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts()
+    attach(model, deep())
+    result = model(**batch)
+    assert result.last_hidden_state.shape == (3, 9, WIDTH)
+    assert torch.equal(result.pooler_output, model.pooler(result.last_hidden_state))
+    classes = tiny(kind, "ForSequenceClassification", num_labels=3)
+    attach(classes, deep())
+    assert classes(**batch, labels=torch.tensor([0, 1, 2])).logits.shape == (3, 3)
+
+
+def block_by_block(model: nn.Module, ids: Tensor, rows: Tensor, block: int) -> Tensor:
+    """Logits of one text without padding, [n, V], by hand: the blocks one after the other, rows in front of one's input."""
+    base, reads_both_ways = model.base_model, model.config.model_type in ("bert", "roberta")
+    hidden = base.embeddings(ids[None]) if reads_both_ways else base.embed_tokens(ids[None])
+    for index, layer in enumerate(backbones.decoder_blocks(base)):
+        if index == block:
+            hidden = torch.cat([rows[None], hidden], dim=1)
+        if reads_both_ways:
+            hidden = layer(hidden)
+            continue
+        n = hidden.shape[1]
+        mask = torch.full((n, n), torch.finfo(hidden.dtype).min).triu(1)[None, None]
+        rotary = base.rotary_emb(hidden, torch.arange(n)[None])
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+    hidden = hidden[:, len(rows) :]
+    if not reads_both_ways:
+        return model.lm_head(base.norm(hidden))[0]
+    return (model.cls if hasattr(model, "cls") else model.lm_head)(hidden)[0]
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "side"),  # BERT and RoBERTa count padding on the left as positions
+    [(kind, side) for kind in DEEP for side in ("right", "left") if kind not in ("Bert", "Roberta") or side == "right"],
+)
+def test_training_reaches_a_prompt_inside_of_the_tower(tiny: Build, kind: str, side: str, block: int) -> None:
+    """Two steps of descent through the attached prompt, and two on the blocks run by hand."""
+    model, prompt, batch = words_of(tiny, kind), deep(block), texts(side)
+    real, shift = batch["attention_mask"].bool(), kind not in ("Bert", "Roberta")
+    labels = labels_of(batch) if shift else batch["input_ids"].masked_fill(~real, -100)
+    alone = [ids[keep] for ids, keep in zip(batch["input_ids"], real, strict=True)]
+    rows = prompt.weight[0].detach().clone().requires_grad_()
+    attach(model, prompt)
+    (trained,) = [p for p in model.parameters() if p.requires_grad]
+    assert trained is prompt.weight
+    optimisers = [torch.optim.SGD([p], lr=0.5) for p in (trained, rows)]
+    for _ in range(2):
+        attached = model(**batch, labels=labels)
+        by_hand = [block_by_block(model, ids, rows, block) for ids in alone]
+        told = torch.cat([logits[: len(logits) - shift] for logits in by_hand])
+        loss = F.cross_entropy(told, torch.cat([ids[shift:] for ids in alone]))
+        assert gap(attached.logits[real], torch.cat(by_hand)) < 1e-5
+        assert gap(attached.loss, loss) < 1e-5
+        for optimiser, value in zip(optimisers, (attached.loss, loss), strict=True):
+            optimiser.zero_grad()
+            value.backward()
+        assert gap(trained.grad[0], rows.grad) < 1e-5 and float(rows.grad.abs().max()) > 1e-3
+        for optimiser in optimisers:
+            optimiser.step()
+    assert gap(trained[0], rows) < 1e-5 and gap(rows, deep(block).weight[0]) > 1e-3
+    assert all(p.grad is None for p in model.parameters() if p is not trained)
 
 
 # --- which models are causal --------------------------------------------------------------------------------------------
