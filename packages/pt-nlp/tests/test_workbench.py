@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,16 @@ ROWS = [
     for second in ("red", "blue", "green", "news")
     for topic in ("sport", "film")
 ]
+# A model, what it is loaded as, and what it is trained to do.
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "Llama": ("causal-lm", {"name": "prompt-tuning", "prompt_length": 4}, {}),
+    "Bert": (
+        "encoder",
+        {"name": "ptec", "prompt_length": 4, "fill": "labels", "pooling": "first"},
+        {"kind": "multilabel", "shots": 12},
+    ),
+    "T5": ("seq2seq", {"name": "prompt-tuning", "prompt_length": 4, "lr": 0.3}, {}),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +64,23 @@ def made(folder: Path, method: dict[str, Any] | None = None, data: dict[str, Any
         "training": {"max_steps": 3, "batch_size": 4, "progress": False},
     }
     return Recipe.model_validate(content | top)
+
+
+def sets_of_labels(folder: Path) -> list[dict[str, Any]]:
+    """Every row of `rows.jsonl` gets its topic as a second label."""
+    rows = [row | {"label": [row["label"], row["topic"]]} for row in ROWS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def of_family(folder: Path, tiny: Callable[..., Any], family: str, **data: Any) -> Bench:
+    """The bench of a family, whose model takes the place of the one in `backbone/`."""
+    kind, method, own = FAMILIES[family]
+    tiny(family).save_pretrained(folder / "backbone")
+    if own.get("kind") == "multilabel":
+        sets_of_labels(folder)
+    backbone = {"name": str(folder / "backbone"), "kind": kind, "dtype": "float32"}
+    return Bench(made(folder, method, own | data, backbone=backbone))
 
 
 def trained(folder: Path, **changes: Any) -> tuple[Bench, Path]:
@@ -129,7 +157,7 @@ def test_shots_that_leave_nothing_to_test_on_are_refused(folder: Path) -> None:
 def test_a_bad_row_is_refused_by_its_place_in_the_file_before_the_backbone_is_loaded(
     folder: Path, bad: dict[str, Any], kind: str, problem: str
 ) -> None:
-    rows = [row | {"label": [row["label"], row["topic"]]} for row in ROWS] if kind == "multilabel" else [*ROWS]
+    rows = sets_of_labels(folder) if kind == "multilabel" else [*ROWS]
     rows[38] = rows[38] | bad
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match=rf"rows\.jsonl, row 39, {problem}"):
@@ -326,8 +354,7 @@ def test_what_the_task_tells_reaches_the_method(folder: Path) -> None:
 
 
 def test_kinds_of_task_with_a_head_give_every_method_one(folder: Path) -> None:
-    rows = [row | {"label": [row["label"], row["topic"]]} for row in ROWS]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets_of_labels(folder)
     bench = Bench(made(folder, data={"kind": "multilabel"}))
     job, _ = bench.job("prompt-tuning", 0)
     assert (job.method.config.num_labels, job.method.config.multilabel) == (4, True)
@@ -369,31 +396,68 @@ def test_a_backbone_that_cannot_be_read_is_named_once(folder: Path) -> None:
 
 
 # --- artifacts -------------------------------------------------------------------------------------------------------
-def test_an_artifact_predicts_as_the_method_that_was_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_artifact_predicts_as_the_method_that_was_trained(
+    folder: Path, tiny: Callable[..., Any], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The prompt is used in the dtype that it was trained in, whatever this machine likes.
     monkeypatch.setattr(doctor, "fast_dtype", lambda device: "bfloat16")
-    bench = Bench(made(folder, data={"template": "{topic} : {text} Topic :"}))
-    job, config = bench.job("prompt-tuning", 0)
+    bench = of_family(folder, tiny, family, template="{topic} : {text} Topic :")
+    job, config = bench.job(bench.recipe.method.name, 0)
+    started = job.method.trained_state()["prompt.weight"].clone()
     outcome = runs.train(job, config, folder / "run")
     assert outcome.artifact is not None
     session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "backbone"))
+    kind, several = bench.recipe.backbone.kind, bench.recipe.data.kind == "multilabel"
+    assert session.method.backbone is not bench.backbone
+    assert type(session.method.backbone) is type(bench.backbone) is type(tiny(family))
+    assert (session.task.spec.backbone, session.task.spec.kind) == (kind, "multilabel" if several else "verbalizer")
+    kept = session.method.trained_state()
+    assert all(torch.equal(kept[name], value) for name, value in job.method.trained_state().items())
+    assert (kept["prompt.weight"] - started).abs().max() > 1e-3
     rows = session.inputs(folder / "rows.jsonl")
     assert rows[0] == {"text": "good red film", "topic": "sport"}
-    answers = session.predict(rows)
-    assert len(answers) == 48 and set(answers[0]) == {"label", "scores"}
-    task = bench.recipe.data.task(bench.rows, bench.tokenizer, "causal-lm", 0)
+    answers, answer = session.predict(rows), "labels" if several else "label"
+    assert len(answers) == 48 and set(answers[0]) == {answer, "scores"}
+    task = bench.recipe.data.task(bench.rows, bench.tokenizer, kind, 0)
     expected = task.predict(job.method, [r["text"] for r in rows], topic=[r["topic"] for r in rows])
-    assert [a["label"] for a in answers] == [a["label"] for a in expected]
+    assert [a[answer] for a in answers] == [a[answer] for a in expected]
     gaps = [abs(a["scores"]["positive"] - b["scores"]["positive"]) for a, b in zip(answers, expected, strict=True)]
     assert max(gaps) < 1e-6
     scores = session.evaluate(folder / "rows.jsonl")
-    assert scores["accuracy"] == pytest.approx(
-        sum(a["label"] == row["label"] for a, row in zip(answers, ROWS, strict=True)) / 48
-    )
+    if several:
+        pairs = [({*a["labels"]}, {row["label"], row["topic"]}) for a, row in zip(answers, ROWS, strict=True)]
+        right, given = sum(len(a & b) for a, b in pairs), sum(len(a) + len(b) for a, b in pairs)
+        assert scores["micro-f1"] == pytest.approx(2 * right / given)
+    else:
+        right = sum(a["label"] == row["label"] for a, row in zip(answers, ROWS, strict=True))
+        assert scores["accuracy"] == pytest.approx(right / 48)
     with pytest.raises(InputError, match="the template names 'topic'"):
         session.predict(["good news"])
     with pytest.raises(InputError, match="row 2: the text is empty"):
         session.predict(["good", " \n"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_artifact_knows_its_backbone_in_another_dtype(
+    folder: Path, tiny: Callable[..., Any], family: str, dtype: torch.dtype
+) -> None:
+    bench = of_family(folder, tiny, family)
+    outcome = runs.train(*bench.job(bench.recipe.method.name, 0), folder / "run")
+    assert outcome.artifact is not None
+    model, tokenizer = load_backbone(folder / "backbone", bench.recipe.backbone.kind, dtype=dtype)
+    assert model.get_input_embeddings().weight.dtype == dtype  # T5 keeps a part in float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method = artifacts.load(outcome.artifact, model)
+    assert all(p.dtype == torch.float32 for _, p in method.trainable())
+    task = bench.recipe.data.task(bench.rows, tokenizer, bench.recipe.backbone.kind, 0)
+    assert set(task.predict(method, ["good news"])[0]["scores"]) == set(task.spec.labels)
+    tiny(family, seed=1).save_pretrained(folder / "backbone")
+    other, _ = load_backbone(folder / "backbone", bench.recipe.backbone.kind, dtype=dtype)
+    with pytest.warns(UserWarning, match="weights differ"):
+        artifacts.load(outcome.artifact, other)
 
 
 def test_a_reference_that_is_no_text_is_refused_where_a_prompt_is_scored(folder: Path) -> None:
