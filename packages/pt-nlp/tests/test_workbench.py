@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +21,10 @@ from pt_core.errors import InputError
 from pt_core.testing import one_thread
 from pt_nlp import demo, workbench
 from pt_nlp.backbones import load_backbone
+from pt_nlp.data import TaskSpec, TextTask
 from pt_nlp.workbench import Bench, Recipe, Session, TextData, open_artifact
 
+GOLDEN = Path(__file__).parent / "golden" / "v1"
 ROWS = [
     {"text": f"{first} {second} film", "label": label, "topic": topic}
     for label, words in (("positive", ["good", "great", "sun"]), ("negative", ["bad", "awful", "rain"]))
@@ -518,6 +521,41 @@ def test_a_prompt_is_exported_for_peft_and_for_nothing_else(folder: Path) -> Non
         session.export("onnx", folder / "exported")
     assert session.export("peft", folder / "exported") == folder / "exported"
     assert (folder / "exported" / "adapter_config.json").is_file()
+
+
+# --- golden artifacts ------------------------------------------------------------------------------------------------
+def filled(model: Any) -> Any:
+    """The model with weights that follow from their names and places alone: fractions of k * k / 1.618."""
+    for name, parameter in model.named_parameters():
+        k = torch.arange(parameter.numel(), dtype=torch.float64) + zlib.crc32(name.encode()) % 1009
+        part = (k * k * 0.6180339887498949).frac().view_as(parameter)
+        parameter.data.copy_(0.6 * part - 0.3 if parameter.ndim > 1 else 0.5 + part)  # vectors: of norms
+    return model
+
+
+@pytest.mark.parametrize("golden", [path.parent for path in sorted(GOLDEN.glob("*/*.json"))], ids=lambda f: f.name)
+def test_a_golden_artifact_answers_as_when_it_was_saved(tiny: Callable[..., Any], words: Any, golden: Path) -> None:
+    """Trained on `ROWS` and `filled` backbones; `answers.json` is what each said to the texts in it."""
+    artifact = artifacts.load_artifact(golden)
+    spec = TaskSpec.model_validate(artifact.config.task)
+    (family,) = [name for name, (kind, *_) in FAMILIES.items() if kind == spec.backbone]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        method = artifacts.load(golden, filled(tiny(family)))
+    assert method.name == golden.name == artifact.config.method
+    assert not any("weights differ" in str(warning.message) for warning in told)
+    kept = method.kept_state()
+    assert kept.keys() == artifact.tensors.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in artifact.tensors.items())
+    expected = json.loads((GOLDEN / "answers.json").read_text())[golden.name]
+    answers = TextTask(spec, words).predict(method, [*expected])
+    for answer, then in zip(answers, expected.values(), strict=True):
+        assert answer["scores"] == pytest.approx(then["scores"], abs=1e-5)
+        assert answer | {"scores": then["scores"]} == then
+
+
+def test_there_are_golden_artifacts_of_three_methods() -> None:
+    assert {path.parent.name for path in GOLDEN.glob("*/*.json")} >= {"prompt-tuning", "dept", "ptec"}
 
 
 # --- the demo's settings ---------------------------------------------------------------------------------------------
