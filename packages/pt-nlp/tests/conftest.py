@@ -36,6 +36,7 @@ def build(kind: str, head: str | None = None, seed: int = 0, **changes: Any) -> 
         "OPT": special
         | {"hidden_size": WIDTH, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.3}
         | {"word_embed_proj_dim": WIDTH, "max_position_embeddings": 96},
+        "Gemma": common | grouped,
         "Mpt": special | {"d_model": WIDTH, "n_layers": 2, "n_heads": 4, "max_seq_len": 96, "initializer_range": 0.3},
         "Falcon": special
         | {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3},

@@ -18,6 +18,7 @@ from pt_core.prompts import KeyValuePrompt
 from pt_core.registry import find_method
 from pt_core.training import FitConfig
 from pt_nlp import backbones
+from pt_nlp import method as text_method
 from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod, _decoder_ids
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -124,6 +125,28 @@ def test_the_token_loss_projects_labelled_positions_only(tiny: Build, kind: str)
     head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     made.loss(to_text(kind))
     assert shapes == [(9, 48)]
+
+
+@pytest.mark.parametrize(("side", "read"), [("left", 3), ("right", 7)])
+@pytest.mark.parametrize("kind", ["OPT", "Mpt", "Falcon", "Gemma"])
+def test_other_heads_see_the_columns_that_any_row_reads(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch, kind: str, side: str, read: int
+) -> None:
+    made, batch, widths = method(tiny(kind)), to_text(kind), []
+    if side == "right":
+        ahead = batch["attention_mask"].argmax(1).tolist()
+        batch = {k: torch.stack([row.roll(-n) for row, n in zip(v, ahead, strict=True)]) for k, v in batch.items()}
+    made.backbone.get_output_embeddings().register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+
+    def all_columns() -> Tensor:
+        with monkeypatch.context() as plain:
+            plain.setattr(text_method, "_keeps_columns", lambda model: False)
+            return made.loss(batch).total
+
+    agree(made, lambda: made.loss(batch).total, all_columns)
+    made.backbone.hf_device_map = {"transformer": 0, "lm_head": 1}  # columns and states may lie on two devices
+    made.loss(batch)
+    assert widths == [read, 10, 10]
 
 
 @pytest.mark.parametrize("kind", ["Llama", "OPT"])
@@ -312,8 +335,9 @@ def test_the_source_is_read_once_for_all_label_words(tiny: Build) -> None:
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 3, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "T5"])
 def test_scores_under_gradient_checkpointing_equal_full_sequences(tiny: Build, kind: str, lengths: tuple) -> None:
-    model = tiny(kind)
+    model, read = tiny(kind), set()
     model.gradient_checkpointing_enable()
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.add(args[0].shape[1]))
     made = method(model).train()
     assert backbones.checkpoints_blocks(model)
     batch = sources("right" if kind == "T5" else "left") | candidates(lengths)
@@ -321,6 +345,7 @@ def test_scores_under_gradient_checkpointing_equal_full_sequences(tiny: Build, k
     expected = with_gradient(plain, lambda: naive_scores(plain, batch).log_softmax(-1)[:, 0])
     for a, b in zip(with_gradient(made, lambda: scored(made, batch).log_softmax(-1)[:, 0]), expected, strict=True):
         assert gap(a, b) < 1e-5 * max(1.0, float(b.abs().max()))
+    assert read <= {max(lengths)}  # not the source
 
 
 def test_scores_of_trained_keys_and_values_equal_full_sequences(tiny: Build) -> None:

@@ -10,6 +10,7 @@ logits only where something is read:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
@@ -239,7 +240,7 @@ class TextMethod(Method):
         return states[where.to(states.device)]
 
     def token_loss(self, batch: Mapping[str, Any]) -> Loss:
-        """Cross-entropy of the tokens in `target_ids`; logits are computed at those positions only.
+        """Cross-entropy of the tokens in `target_ids`; a causal model computes logits only where they are read (`_logits_at`).
 
         A causal model predicts a token from the one before it: the first token of a text is no target, on whichever side the
         padding is.
@@ -263,19 +264,26 @@ class TextMethod(Method):
         return Loss(F.cross_entropy(picked.float(), gold.to(picked.device), reduction="sum"), len(gold))
 
     def _logits_at(self, batch: Mapping[str, Any], wanted: Tensor) -> Tensor:
-        """Next-token logits at the chosen positions ([b, n-1] mask) of a causal model, [k, V]."""
+        """Next-token logits at the chosen positions ([b, n-1] mask) of a causal model, [k, V].
+
+        With a linear head only those are computed; else, where the model can, those of the columns that any row reads.
+        """
         if self.backbone.config.model_type in LINEAR_HEADS:
             where = F.pad(wanted, (0, 1))
             states = self.hidden(batch, where)
             return _to_words(self.model, states[where.to(states.device)])
-        logits = self.model(
+        columns = wanted.any(0).nonzero()[:, 0]
+        keep = {"logits_to_keep": columns} if _keeps_columns(self.model) else {}
+        logits: Tensor = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             position_ids=_positions(batch["attention_mask"]),
             use_cache=False,
-        ).logits[:, :-1]
-        picked: Tensor = logits[wanted.to(logits.device)]
-        return picked
+            **keep,
+        ).logits
+        if not keep:
+            return logits[:, :-1][wanted.to(logits.device)]
+        return logits[wanted[:, columns].to(logits.device)]
 
     def class_scores(self, batch: Mapping[str, Any]) -> Tensor:
         """Log-probability of every label word after every source, [b, C].
@@ -310,9 +318,12 @@ class TextMethod(Method):
             if checkpoints_blocks(base_of(self.model)):  # blocks keep no cache then: every word reads its source
                 whole = torch.cat([ids.repeat_interleave(c, 0), after], dim=1)
                 logits = self.model(
-                    input_ids=whole, attention_mask=long_mask, position_ids=_positions(long_mask)
+                    input_ids=whole,
+                    attention_mask=long_mask,
+                    position_ids=_positions(long_mask),
+                    logits_to_keep=t,
                 ).logits
-                logits = logits[:, n - 1 :].view(b, c, t, -1)
+                logits = logits.view(b, c, t, -1)
             else:
                 first = self.model(
                     input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
@@ -380,6 +391,12 @@ def written_out(batch: Mapping[str, Any]) -> dict[str, Any]:
 def _positions(mask: Tensor) -> Tensor:
     """Positions of real tokens, counted without padding."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _keeps_columns(model: Model) -> bool:
+    """Whether a language model computes logits of chosen columns: of one that is spread they may lie on another device."""
+    places = getattr(model, "hf_device_map", None) or {}
+    return "logits_to_keep" in inspect.signature(model.forward).parameters and len(set(places.values())) < 2
 
 
 def _to_words(backbone: Model, states: Tensor, ids: Tensor | None = None) -> Tensor:
