@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -54,6 +56,9 @@ def build(kind: str, seed: int = 0, **changes) -> nn.Module:
         ),
         "bert": lambda: BertModel(BertConfig(**bert)),
         "roberta": lambda: RobertaModel(RobertaConfig(**bert | {"pad_token_id": 1})),
+        "bart": lambda: BartForConditionalGeneration(
+            BartConfig(d_model=D, encoder_layers=1, decoder_layers=1, decoder_start_token_id=0, **special)
+        ),
         "t5": lambda: T5ForConditionalGeneration(
             T5Config(d_model=D, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **special)
         ),
@@ -280,6 +285,32 @@ def test_property_7_low_rank_frozen_backbone_and_two_rates(kind, backbone, head)
     assert rates[0][0] == pytest.approx(0.1 / 3)
     assert rates[-1][0] == pytest.approx(0.1 / 9)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "given", "rate"),
+    [
+        ("t5", "seq2seq", None, 0.3),
+        ("t5", "seq2seq", 0.4, 0.4),
+        ("bart", "seq2seq", None, 5e-3),
+        ("llama", "causal-lm", None, 5e-3),
+        ("llama", "causal-lm", 0.3, 0.3),
+        ("bert", "encoder", None, 5e-3),
+    ],
+)
+def test_the_rate_of_the_prompt_is_for_large_embeddings_on_t5_alone(kind, task, given, rate):
+    head = {"kind": "classification"} if kind == "bert" else {}
+    method = dept(build(kind), lr=given, num_labels=2 if head else None)
+    run = FitConfig(max_steps=1, log_every=1, device="cpu", progress=False)
+    (row,) = method.fit(task_of(task, **head).train, None, run).history
+    assert (row["lr/prompt"], row["lr/low-rank"], method.config.lr) == (rate, 5e-4, given)
+
+
+def test_the_defaults_learn_on_a_causal_model():
+    method = DePT(build("llama"), DePTConfig())
+    run = FitConfig(max_steps=30, log_every=1, device="cpu", progress=False)
+    losses = [row["loss"] for row in method.fit(task_of("causal-lm").train, None, run).history]
+    assert losses[-1] < 0.2 * losses[0]  # with a tenth of the rate 0.43
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
