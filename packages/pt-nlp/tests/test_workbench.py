@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -15,6 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from pt_core import artifacts, doctor, recipe, runs
 from pt_core.errors import InputError
@@ -354,6 +356,24 @@ def test_what_the_task_tells_reaches_the_method(folder: Path) -> None:
     assert len(config["zero-shot"].content_free_ids) == 3
     assert config["linear-probe"].num_labels == 2
     assert config["prompt-tuning"].num_labels is None  # reads label words
+
+
+@pytest.mark.parametrize(("kind", "model"), [("seq2seq", "T5"), ("causal-lm", "Llama")])
+def test_dept_starts_from_its_text_as_the_tokenizer_of_an_encoder_decoder_closes_it(
+    folder: Path, tiny: Callable[..., Any], words: Any, kind: str, model: str
+) -> None:
+    tiny(model).save_pretrained(folder / "backbone")
+    closing = copy.deepcopy(words)
+    closing.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    closing.save_pretrained(folder / "backbone")
+    start = {"prompt_length": 3, "init": "text", "init_text": "good news"}
+    top = {"backbone": {"name": str(folder / "backbone"), "kind": kind, "dtype": "float32"}}
+    bench = Bench(made(folder, {"name": "dept", "rank": 1, **start}, compare={"prompt-tuning": start}, **top))
+    text = tuple(words("good news")["input_ids"])
+    for label, ids in (("dept", (*text, 1) if kind == "seq2seq" else text), ("prompt-tuning", text)):
+        job, _ = bench.job(label, 0)
+        assert job.method.config.init_ids == ids
+        job.method.remove()
 
 
 def test_kinds_of_task_with_a_head_give_every_method_one(folder: Path) -> None:

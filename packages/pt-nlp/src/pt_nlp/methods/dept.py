@@ -140,8 +140,9 @@ class DePT(PromptTuning):
     - Its weight-decay flag (1e-5) never reaches the optimiser: 0 is the faithful value.
     - Its rate of the prompt is one for large embeddings, those of T5, mT5 and umT5; on all other backbones the default is
       that of prompt tuning. What a run takes is in its log (`lr/prompt`).
-    - The released start is `init="text"` with the ids of `RELEASED_INIT_TEXT`, end-of-sequence token included; the default
-      here is sampled embedding rows. The paper draws A from a Gaussian; the code's uniform start is used.
+    - The released start is `init="text"` with the ids of `RELEASED_INIT_TEXT`, end-of-sequence token included (recipes
+      add it to `init_text` on encoder-decoders); the default here is sampled embedding rows. The paper draws A from a
+      Gaussian; the code's uniform start is used.
     - Its start from the DePT of a source task (PETL transfer) is `load_trained_state` here; there is no recipe for it.
 
     Reference: Shi, Lipani. DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning. ICLR 2024.
