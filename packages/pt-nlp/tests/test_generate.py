@@ -14,7 +14,7 @@ from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 from pt_core.attachment import attach
 from pt_core.errors import InputError
-from pt_core.prompts import KeyValuePrompt, Prompt, SoftPrompt
+from pt_core.prompts import DeepPrompt, KeyValuePrompt, Prompt, SoftPrompt
 from pt_nlp import backbones
 
 WIDTH, M = 16, 5
@@ -147,12 +147,12 @@ def test_prompt_lookup_decoding_writes_the_greedy_text(tiny: Build, kind: str) -
     assert torch.equal(write(model, batch, max_new_tokens=16, prompt_lookup_num_tokens=3), greedy)
 
 
-@pytest.mark.parametrize("path", ["shared", "plain"])
+@pytest.mark.parametrize("path", ["shared", "plain", "block 0", "block 1"])
 def test_a_conversation_goes_on_from_its_cache(tiny: Build, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "plain":
         monkeypatch.setattr(backbones, "SHARED_PREFIX", set())
     model, batch = tiny("Llama"), texts()
-    attach(model, soft())
+    attach(model, DeepPrompt([int(path[-1])], M, WIDTH, std=0.5) if path.startswith("block") else soft())
     first = write(model, batch, return_dict_in_generate=True)
     assert first.past_key_values.get_seq_length() == 14  # 8 read, 7 written, the last not read
     kept = copy.deepcopy(first.past_key_values)

@@ -610,9 +610,11 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
     if deep is not None:
         from pt_nlp.blocks import deep_forward
 
-        output: Any = deep_forward(base, deep, **arguments | {"position_ids": positions})
+        with _inside(cache):
+            output: Any = deep_forward(base, deep, **arguments | {"position_ids": positions})
         if output.past_key_values is not None:
-            output.past_key_values.pt_owner = carried.owner
+            _mark(output.past_key_values, carried)
+            output.past_key_values.pt_prefix = deep[0].size if 0 in deep else 0  # a cache's length is that of block 0
         return output
     if past and slot == "cache_params":
         return original(**arguments)  # the prompt is in the state; there is no mask to widen

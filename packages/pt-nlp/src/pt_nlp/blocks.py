@@ -252,7 +252,7 @@ def deep_forward(
     result is bit-identical to `base_model(...)`. `generate` of the model above works: prompts enter while the cache is empty,
     later steps recompute which slots they hold from `prompts`, so the cache carries no state of ours; caches of the blocks from
     l up are m slots longer. (`cache.get_seq_length()` reports block 0: with a prompt there it counts the prompt too, so to
-    continue a conversation pass `attention_mask` and the new `input_ids` only.)
+    continue a conversation pass `attention_mask` and the new `input_ids` only. `pt_core.attach` hides it in the cache.)
 
     Args:
         prompts: block index -> prompt. Pass the same ones at every step of a generation, rows repeated per beam.
