@@ -94,6 +94,16 @@ def test_it_predicts_by_constrained_decoding(tiny: Build, words: Any, backbone: 
     assert [set(labels) for labels in found] == [set(labels) for labels in expected]
 
 
+def test_its_defaults_are_those_of_the_released_command_line_and_start_from_the_labels(tiny: Build, words: Any) -> None:
+    config, model = TrieSearchConfig(), tiny("Llama")
+    assert (config.prompt_length, config.init, config.lr) == (100, "labels", 3e-3)
+    table = model.get_input_embeddings().weight
+    for given, texts in ((), LABELS), ((tuple(words("sun")["input_ids"]),), ("sun",)):
+        rows = made(model, task_of(words), label_ids=given).prompt.weight
+        expected = torch.stack([table[words(text)["input_ids"]].mean(0) for text in texts])
+        torch.testing.assert_close(rows[: len(texts)], expected)
+
+
 def test_it_learns_the_labels(tiny: Build, words: Any) -> None:
     task = task_of(words)
     method = made(tiny("Llama", hidden_size=32, head_dim=8, initializer_range=0.5), task)

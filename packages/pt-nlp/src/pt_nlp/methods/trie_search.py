@@ -29,6 +29,11 @@ SURE = 30.0  # logit of a label that was written, and of the others with a minus
 class TrieSearchConfig(PromptTuningConfig):
     """Settings of prompt tuning with trie search."""
 
+    prompt_length: int = Field(100, ge=0, description="l; 100 in the released command line")
+    init: Literal["vocabulary", "text", "labels", "random", "uniform"] = Field(
+        "labels", description="start, as of prompt tuning; the label names in the released code"
+    )
+    lr: float = Field(3e-3, gt=0, description="3e-3 in the released command line")
     multilabel: Literal[True] = Field(True, description="a row is a set of labels")
     label_tokens: tuple[tuple[tuple[int, ...], ...], ...] = Field(
         (), description="token ids of each label at its places, of `pt_nlp.constrained.label_ids`; recipes fill them in"
@@ -48,7 +53,9 @@ class TrieSearch(PromptTuning):
 
     Parameters: l * d; there is no head. T5-base, l = 100: 76,800. The order of the labels, [C], is kept with the prompt.
 
-    Fidelity: the baseline of PTEC's released code.
+    Fidelity: the baseline of PTEC's released code, with its length, rate and start as defaults.
+    - There the start from label names is one row for each of their tokens, then the ids 1000, 1001, ...; here one for each
+      label, the mean of its tokens (`label_ids`, or else as it is written alone), then sampled rows.
     - There the loss of a text is weighed by the sum of its labels' weights; here every target token counts alike.
     - There the schedule is OneCycle (30 % warm-up), which is not one of this library's: the nearest are `linear` and
       `cosine` with `warmup_steps`.
@@ -83,6 +90,12 @@ class TrieSearch(PromptTuning):
                 remedy="Use a causal-lm or seq2seq backbone, or PTEC",
             )
         return super().build_prompt()
+
+    def start(self, config: Any, dim: int) -> Tensor:
+        if config.init == "labels" and not config.label_ids:
+            written = tuple(places[1][:-1] for places in config.label_tokens)  # alone, without the end
+            config = config.model_copy(update={"label_ids": written})
+        return super().start(config, dim)
 
     def build_head(self) -> None:  # type: ignore[override]
         """None: labels are written."""
