@@ -73,7 +73,10 @@ class FitConfig(Settings):
     epochs: int | None = Field(default=None, ge=1, description="passes over the rows; give this or `max_steps`")
     batch_size: int = Field(default=8, ge=1, description="rows of a step, over all processes and micro-batches")
     micro_batch_size: int | None = Field(default=None, ge=1, description="rows of one pass; default: all at once")
-    optimiser: Literal["adamw", "adam", "adafactor", "sgd"] = "adamw"
+    optimiser: Literal["adamw", "adam", "adafactor", "sgd"] = Field(
+        default="adamw",
+        description="adafactor: torch's; steps scale with a parameter's RMS, rates are at most 1/sqrt(step)",
+    )
     lr: float | None = Field(default=None, gt=0, description="rate of groups that name none; default: 1e-3")
     weight_decay: float = Field(default=0.0, ge=0)
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")

@@ -157,7 +157,9 @@ class IA3(AdapterMethod):
     of the second branch: the same function. Its default layers are the paper's for T5 and Llama (keys, values,
     feed-forward); for several other types they differ (queries and values for Qwen and Gemma, all of c_attn for GPT-2, the
     output matrix of attention too for BERT): name `targets` and `feedforward` where that matters. T-Few's unlikelihood and
-    length-normalised losses are not part of it.
+    length-normalised losses are not part of it. Its run is not the default here: Adafactor for 1000 steps, the first 6 % of
+    them a linear warm-up (`warmup_steps: 60`). `optimiser: adafactor` is torch's: steps scale with the root mean square of
+    each vector (1 at the start), and the rate is at most 1 / sqrt(step), which leaves 3e-3 as it is for so many steps.
 
     Reference: Liu, Tam, Muqeeth, Mohta, Huang, Bansal, Raffel. Few-Shot Parameter-Efficient Fine-Tuning is Better and
     Cheaper than In-Context Learning. NeurIPS 2022.

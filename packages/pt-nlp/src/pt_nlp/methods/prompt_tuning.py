@@ -57,11 +57,13 @@ class PromptTuning(TextMethod):
 
     Fidelity: the start, length and rates are fields with their sources. Lester et al. train with Adafactor, constant rate
     0.3 and weight decay 1e-5; AdamW is this library's default because small-norm embeddings need 1e-3 to 1e-2 (baselines
-    card). Their z-loss of 1e-4 is not built. One set of rows is trained for encoder-decoders, on the encoder's input; peft
-    creates a second set that never receives gradient. `init: labels` fills what the labels leave over with sampled rows,
-    as the paper does; `init: uniform` is symmetric, where the released JAX code draws from [0, s). Positions of real tokens
-    come from the attention mask; peft ignores given positions and counts padding on the left. The first token of a text is
-    no target of a causal model; peft predicts it from the prompt's last row, or from padding.
+    card). `optimiser: adafactor` is torch's, not theirs: it scales steps by the prompt's root mean square, which they switch
+    off, and its rate is at most 1 / sqrt(step). Their z-loss of 1e-4 is not built. One set of rows is trained for
+    encoder-decoders, on the encoder's input; peft creates a second set that never receives gradient. `init: labels` fills
+    what the labels leave over with sampled rows, as the paper does; `init: uniform` is symmetric, where the released JAX
+    code draws from [0, s). Positions of real tokens come from the attention mask; peft ignores given positions and counts
+    padding on the left. The first token of a text is no target of a causal model; peft predicts it from the prompt's last
+    row, or from padding.
 
     Reference: Lester, Al-Rfou, Constant. The Power of Scale for Parameter-Efficient Prompt Tuning. EMNLP 2021.
     """
