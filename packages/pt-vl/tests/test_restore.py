@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pt_core import FitConfig, InputError
 from pt_core.data import Split
@@ -102,6 +103,40 @@ def test_the_penalty_sees_a_difference_and_not_a_common_factor(make_encoder: Cal
     assert float((text - image).square().sum()) == pytest.approx(0.0, abs=1e-8)
 
 
+def test_the_loss_is_by_hand_cross_entropy_and_gamma_times_the_sum_over_blocks(
+    make_encoder: Callable[..., Any],
+) -> None:
+    method, batch = restore(make_encoder(), gamma=0.5), images().batch(range(4))
+
+    def norms() -> torch.Tensor:
+        """||P^T P||_F over the d x d matrix, of text and image, a row for each block with deep prompts."""
+        pairs = [(t, t @ p.weight.T + p.bias) for t, p in zip(method.deep, method.deep_projections, strict=True)]
+        return torch.stack([torch.stack([(rows.T @ rows).square().sum().sqrt() for rows in pair]) for pair in pairs])
+
+    starts = norms().detach()
+    with torch.no_grad():  # other factors in the two blocks, so that their sum is neither's share nor their mean
+        method.deep.mul_(torch.tensor([1.3, 1.6])[:, None, None])
+    shifts = norms() / starts
+    terms = (shifts[:, 0] - shifts[:, 1]).square()
+    assert terms.shape == (2,) and 0.1 < float(terms[0]) < float(terms[1]) / 2
+    entropy = F.cross_entropy(method(batch).logits, batch["labels"], reduction="sum")
+    expected, loss = entropy + 0.5 * 4 * terms.sum(), method.loss(batch)
+    torch.testing.assert_close(loss.total, expected)
+    torch.testing.assert_close(loss.parts["feature_shift"], 4 * terms.sum())
+    torch.testing.assert_close(loss.parts["cross_entropy"], entropy)
+    prompts = {n: p for n, p in method.named_parameters() if n == "context" or n.startswith("deep")}
+    found, by_hand = (torch.autograd.grad(total, list(prompts.values())) for total in (loss.total, expected))
+    for name, gradient, other in zip(prompts, found, by_hand, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_defaults_are_the_released_ones() -> None:
+    config = RESTOREConfig(class_names=NAMES)
+    assert (config.prompt_length, config.depth, config.init, config.lr) == (2, 9, "a photo of a", 0.0035)
+    assert (config.alpha_text, config.alpha_image, config.gamma, config.shift) == (0.1, 0.1, 1.0, "gram")
+    assert (config.growth_text, config.growth_image) == (0.02, 0.005)
+
+
 def test_the_penalty_reaches_deep_prompts_and_projections_only(make_encoder: Callable[..., Any]) -> None:
     method = restore(make_encoder())
     with torch.no_grad():
@@ -112,7 +147,10 @@ def test_the_penalty_reaches_deep_prompts_and_projections_only(make_encoder: Cal
     assert reached == {"deep", *(f"deep_projections.{i}.{part}" for i in range(2) for part in ("weight", "bias"))}
 
 
-def test_alpha_grows_once_at_the_end_of_a_third_of_the_epochs(make_encoder: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("epochs", "before"), [(10, 4), (2, 1)])
+def test_alpha_grows_once_at_the_end_of_a_third_of_the_epochs(
+    epochs: int, before: int, make_encoder: Callable[..., Any]
+) -> None:
     method = restore(make_encoder(), growth_text=0.5, growth_image=0.25)
     norms: list[torch.Tensor] = []
     grow = method.grow_alphas
@@ -127,9 +165,9 @@ def test_alpha_grows_once_at_the_end_of_a_third_of_the_epochs(make_encoder: Call
     steps: list[int] = []
     original = method.loss
     method.loss = lambda batch: (steps.append(len(norms)), original(batch))[1]  # type: ignore[method-assign,func-returns-value]
-    method.fit(images(), None, run(epochs=10))
+    method.fit(images(), None, run(epochs=epochs))
     assert len(norms) == 1
-    assert steps.count(0) == 4 * 3  # E = 10: after the fourth epoch of three steps
+    assert (len(steps), steps.count(0)) == (epochs * 3, before * 3)  # epochs of three steps
     assert not any(name == "alphas" for name, _ in method.trainable())
 
 
