@@ -85,6 +85,21 @@ def make_encoder() -> Callable[..., DualEncoder]:
 
 
 @pytest.fixture
+def vit_b16() -> DualEncoder:
+    """CLIP ViT-B/16 without memory for its weights: counts and start values are those of the published size."""
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    image = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    with torch.device("meta"):
+        made = CLIPModel(CLIPConfig(text_config=text, vision_config=image | {"patch_size": 16}, projection_dim=512))
+    assert sum(p.numel() for p in made.parameters()) == 149_620_737
+    words = made.text_model.embeddings.token_embedding  # contexts start from its rows: one row stands for all
+    words.weight = nn.Parameter(torch.zeros(1, 512).expand(words.num_embeddings, -1))
+    known = tokeniser()
+    made.text_model.eos_token_id = known.eos_token_id
+    return DualEncoder(made, known)
+
+
+@pytest.fixture
 def pixels() -> torch.Tensor:
     return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
 

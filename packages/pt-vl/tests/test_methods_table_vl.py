@@ -1,14 +1,11 @@
-"""methods.toml says what is there: each row is counted again on its reference backbone, which holds no memory."""
+"""methods.toml says what is there: each row is counted again on its reference backbone, which holds
+no memory, and of what it trains there, the start values are looked at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
-from transformers import CLIPConfig, CLIPModel
 
 from pt_core import registry
 from pt_vl.backbones import DualEncoder
@@ -24,20 +21,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tip-adapter": {"cache_size": 16},
     "tip-adapter-f": {"cache_size": 1600},
 }
-
-
-@pytest.fixture
-def vit_b16(make_tokeniser: Callable[..., Any]) -> DualEncoder:
-    text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
-    image = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    with torch.device("meta"):
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=image | {"patch_size": 16}, projection_dim=512))
-    assert sum(p.numel() for p in model.parameters()) == 149_620_737
-    words = model.text_model.embeddings.token_embedding  # contexts start from its rows: one row stands for all
-    words.weight = nn.Parameter(torch.zeros(1, 512).expand(words.num_embeddings, -1))
-    tokeniser = make_tokeniser()
-    model.text_model.eos_token_id = tokeniser.eos_token_id
-    return DualEncoder(model, tokeniser)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
@@ -65,6 +48,39 @@ def test_the_count_of_a_row_is_that_of_the_method_on_its_reference_backbone(
 def test_the_counts_of_mvlpts_three_prompts(prompt: str, length: int, count: int, vit_b16: DualEncoder) -> None:
     settings = {"tasks": {"pets": ("cat", "dog")}, "prompt": prompt, "prompt_length": length}
     assert registry.find_method("vl", "mvlpt")(vit_b16, MVLPTConfig.model_validate(settings)).count() == count
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "tensor", "shape", "uniform"),
+    [
+        ("coop", {}, "context", (16, 512), False),
+        ("vpt", {}, "visual", (12, 8, 768), False),
+        ("vpt", {"init": "uniform"}, "visual", (12, 8, 768), True),
+        ("ivlp", {}, "deep", (11, 2, 512), False),
+        ("ivlp", {}, "visual", (12, 2, 768), False),
+        ("maple", {}, "deep", (8, 2, 512), False),
+        ("restore", {}, "deep", (8, 2, 512), False),
+        ("upt", {}, "context", (4, 512), False),
+        ("upt", {}, "visual", (12, 4, 768), True),
+        ("mvlpt", {"prompt": "text"}, "prompted.context", (16, 512), False),
+        ("mvlpt", {"prompt": "visual"}, "prompted.visual", (12, 16, 768), True),
+        ("mvlpt", {"prompt": "unified"}, "prompted.context", (4, 512), False),
+        ("mvlpt", {"prompt": "unified"}, "prompted.visual", (12, 4, 768), True),
+    ],
+)
+def test_start_values_are_normal_or_uniform_as_published(
+    name: str, settings: dict[str, Any], tensor: str, shape: tuple[int, ...], uniform: bool, vit_b16: DualEncoder
+) -> None:
+    cls = registry.find_method("vl", name)
+    known = {"tasks": {"pets": ("cat", "dog")}} if name == "mvlpt" else {"class_names": ("cat", "dog")}
+    values = cls(vit_b16, cls.config_class.model_validate(known | settings)).get_parameter(tensor).detach()
+    n, most, bound = values.numel(), float(values.abs().max()), 0.0625  # sqrt(6 / (3 * 16^2 + 768))
+    deviation = bound / 3**0.5 if uniform else 0.02
+    assert values.shape == shape
+    assert float(values.std()) == pytest.approx(deviation, rel=5 / (2 * n) ** 0.5)  # five standard errors
+    assert abs(float(values.mean())) < deviation * 5 / n**0.5
+    assert 0.99 * bound < most <= bound if uniform else 3 * deviation < most < 6 * deviation
+    assert len(values.unique()) > 0.99 * n  # of each block and row by itself
 
 
 def test_every_method_file_has_a_row() -> None:

@@ -64,6 +64,23 @@ def test_one_source_task_is_the_single_task_method(prompt: str, make_encoder: Ca
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("text", {"prompt_length": 16, "position": "middle"}),
+        ("visual", {"prompt_length": 16, "depth": None, "init": "uniform", "place": "after-cls"}),
+        ("unified", {"prompt_length": 4, "position": "middle", "hidden": 128, "mixer": "transformer"}),
+    ],
+)
+def test_the_defaults_are_the_published_ones(prompt: str, expected: dict[str, Any], vit_b16: Any) -> None:
+    prompted = MVLPT(vit_b16, MVLPTConfig.model_validate({"tasks": TASKS, "prompt": prompt})).prompted
+    found = prompted.config.model_dump()
+    assert {name: found[name] for name in expected} == expected and found["lr"] == 0.002
+    assert {type(prompted)} == {{"text": CoOp, "visual": VPT, "unified": UPT}[prompt]}
+    config = MVLPTConfig(tasks=TASKS)
+    assert (config.prompt, config.restrict, config.repo_compat) == ("unified", False, False)
+
+
 def test_the_union_offsets_labels_and_tags_tasks() -> None:
     batch = both().batch(range(10))
     assert batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
