@@ -15,7 +15,7 @@ from PIL import Image
 
 from pt_core import InputError, artifacts, recipe, registry, runs
 from pt_core.metrics import harmonic_mean
-from pt_core.testing import one_thread
+from pt_core.testing import command, one_thread
 from pt_core.training import FitConfig, evaluate
 from pt_vl import CoOpConfig, demo, workbench
 from pt_vl.backbones import load_backbone
@@ -109,6 +109,54 @@ def test_targets_are_tested_with_the_classes_that_they_have(folder: Path) -> Non
     expected = evaluate(job.method.with_classes(("cat", "red car")), bench.targets()["pets"].train)["accuracy"]
     assert scores["accuracy/pets"] == expected
     assert scores["accuracy/others"] == pytest.approx((scores["accuracy/domain"] + scores["accuracy/pets"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "heads"),
+    [
+        ({"protocol": "base-to-new"}, ["base", "new", "harmonic-mean"]),
+        (
+            {"targets": {"domain": {"test": "domain"}, "pets": {"test": "pets"}}},
+            ["accuracy", "accuracy/domain", "accuracy/pets", "accuracy/others"],
+        ),
+    ],
+    ids=["base-to-new", "targets"],
+)
+def test_compare_prints_the_fields_table_of_three_seeds(
+    folder: Path,
+    asked: dict[str, Any],
+    heads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("cat", "red car"):
+        shutil.copytree(folder / "domain" / "cat", folder / "pets" / name)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("pt_core.report.can_draw", lambda: False)  # pictures take longer than the runs
+    data = {"train": "train", "test": "test", "shots": 2, "augment": False} | asked
+    changes = {f"data.{key}": value for key, value in data.items()}
+    changes |= {"backbone.name": "backbone", "method.prompt_length": 2, "method.lr": 0.05, "training.epochs": 2}
+    changes["compare.bound"] = {"method": "coop", "class_specific": True, "prompt_length": 2}
+    settings = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    with one_thread():
+        pt = command(monkeypatch, capsys)
+        code, out, err = pt("compare", "vl/clip-b16", "--methods", "coop,bound", "-o", "grid", *settings)
+    assert code == 0, err
+    results = json.loads((folder / "grid" / "results.json").read_text("utf-8"))
+    found = {(row["method"], row["seed"]): row["metrics"] for row in results}
+    assert set(found) == {(label, seed) for label in ("coop", "bound") for seed in range(3)}
+    lines = [line.replace("*", "").split() for line in out.partition("vl/clip-b16")[2].splitlines()]
+    head, *table = filter(None, lines)
+    assert head[: len(heads) + 1] == ["loss", *heads]
+    printed = {words[0]: words[2:] for words in table}
+    # What is bound to its own classes has no answer for others, and no mean with them.
+    for label, names in (("coop", heads), ("bound", heads[:-2])):
+        means = {name: sum(found[label, seed][name] for seed in range(3)) / 3 for name in names}
+        if "new" in means:
+            means["harmonic-mean"] = harmonic_mean(means["base"], means["new"])
+        assert printed[label][: len(heads)] == [f"{means[name]:.3f}" if name in means else "–" for name in heads]
+        assert printed[label][-1] == "3"
 
 
 def test_images_that_are_trained_on_are_never_what_is_tested(folder: Path) -> None:
