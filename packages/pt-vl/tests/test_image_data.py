@@ -361,8 +361,18 @@ def test_a_class_folder_without_images_is_refused_by_name(folder: Path, make_enc
 
 
 def test_templates_of_the_field_have_one_place_for_the_name() -> None:
-    assert len(TEMPLATES["ensemble"]) == 7
-    assert TEMPLATES["dtd"] == ("{} texture.",)
+    one = {
+        "pets": "a photo of a {}, a type of pet.",
+        "flowers": "a photo of a {}, a type of flower.",
+        "aircraft": "a photo of a {}, a type of aircraft.",
+        "food101": "a photo of {}, a type of food.",
+        "dtd": "{} texture.",
+        "eurosat": "a centered satellite photo of {}.",
+        "ucf101": "a photo of a person doing {}.",
+    }
+    one |= dict.fromkeys(("imagenet", "caltech101", "cars", "sun397"), "a photo of a {}.")
+    assert {name: found for name, found in TEMPLATES.items() if name != "ensemble"} == {n: (t,) for n, t in one.items()}
+    assert len(set(TEMPLATES["ensemble"])) == 7
     assert all(t.count("{}") == 1 for templates in TEMPLATES.values() for t in templates)
 
 
