@@ -996,6 +996,8 @@ def test_training_reaches_a_prompt_inside_of_the_tower(tiny: Build, kind: str, s
             optimiser.step()
     assert gap(trained[0], rows) < 1e-5 and gap(rows, deep(block).weight[0]) > 1e-3
     assert all(p.grad is None for p in model.parameters() if p is not trained)
+
+
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_cache_hides_a_prompt_inside_of_the_tower_as_any_other(tiny: Build, block: int) -> None:
     model, batch = tiny("Llama"), texts("left")

@@ -160,9 +160,9 @@ class SharedPrefixAttention(TorchFunctionMode):
         if attn_mask is not None or dropout_p or not is_causal or len(query) != 1 or query.shape[2] != key.shape[2]:
             raise NotPlain
         if torch.is_autocast_enabled(kind := query.device.type):
-            given = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+            query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
             with torch.autocast(kind, enabled=False):
-                return self._attention(*given, is_causal=True, scale=scale)
+                return self._attention(query, key, value, is_causal=True, scale=scale)
         if self.last is not None:
             key, value, read = self.last
         elif self.prompt is not None:
