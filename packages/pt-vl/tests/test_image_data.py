@@ -66,6 +66,7 @@ def test_folders_name_the_classes_sorted_and_the_rows(folder: Path, make_encoder
         templates=("a photo of a {}, a type of pet.",),
         preprocessing=Preprocessing(size=12),
         context=18,
+        tokenizer_hash=backbone.tokeniser_hash,
     )
     assert Counter(labels(task.train)) == {0: 5, 1: 6, 2: 7}
     assert task.validation is None

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel
 
-from pt_core.artifacts import load, load_artifact
+from pt_core.artifacts import CONFIG, load, load_artifact
 from pt_core.errors import InputError
 from pt_core.training import FitConfig
-from pt_vl.backbones import DualEncoder
+from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.method import VLConfig, cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
@@ -246,11 +248,64 @@ def test_an_artifact_rebuilds_the_method_and_records_preprocessing(
     assert task["data"] == "pets"
     assert task["preprocessing"] == method.backbone.preprocessing.model_dump(mode="json")
     assert task["context"] == 18
+    assert task["tokenizer_hash"] == method.backbone.tokeniser_hash
     loaded = load(path, make_encoder())
     assert loaded.config == method.config
     with torch.no_grad():
         batch = make_images(4).batch([0, 1, 2, 3])
         assert torch.equal(loaded(batch).logits, method(batch).logits)
+
+
+def spoilt(backbone: DualEncoder, how: str) -> DualEncoder:
+    """The backbone with a tokeniser that has other ids, reads capitals as small letters, or knows one word more."""
+    words = backbone.tokeniser.backend_tokenizer
+    if how == "ids":
+        content = words.to_str()
+        for old, new in (('"cat"', '"?"'), ('"dog"', '"cat"'), ('"?"', '"dog"')):
+            content = content.replace(old, new)
+        backbone.tokeniser._tokenizer = Tokenizer.from_str(content)
+    elif how == "case":
+        words.normalizer = normalizers.Lowercase()
+    else:
+        backbone.tokeniser.add_tokens(["motorbike"])
+    return backbone
+
+
+@pytest.mark.parametrize("how", ["ids", "case", "word"])
+@pytest.mark.parametrize("family", ["clip", "siglip", "open-clip"])
+def test_a_prompt_is_refused_where_another_tokeniser_would_read_its_class_names(
+    family: str, how: str, make_encoder: Make, tmp_path: Any
+) -> None:
+    path = coop(make_encoder(family)).save_pretrained(tmp_path / "prompt", task={"tokenizer_hash": ""})
+    load(path, make_encoder(family), strict=True)
+    other = spoilt(make_encoder(family), how)
+    with pytest.raises(InputError, match=r"prompt: .* with another tokenizer\. Use the tokenizer of its backbone"):
+        load(path, other)
+    content = json.loads((path / CONFIG).read_text())
+    del content["task"]["tokenizer_hash"]  # as older artifacts are
+    (path / CONFIG).write_text(json.dumps(content))
+    load(path, other)
+
+
+def test_a_prompt_of_the_mini_clip_is_refused_with_another_tokeniser(tmp_path: Any) -> None:
+    path = coop(load_backbone("zoo:mini-clip")).save_pretrained(tmp_path / "prompt")
+    load(path, load_backbone("zoo:mini-clip"))
+    with pytest.raises(InputError, match="with another tokenizer"):
+        load(path, spoilt(load_backbone("zoo:mini-clip"), "word"))
+
+
+def test_the_hash_of_open_clips_own_tokenisers_follows_what_they_do_to_a_text(
+    make_model: Make, make_tokeniser: Make, tmp_path: Any
+) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: the extra `open-clip` of pt-vl")
+    make_tokeniser().save_pretrained(tmp_path)
+    model, files = make_model("open-clip"), {"tokenizer_name": str(tmp_path), "context_length": 18}
+    made = [open_clip.SimpleTokenizer(clean=clean) for clean in ("lower", "whitespace")]
+    made.append(open_clip.SimpleTokenizer(additional_special_tokens=["<X>"]))
+    made += [open_clip.tokenizer.HFTokenizer(clean=clean, **files) for clean in ("lower", "canonicalize")]
+    made += [make_tokeniser(), open_clip.SimpleTokenizer()]
+    hashes = [DualEncoder(model, tokeniser).tokeniser_hash for tokeniser in made]
+    assert hashes.pop() == hashes[0] and len(set(hashes)) == len(hashes)
 
 
 @pytest.mark.filterwarnings("ignore::pt_core.training.NotLearning")

@@ -27,7 +27,9 @@ SigLIP's text is bidirectional and pooled at the last slot of the whole context:
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -537,6 +539,14 @@ class DualEncoder(nn.Module):
         if hasattr(self.tokeniser, "convert_tokens_to_ids"):
             return list(self.tokeniser(self._clean(text), add_special_tokens=False)["input_ids"])
         return list(self.tokeniser.encode(text))  # open_clip's own
+
+    @property
+    def tokeniser_hash(self) -> str:
+        """Of the vocabulary, and of how a sentence is read: its case, signs and ends, and what follows them."""
+        known = self.tokeniser
+        words = known.get_vocab() if hasattr(known, "get_vocab") else getattr(known, "encoder", {})  # open_clip's own
+        content = [sorted(words.items()), self._encode("A photo of 2 Red-Cars."), self._pad, self._blank]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def _encode(self, text: str) -> list[int]:
         """Token ids with special tokens, as many as there are."""

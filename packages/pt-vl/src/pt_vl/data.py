@@ -75,6 +75,7 @@ class ImageSpec(Settings):
     templates: tuple[str, ...] = Field(("a photo of a {}.",), description="sentences with {} for the class name")
     preprocessing: Preprocessing = Field(description="of the backbone's own images")
     context: int = Field(description="slots of its text tower")
+    tokenizer_hash: str = Field("", description="see `DualEncoder.tokeniser_hash`; another tokeniser is refused")
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -608,6 +609,7 @@ class ImageTask:
             templates=templates,
             preprocessing=backbone.preprocessing,
             context=backbone.context,
+            tokenizer_hash=backbone.tokeniser_hash,
         )
         labels = {split: _indices(part, keys, by_index) for split, part in listed.items()}
         _complete(labels, names, first.file)

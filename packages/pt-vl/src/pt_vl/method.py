@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
 from pt_core.frozen import FeatureCache, fingerprint
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
@@ -320,13 +321,29 @@ class VLMethod(Method):
         return other.to(self.backbone.device).train(self.training)
 
     def save_pretrained(self, path: str | Path, *, task: Mapping[str, Any] | None = None, **options: Any) -> Path:
-        """See `Method.save_pretrained`; the images' preprocessing and the text's context are recorded in any case.
+        """See `Method.save_pretrained`; the images' preprocessing, the text's context and a hash of the tokeniser are
+        recorded in any case.
 
         `backbone_name` is by default the name of a shipped or open_clip model that `load_backbone` has loaded.
         """
         known = {"preprocessing": self.backbone.preprocessing.model_dump(mode="json"), "context": self.backbone.context}
+        known |= dict(task or {}) | {"tokenizer_hash": self.backbone.tokeniser_hash}
         options["backbone_name"] = options.get("backbone_name") or self.backbone.source
-        return super().save_pretrained(path, task=known | dict(task or {}), **options)
+        return super().save_pretrained(path, task=known, **options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, backbone: nn.Module, *, strict: bool = False) -> Self:
+        """See `Method.from_pretrained`.
+
+        Raises:
+            InputError: as there, or the backbone's tokeniser is another one: it would read the class names differently.
+        """
+        saved = (load_artifact(path).config.task or {}).get("tokenizer_hash")  # older artifacts have none
+        if saved and isinstance(backbone, DualEncoder) and saved != backbone.tokeniser_hash:
+            raise InputError(
+                "the prompt was trained with another tokenizer", file=path, remedy="Use the tokenizer of its backbone"
+            )
+        return super().from_pretrained(path, backbone, strict=strict)
 
     def published(self, train: Split) -> FitConfig:
         """The run that the method was published with, for these rows: what `fit` does where no other is given."""
