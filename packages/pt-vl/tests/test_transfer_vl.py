@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from pt_core import InputError, runs
 from pt_core.testing import Command, command
 from pt_core.training import evaluate
+from pt_vl.backbones import DualEncoder
 from pt_vl.methods.coop import CoOp
 from pt_vl.methods.upt import UPT
 from pt_vl.methods.vpt import VPT
@@ -89,12 +91,22 @@ def test_the_command_writes_the_matrix_and_goes_on_where_it_was(pt: Command, fol
     assert (folder / "study" / "transfer.json").read_bytes() == before
 
 
-def test_two_processes_give_the_same_bits(pt: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_give_the_same_bits_and_leave_their_features_to_others(
+    pt: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pt_core.transfer._cores", lambda: 2)
+    passes, image, parallel = list[int](), DualEncoder.image, folder / "parallel"
+    monkeypatch.setattr(DualEncoder, "image", lambda self, p: (passes.append(len(p)), image(self, p))[1])
     assert pt("--seeds", 1, "-o", folder / "serial")[0] == 0
-    assert pt("--seeds", 1, "--jobs", 2, "-o", folder / "parallel")[0] == 0
-    files = [(folder / kind / "transfer.json").read_bytes() for kind in ("serial", "parallel")]
-    assert files[0] == files[1]
+    computed, content = sum(passes), (folder / "serial" / "transfer.json").read_bytes()
+    assert pt("--seeds", 1, "--jobs", 2, "-o", parallel)[0] == 0
+    assert (parallel / "transfer.json").read_bytes() == content
+    for left, again in ((parallel / "cells", 0), (parallel / "features", computed)):
+        passes.clear()
+        shutil.rmtree(left)
+        shutil.rmtree(parallel / "cells", ignore_errors=True)
+        assert pt("--seeds", 1, "-o", parallel)[0] == 0
+        assert sum(passes) == again and (parallel / "transfer.json").read_bytes() == content
 
 
 @pytest.mark.parametrize(

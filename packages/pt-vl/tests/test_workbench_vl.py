@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from pt_core import InputError, artifacts, recipe, registry, runs
 from pt_core.metrics import harmonic_mean
-from pt_core.testing import command, one_thread
+from pt_core.testing import Killed, command, one_thread
 from pt_core.training import FitConfig, evaluate
 from pt_vl import CoOpConfig, demo, workbench
-from pt_vl.backbones import load_backbone
+from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.method import FAMILY
 from pt_vl.workbench import Bench, Recipe, open_artifact
 
@@ -42,16 +43,18 @@ def folder(tmp_path: Path, make_encoder: Callable[..., Any]) -> Path:
     return tmp_path
 
 
-def made(folder: Path, method: dict[str, Any] | None = None, **data: Any) -> Recipe:
+def settings(folder: Path, method: dict[str, Any] | None = None, **data: Any) -> dict[str, Any]:
     images = {"train": str(folder / "train"), "test": str(folder / "test"), "shots": 2}
-    return Recipe.model_validate(
-        {
-            "method": method or {"name": "coop", "prompt_length": 2, "lr": 0.05},
-            "backbone": {"name": str(folder / "backbone")},
-            "data": images | data,
-            "training": {"max_steps": 4, "batch_size": 3, "progress": False, "device": "cpu"},
-        }
-    )
+    return {
+        "method": method or {"name": "coop", "prompt_length": 2, "lr": 0.05},
+        "backbone": {"name": str(folder / "backbone")},
+        "data": images | data,
+        "training": {"max_steps": 4, "batch_size": 3, "progress": False, "device": "cpu"},
+    }
+
+
+def made(folder: Path, method: dict[str, Any] | None = None, **data: Any) -> Recipe:
+    return Recipe.model_validate(settings(folder, method, **data))
 
 
 def test_a_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -> None:
@@ -238,6 +241,71 @@ def test_the_cache_of_tip_adapter_is_as_large_as_the_data(folder: Path) -> None:
     job, config = Bench(made(folder, {"name": "tip-adapter"})).job("tip-adapter", 0)
     assert job.method.config.cache_size == 8
     job.method.fit(job.train, job.validation, config)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images of each pass of the image tower; where a 0 is put in front, it breaks off at the third pass."""
+    found, image = list[int](), DualEncoder.image
+
+    def counted(self: Any, pixels: Any) -> Any:
+        found.append(len(pixels))
+        if found[0] == 0 and len(found) == 4:
+            raise Killed
+        return image(self, pixels)
+
+    monkeypatch.setattr(DualEncoder, "image", counted)
+    return found
+
+
+def compared(folder: Path, output: str, features: bool = True) -> tuple[list[Any], list[bytes]]:
+    """Metrics and prompts of a comparison whose output folder keeps features, or does not."""
+    bench, labels, seeds = Bench(made(folder)), ("zero-shot", "coop"), (0, 1)
+    if features:
+        outcomes = runs.compare_recipe(bench, labels, seeds, folder / output, lambda line: None)
+    else:
+        outcomes = runs.compare(bench.job, labels, seeds, folder / output, announce=lambda line: None)
+    prompts = [outcome.artifact / artifacts.TENSORS for outcome in outcomes if outcome.artifact is not None]
+    return [outcome.result.metrics for outcome in outcomes], [prompt.read_bytes() for prompt in prompts]
+
+
+def test_a_comparison_that_goes_on_reads_features_and_comes_to_the_same_bits(folder: Path, passes: list[int]) -> None:
+    plain = compared(folder, "plain", features=False)
+    computed = sum(passes)
+    assert not (folder / "plain" / "features").exists()
+    passes[:] = [0]
+    with pytest.raises(Killed):
+        compared(folder, "kept")
+    passes.clear()
+    assert compared(folder, "kept") == plain
+    assert 0 < sum(passes) < computed
+    passes.clear()
+    shutil.rmtree(folder / "kept" / "cells")
+    assert compared(folder, "kept") == plain
+    assert passes == []
+
+
+def test_features_of_another_backbone_are_left_alone(
+    folder: Path, passes: list[int], make_encoder: Callable[..., Any]
+) -> None:
+    compared(folder, "kept")
+    shutil.rmtree(folder / "kept" / "cells")  # nothing but features is left, and another run is accepted
+    make_encoder(seed=1).model.save_pretrained(folder / "backbone")
+    first = len(passes)
+    assert compared(folder, "kept") == compared(folder, "plain", features=False)
+    assert len(passes) > first
+    assert len(list((folder / "kept" / "features").iterdir())) == 2
+
+
+def test_a_run_of_the_command_line_keeps_its_features(
+    folder: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"package": "vl"} | settings(folder)))
+    pt = command(monkeypatch, capsys, "train", folder / "recipe.yaml", "-o", folder / "run")
+    for _ in range(2):
+        code, _, err = pt()
+        assert code == 0, err
+        assert sum(passes) == 8 + 8 + 16
 
 
 def test_the_identity_follows_images_and_settings(folder: Path) -> None:

@@ -403,14 +403,16 @@ def cache_features(
 ) -> Split:
     """The split with `image_features` in the place of `pixels`, computed once, where every row has one fixed view.
 
-    Augmented splits, and splits that are cached already, are returned as they are. In a folder a row is known by its pixels:
-    ids are the same in two splits at times (`cat/0.png` of a training and of a test folder).
+    Augmented splits, and splits that are cached already, are returned as they are. In a folder a batch is known by its
+    pixels: ids are the same in two splits at times (`cat/0.png` of a training and of a test folder), and the last bits of a
+    row's features depend on the rows beside it. So on one machine a folder changes no bit of what comes out.
 
     Args:
         split: of images.
         backbone: whose image tower runs without prompts, where it is.
         batch_size: images of a pass.
-        folder: of a `FeatureCache`, to be used again by later runs; None: in memory.
+        folder: keeps features for other runs and processes, those of each backbone, preprocessing and dtype of autocast in a
+            `FeatureCache` of their own; None: in memory.
     """
     collate = split.collate
     if not (isinstance(collate, Stacked) and collate.fixed) or "pixels" not in split.rows[0]:
@@ -420,19 +422,20 @@ def cache_features(
         how = backbone.preprocessing.model_dump(mode="json")
         if (dtype := _autocast(backbone.device)) is not None:
             how["autocast"] = str(dtype)
-        store = FeatureCache(folder, fingerprint(backbone, config=True), how)
+        weights = fingerprint(backbone, config=True)
+        store = FeatureCache(Path(folder) / _hash(f"{weights} {how}".encode())[:16], weights, how)
     rows: list[dict[str, Any]] = []
     for batch in split.batches(batch_size):
 
-        def compute(chosen: list[int], batch: Mapping[str, Any] = batch) -> Tensor:
-            return backbone.image(send_to_device(batch["pixels"][chosen], backbone.device)).float()
+        def compute(_: Any = None, pixels: Tensor = batch["pixels"]) -> Tensor:
+            return backbone.image(send_to_device(pixels, backbone.device)).float()
 
         count = len(batch["pixels"])
-        features = (
-            compute(list(range(count))).cpu()
-            if store is None
-            else store.get_or_compute([_hash(image) for image in batch["pixels"]], compute)
-        )
+        if store is None:
+            features = compute().cpu()
+        else:  # all rows of a batch are there or none
+            name = _hash(batch["pixels"].contiguous().view(torch.uint8).numpy().data)
+            features = store.get_or_compute([f"{name} {i}" for i in range(count)], compute)
         more = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k not in ("pixels", "labels")}
         labels = batch["labels"].tolist() if "labels" in batch else [None] * count
         for i, (feature, label) in enumerate(zip(features, labels, strict=True)):
@@ -441,5 +444,5 @@ def cache_features(
     return replace(split, rows=rows)
 
 
-def _hash(image: Tensor) -> str:
-    return hashlib.sha256(image.contiguous().view(torch.uint8).numpy().data).hexdigest()
+def _hash(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -205,6 +205,8 @@ class Recipe(recipe.Recipe):
 class Bench:
     """Backbone and images of a recipe, loaded once and used by all its runs."""
 
+    folder: Path | None = None  # output folder of the runs, which keeps the features of a frozen image tower
+
     def __init__(self, checked: Recipe) -> None:
         self.recipe, self.backbone = checked, checked.backbone.load()
         self._tasks: dict[tuple[str | None, int], ImageTask] = {}
@@ -348,11 +350,13 @@ class Bench:
         return method
 
     def _seen(self, method: VLMethod, split: Split) -> Split:
-        """What a method sees of a split: where its image tower is the frozen one, features, computed once for all runs."""
+        """What a method sees of a split: where its image tower is the frozen one, features, computed once for all runs, and
+        for all processes that share an output folder."""
         if method.trains_image:
             return split
         if id(split) not in self._featured:
-            rows = _Featured(split, self.backbone, self.recipe.training.eval_batch_size)
+            kept = None if self.folder is None else self.folder / "features"
+            rows = _Featured(split, self.backbone, self.recipe.training.eval_batch_size, kept)
             self._featured[id(split)] = split, replace(split, rows=rows)
         return self._featured[id(split)][1]
 
@@ -431,8 +435,8 @@ def accuracy_among(method: VLMethod, split: Split, columns: Sequence[int], batch
 class _Featured(Sequence[dict[str, Any]]):
     """The rows of `cache_features` (augmented ones stay as they are), computed when the first one is read."""
 
-    def __init__(self, split: Split, backbone: DualEncoder, batch_size: int) -> None:
-        self.split, self.backbone, self.batch_size = split, backbone, batch_size
+    def __init__(self, split: Split, backbone: DualEncoder, batch_size: int, folder: Path | None) -> None:
+        self.split, self.backbone, self.batch_size, self.folder = split, backbone, batch_size, folder
 
     def __len__(self) -> int:
         return len(self.split)
@@ -442,7 +446,7 @@ class _Featured(Sequence[dict[str, Any]]):
 
     @cached_property
     def rows(self) -> Sequence[Any]:
-        return cache_features(self.split, self.backbone, self.batch_size).rows
+        return cache_features(self.split, self.backbone, self.batch_size, self.folder).rows
 
 
 class Session:

@@ -4,7 +4,9 @@ A workbench offers:
 
     Recipe                                          the package's recipe schema (a subclass of pt_core.recipe.Recipe)
     Bench(recipe)                                   loads backbone and data once: `.job(label, seed) -> (Job, FitConfig)`,
-                                                    `.recipe`, and `.identity`, what backbone and data are, as JSON
+                                                    `.recipe`, and `.identity`, what backbone and data are, as JSON;
+                                                    `.folder` is set to the output folder, in which it may keep what
+                                                    later processes then need not compute
     open_artifact(artifact, backbone) -> session    a trained prompt on its backbone: `.inputs(file, text)`,
                                                     `.predict(inputs)`, `.evaluate(file, text, label)`,
                                                     `.export(format, folder)`
@@ -122,6 +124,7 @@ def train(
     package, checked = recipes.load(recipe, recipes.parse_settings(settings or []))
     runs.check_output(output)
     bench = registry.workbench(package).Bench(checked)
+    bench.folder = output
     job, config = bench.job(checked.method.name, checked.seed if seed is None else seed)
     outcome = runs.train(job, config, output, identity=bench.identity)
     report.to_json([outcome.result], output / "results.json")

@@ -180,6 +180,7 @@ def compare_recipe(
     bench: Any, labels: Sequence[str], seeds: Sequence[int], folder: str | Path, announce: Callable[[str], None] = print
 ) -> list[Outcome]:
     """`compare` for methods of a recipe, by its package's `Bench`: kept cells count for the same recipe and data only."""
+    bench.folder = Path(folder)
     settings = bench.recipe.model_dump(mode="json", include={"method", "training", "compare"})
     return compare(bench.job, labels, seeds, folder, bench.identity | settings, announce)
 

@@ -654,6 +654,7 @@ class TinyBench:
 
     task_names = ("one", "two", "three")
     identity: ClassVar[dict[str, Any]] = {"data": "tiny"}
+    folder: Path | None = None
 
     def __init__(self, steps: int = 4) -> None:
         self.backbone, self.steps = TinyLM(), steps

@@ -54,6 +54,9 @@ STATE = "state.safetensors"
 class TransferBench(Protocol):
     """What a package's bench offers to be studied."""
 
+    folder: Path | None
+    """Is set to the study's, in which the bench may keep what other processes then need not compute."""
+
     @property
     def identity(self) -> Mapping[str, Any]:
         """What backbone and data are, as JSON."""
@@ -190,6 +193,7 @@ def run(
     if ray:
         _import_ray()
     bench = make()
+    bench.folder = folder
     tasks = _chosen(tasks, bench.task_names)
     cells = grid(tasks, seeds)
     left = [cell for cell in cells if not cell.file(folder).exists()]
@@ -393,6 +397,7 @@ class Worker:
     def run(self, cell: Cell) -> Cell:
         if self.bench is None:
             self.bench = self.make()
+            self.bench.folder = self.study
         run_cell(self.bench, self.label, self.study, cell)
         return cell
 
