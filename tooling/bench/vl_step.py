@@ -305,7 +305,7 @@ def measure(
         torch.set_num_threads(1)
     clock, where = time.process_time if cpu_time else time.perf_counter, torch.device(device)
     model = random_clip().to(where, getattr(torch, dtype))
-    found: dict[str, Any] = {"operations": {}, "seconds": {}, "peak": {}}
+    found: dict[str, Any] = {"operations": {}, "seconds": {}, "peak": {}, "difference": {}}
     kinds = {step for pair in LINES[name].values() for step in pair}
 
     # What the plain step needs is linear in the classes, so that it is known without running it.
@@ -339,14 +339,15 @@ def measure(
         return clock() - started
 
     began, gradients = time.perf_counter(), {}
-    for kind in [kind for kind in ("ours", "plain") if kind in steps]:  # warm-up
+    for kind in steps:  # warm-up
         taken: list[float] = []
         found["peak"][kind] = peak(lambda kind=kind, taken=taken: taken.append(once(kind)), where)
         found["seconds"][kind], gradients[kind] = taken, cell.gradient()
-    if runs:
-        found["difference"] = float((gradients["ours"] - gradients["plain"]).norm() / gradients["plain"].norm())
+    for line, (plain, ours) in LINES[name].items():
+        if runs:
+            found["difference"][line] = float((gradients[ours] - gradients[plain]).norm() / gradients[plain].norm())
     warm = time.perf_counter() - began
-    if runs or warm < seconds:  # a step that takes this long by itself is not run again
+    if runs or warm < seconds * len(steps):  # steps that take this long by themselves are not run again
         found["seconds"] = {kind: [] for kind in steps}
         for round_ in range(rounds):
             if round_ >= 2 and time.perf_counter() - began > seconds:
@@ -384,11 +385,8 @@ def rows(name: str, classes: int, batch: int, found: Mapping[str, Any]) -> list[
         row += [f"{statistics.median(seconds[ours]):.3f}" if seconds.get(ours) else "-"]
         row += [f"{statistics.median(seconds[plain]):.3f}" if plain in seconds else "-"]
         row += [f"{counts[kind] / 1e9:,.0f}" for kind in (ours, plain)]
-        first = (plain, ours) == ("plain", "ours")
-        row += [f"{found['difference']:.1e}" if first and "difference" in found else "-"]
-        row += [
-            f"{found['peak'][kind] / 2**20:,.0f}" if first and kind in found["peak"] else "-" for kind in (ours, plain)
-        ]
+        row += [f"{found['difference'][line]:.1e}" if line in found["difference"] else "-"]
+        row += [f"{found['peak'][kind] / 2**20:,.0f}" if kind in found["peak"] else "-" for kind in (ours, plain)]
         made.append(row)
     return made
 
