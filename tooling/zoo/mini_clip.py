@@ -3,6 +3,7 @@
     RUN="uv run --no-sync --with resvg-py==0.5.0 python tooling/zoo/mini_clip.py"
     $RUN fetch                      npm @iconify/json 2.2.535 (104 MB), once
     $RUN render                     captions, hold-outs, 64-pixel arrays, tokenizer
+    $RUN near-names                 held-out concepts that are trained on under another name
     $RUN train --steps 3000         resumes from its checkpoint; more steps extend a finished run
     $RUN evaluate                   held-out vendors and concepts
     $RUN export                     weights, tokenizer and evaluation set into packages/pt-vl/src/pt_vl/zoo
@@ -14,7 +15,8 @@ classes come from the lexicon below. What is held out is fixed before anything i
   `lucide` and `mdi`, which are trained on). All evaluation images come from these sets, which fall into six domains (styles).
   Training drawings that are nearly pixel-equal to an evaluation drawing are dropped as well:
   icon sets copy from each other.
-- concepts: about one lexicon concept in seven, and 100 emoji names outside of the lexicon, are taken out of every set.
+- concepts: about one lexicon concept in seven, and 100 emoji names outside of the lexicon, are taken out of every set, by
+  their names alone: a plural or a synonym stays in.
 
 The lexicon has groups (data sets: animals, food, ...), classes (bird, fish, ...) and concepts (owl, duck, ...). In training an
 icon is captioned by its concept, sometimes by its class or group. So class names are known from other vendors' drawings,
@@ -79,11 +81,11 @@ EMOJI = (
     "streamline-emojis",
 )
 
+WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+# Held-out concept -> names of the lexicon for the same thing, as far as `spellings` does not bring them together
+SYNONYMS = dict(entry.split(": ") for entry in " ".join(WORDS.pop("synonyms").split()).split("; "))
 # group -> class -> concepts, by the names that icon sets use
-LEXICON = {
-    group: {name: concepts.split() for name, concepts in classes.items()}
-    for group, classes in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")).items()
-}
+LEXICON = {group: {name: concepts.split() for name, concepts in classes.items()} for group, classes in WORDS.items()}
 
 MARKS = (
     "outline|outlined|filled|fill|rounded|round|sharp|twotone|two-tone|line|linear|bold|thin|light|duotone|solid|regular|"
@@ -224,6 +226,42 @@ def hold_out(rows: list[dict[str, Any]]) -> set[str]:
     return {name for name in lexicon() if rank(f"concept {name}") % 7 == 0} | set(sorted(others, key=rank)[:100])
 
 
+def spellings(name: str) -> set[str]:
+    """What a name has in common with its plural, its words spaced or ordered in another way, and `<name> face`."""
+    words = [word.removesuffix("s") for word in name.split() if word != "face"] or [name]
+    return {"".join(words), " ".join(sorted(words))}
+
+
+def near_names(unseen: set[str], trained: Iterable[str]) -> dict[str, list[str]]:
+    """Of the unseen names that have any: names trained on that say the same, other spellings of it and `SYNONYMS`."""
+    seen, known = set(trained) - unseen, defaultdict[str, set[str]](set)
+    for name in seen:
+        for spelling in spellings(name):
+            known[spelling].add(name)
+    near = {name: seen.intersection(SYNONYMS.get(name, "").split(", ")) for name in unseen}
+    near = {name: own.union(*(known[spelling] for spelling in spellings(name))) for name, own in near.items()}
+    return {name: sorted(near[name]) for name in sorted(near) if near[name]}
+
+
+def wanted(rows: list[dict[str, Any]], unseen: set[str]) -> list[dict[str, Any]]:
+    """The rows to draw: those of held-out sets to evaluate on, of the others those to train on, none with an unseen name.
+
+    Names that three vendors use name something that can be learnt; emoji names are standardised.
+    """
+    vendors = defaultdict(set)
+    for row in rows:
+        if not row["domain"]:
+            vendors[row["caption"]].add(vendor(row["set"]))
+
+    def chosen(row: dict[str, Any]) -> bool:
+        name, known = row["caption"], len(vendors[row["caption"]])
+        if row["domain"]:
+            return bool(row["class"]) or (row["set"] in HELD_OUT["emoji"] and known > 1)
+        return name not in unseen and (known >= 3 or row["set"] in EMOJI or bool(row["class"]))
+
+    return [row for row in rows if chosen(row)]
+
+
 def draw(icon: dict[str, Any], data: dict[str, Any], size: int) -> np.ndarray:
     """RGBA (size, size, 4) uint8; `currentColor` is black."""
     import resvg_py
@@ -257,24 +295,31 @@ def fetch(work: Path = WORK) -> None:
         tar.extractall(work, filter="data")
 
 
+@app.command("near-names")
+def print_near_names(work: Path = WORK) -> None:
+    """Unseen concepts with near names that are trained on: by the captions that were rendered, else by the lexicon alone."""
+    rendered = work / "rows.json"
+    rows = read_icons(work / "package")[0] if rendered.exists() else []
+    kept = json.loads(rendered.read_text()) if rendered.exists() else []
+    unseen = hold_out(rows)
+    near = near_names(unseen, {row["caption"] for row in kept if not row["domain"]} or lexicon())
+    for name, others in near.items():
+        print(f"{name}: {', '.join(others)}")
+    table = json.loads((ZOO / "icons/icons.json").read_text("utf-8"))["images"]
+    shipped = {name for name, flag in zip(table["concept"], table["unseen"], strict=True) if flag}
+    said = unseen & {name for known in lexicon().values() for name in known}
+    print(
+        f"{len(near)} of {len(unseen)} unseen concepts, {len(shipped & near.keys())} of the {len(shipped)} in zoo/icons"
+    )
+    print(f"names of classes as well: {', '.join(sorted(said))}")
+
+
 @app.command()
 def render(work: Path = WORK) -> None:
     """Choose captions and hold-outs, draw the icons, drop copies of evaluation drawings, train the tokenizer."""
     rows, _ = read_icons(work / "package")
     unseen = hold_out(rows)
-    vendors = defaultdict(set)
-    for row in rows:
-        if not row["domain"]:
-            vendors[row["caption"]].add(vendor(row["set"]))
-
-    def wanted(row: dict[str, Any]) -> bool:
-        """Names that three vendors use name something that can be learnt; emoji names are standardised."""
-        name, known = row["caption"], len(vendors[row["caption"]])
-        if row["domain"]:
-            return bool(row["class"]) or (row["set"] in HELD_OUT["emoji"] and known > 1)
-        return name not in unseen and (known >= 3 or row["set"] in EMOJI or bool(row["class"]))
-
-    rows = [row for row in rows if wanted(row)]
+    rows = wanted(rows, unseen)
     print(len(rows), "icons", len({row["caption"] for row in rows}), "captions", flush=True)
     images = np.lib.format.open_memmap(work / "all.npy", "w+", np.uint8, (len(rows), STORED, STORED, 4))
     small = np.zeros((len(rows), 16, 16), np.float32)

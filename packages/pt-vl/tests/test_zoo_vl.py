@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 
 import pt_vl.backbones
 from pt_vl.backbones import load_backbone
@@ -231,7 +235,7 @@ def test_sets_that_were_trained_on_though_a_held_out_vendor_drew_them_are_named(
     assert {name for name, author in trained if author in vendors} == {"lucide-lab", "memory"} == set(named)
 
 
-def test_no_icon_of_a_held_out_vendor_or_concept_would_be_trained_on(builder: Any, about: dict[str, Any]) -> None:
+def test_held_out_vendors_and_concepts_are_those_of_the_icons(builder: Any, about: dict[str, Any]) -> None:
     assert {name for names in builder.HELD_OUT.values() for name in names} == set(about["sets"])
     assert all(builder.UNUSED.match(copy) for copy in ("fa6-solid", "la", "emojione-v1", "fa-regular"))
     concepts = builder.lexicon()
@@ -239,6 +243,124 @@ def test_no_icon_of_a_held_out_vendor_or_concept_would_be_trained_on(builder: An
     assert len(unseen) == pytest.approx(len(concepts) / 7, rel=0.15)
     table = about["images"]
     assert all((c in unseen) <= flag for c, flag in zip(table["concept"], table["unseen"], strict=True))
+
+
+def written_icons(folder: Path, sets: dict[str, tuple[str, list[str]]]) -> None:
+    """Icon sets as npm's @iconify/json has them: licence and names of each."""
+    (folder / "json").mkdir(parents=True)
+    known = {name: {"license": {"spdx": licence}} for name, (licence, _) in sets.items()}
+    (folder / "collections.json").write_text(json.dumps(known))
+    for name, (_, icons) in sets.items():
+        data = {"prefix": name, "icons": {icon: {"body": ""} for icon in icons}}
+        (folder / "json" / f"{name}.json").write_text(json.dumps(data))
+
+
+def test_no_icon_of_a_held_out_vendor_or_concept_is_trained_on(builder: Any, tmp_path: Path) -> None:
+    assert "cat" in builder.hold_out([]) and "dog" not in builder.hold_out([])
+    icons = ["cat", "cat-filled", "dog", "dog-outline", "cats", "unheard-of"]
+    sets = {name: ("MIT", icons) for name in ("some-icons", "tabler", "fa6-solid", "noto")}
+    written_icons(tmp_path, sets | {"closed": ("GPL-3.0", icons)})
+    rows, _ = builder.read_icons(tmp_path)
+    assert {row["set"]: row["domain"] for row in rows} == {"some-icons": None, "tabler": "outline", "noto": None}
+    kept = sorted(builder.wanted(rows, builder.hold_out(rows)), key=lambda row: bool(row["domain"]))  # as drawings lie
+    named = {name: sorted(row["caption"] for row in kept if row["set"] == name) for name in ("some-icons", "noto")}
+    assert named == {"some-icons": ["cats", "dog", "dog"], "noto": ["cats", "dog", "dog", "unheard of"]}
+    assert sorted(row["caption"] for row in kept if row["set"] == "tabler") == ["cat", "cats", "dog"]
+
+    (tmp_path / "rows.json").write_text(json.dumps(kept))
+    np.save(tmp_path / "images.npy", np.arange(len(kept), dtype=np.uint8)[:, None, None, None].repeat(64, 1))
+    batches = builder.Batches(tmp_path, len(kept) - 3, 0)
+    assert batches.rows == [row for row in kept if row["set"] != "tabler"]
+    drawn = []
+    batches.paint = lambda images, *_: drawn.extend(images[:, 0, 0, 0].tolist())
+    _, texts, _ = batches(0)
+    assert {kept[i]["set"] for i in drawn} == {"some-icons", "noto"} and len(texts) == len(drawn) == 7
+
+
+def test_a_name_is_near_to_its_plural_its_spellings_and_its_synonyms(builder: Any) -> None:
+    unseen = {"cat", "hot dog", "hippopotamus", "tired face", "moose", "dice one", "dice 1"}
+    trained = ["cats", "cat face", "hotdog", "hippo", "face tired", "caterpillar", "dogs", "dice 1", "cat"]
+    assert builder.near_names(unseen, trained) == {
+        "cat": ["cat face", "cats"],
+        "hippopotamus": ["hippo"],
+        "hot dog": ["hotdog"],
+        "tired face": ["face tired"],
+    }
+    held, known = builder.hold_out([]), builder.lexicon()
+    for name, others in builder.SYNONYMS.items():
+        assert name in held and set(others.split(", ")) <= known.keys() - held, name
+
+
+def test_the_cards_say_how_many_unseen_concepts_have_near_names(
+    builder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    builder.print_near_names(tmp_path)
+    *lines, counts, classes = capsys.readouterr().out.splitlines()
+    assert "hippopotamus: hippo" in lines and "cat: cat face" in lines and "moose" not in "".join(lines)
+    found = re.fullmatch(rf"{len(lines)} of (309) unseen concepts, (\d+) of the (230) in zoo/icons", counts)
+    assert found is not None
+    card = " ".join((CLIP / "README.md").read_text("utf-8").split())
+    assert f"by the lexicon alone it is {len(lines)} of its {found[1]}" in card
+    assert f"{len(classes.split(','))} are names of classes as well" in card and ": ball, bird, " in classes
+    card = " ".join((ICONS / "README.md").read_text("utf-8").split())
+    assert f"Of the {found[3]} unseen concepts" in card and f"({found[2]} by its lexicon alone" in card
+
+
+def test_near_names_are_those_of_the_captions_that_were_rendered(
+    builder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written_icons(tmp_path / "package", {"some-icons": ("MIT", ["cat"])})
+    rows = [{"caption": "cats", "domain": None}, {"caption": "hot dogs", "domain": "emoji"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    builder.print_near_names(tmp_path)
+    assert capsys.readouterr().out.startswith("cat: cats\n1 of 309 unseen concepts, ")
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(
+    builder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def small(tokenizer: Any) -> CLIPModel:
+        text = tower | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=tower | {"image_size": 48, "patch_size": 12}))
+
+    class Killed(BaseException):
+        pass
+
+    def run(folder: Path, killed_after: int | None = None) -> dict[str, torch.Tensor]:
+        def saved(*given: Any) -> None:
+            save(*given)
+            if given[-1] == killed_after:
+                raise Killed
+
+        monkeypatch.setattr(builder, "save_checkpoint", saved)
+        with pytest.raises(Killed) if killed_after else contextlib.nullcontext():
+            builder.train(folder, steps=3, batch=4, rate=1e-2, seed=1, threads=1)
+        return load_file(folder / "checkpoint.safetensors")
+
+    save, clock = builder.save_checkpoint, itertools.count(0, 200)  # every step takes more than the 3 minutes
+    monkeypatch.setattr(builder, "new_model", small)
+    monkeypatch.setattr(builder, "time", SimpleNamespace(time=lambda: float(next(clock))))
+    draw = np.random.default_rng(0)
+    row = {"class": "pet", "group": "animal", "category": "", "style": "outline", "mono": True, "set": "noto"}
+    rows = [row | {"caption": f"thing {i}", "domain": None, "unseen": False} for i in range(6)]
+    rows += [row | {"caption": f"other {i}", "domain": "emoji", "unseen": i > 1} for i in range(4)]
+    for name in ("whole", "killed"):
+        shutil.copytree(CLIP, tmp_path / name / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+        (tmp_path / name / "rows.json").write_text(json.dumps(rows))
+    images = draw.integers(0, 256, (len(rows), 64, 64, 4), np.uint8)
+    np.save(tmp_path / "whole" / "images.npy", images)
+    np.save(tmp_path / "killed" / "images.npy", images)
+
+    whole, half = run(tmp_path / "whole"), run(tmp_path / "killed", killed_after=2)
+    assert int(half["loop/step"]) == 2 and int(whole["loop/step"]) == 3
+    again = run(tmp_path / "killed")
+    assert again.keys() == whole.keys() and {key.partition("/")[0] for key in whole} == {
+        *("model", "average", "optimizer", "loop")
+    }
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+    assert not torch.equal(half["model/logit_scale"], whole["model/logit_scale"])
 
 
 @pytest.mark.parametrize(
