@@ -23,6 +23,9 @@ What makes it fast is exact, and taken only where a tower declares that it holds
 - below the first trained prompt autograd records nothing, since nothing there requires a gradient.
 
 SigLIP's text is bidirectional and pooled at the last slot of the whole context: it takes the plain path always.
+
+The plain path places prompts by `pt_core.tokens`. The shared one does not: it holds a prefix by itself, or prefixes and all
+classes in one row, where `Tokens` describes rows of one layout. It writes deep rows to their slots itself, with equal results.
 """
 
 from __future__ import annotations
