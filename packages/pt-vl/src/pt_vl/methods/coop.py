@@ -29,7 +29,12 @@ class CoOpConfig(VLConfig):
     )
     position: Position = Field("end", description="of the class name; CoOp, train.py")
     class_specific: bool = Field(False, description="a context for each class; CoOp, train.py: CSC False")
-    lr: float = Field(0.002, gt=0, description="CoOp, configs/trainers/CoOp/vit_b16.yaml; SGD, epoch-cosine")
+    lr: float = Field(
+        0.002,
+        gt=0,
+        description="CoOp, configs/trainers/CoOp/vit_b16.yaml; SGD, epoch-cosine, batch 32, 200 epochs with 16 or 8 shots, "
+        "100 with 4 or 2, 50 with one (ImageNet 50 with any); COOP.md",
+    )
 
 
 def start(backbone: DualEncoder, config: CoOpConfig, generator: torch.Generator) -> Tensor:
@@ -82,7 +87,7 @@ class CoOp(VLMethod):
         return bool(self.config.class_specific)
 
     def published(self, train: Split) -> FitConfig:
-        """200 epochs with 16 or 8 shots, 100 with 4 or 2, 50 with one (COOP.md)."""
+        """200 epochs with 16 or 8 shots, 100 with 4 or 2, 50 with one (COOP.md); a run on ImageNet has to say its 50 itself."""
         shots = len(train) / len(self.config.class_names)
         return super().published(train).model_copy(update={"epochs": 200 if shots > 4 else 100 if shots > 1 else 50})
 

@@ -104,8 +104,9 @@ class RAMT(VLMethod):
     Pixels [B, 3, H, W] -> logits [B, C]. Text is the frozen template's, class names in lower case. The gradient a of the task
     loss on M is dropped at random where it disagrees with the gradient b of staying with the zero-shot model's predictions.
 
-    Parameters: one per masked weight. ViT-B/16, attention and patch embedding: 28,901,376 numbers in training, as many bits
-    (3.6 MB) in an artifact. `folded()` gives the tower with W' in it, which costs nothing at inference.
+    Parameters: one per masked weight. ViT-B/16: attention 28,311,552, with the patch embedding (the default) 28,901,376
+    numbers in training, as many bits (3.6 MB) in an artifact. `folded()` gives the tower with W' in it, which costs nothing at
+    inference.
 
     Fidelity: as released, with the teacher under no_grad (its gradients are not used there), lambda as in the README's prose
     (its example commands have the two values exchanged), and sparsity counted by the rule that masks (<= tau). Stacking on

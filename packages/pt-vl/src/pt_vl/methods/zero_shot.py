@@ -19,7 +19,10 @@ class ZeroShot(VLMethod):
     Parameters: none. Nothing is trained; `fit` only evaluates.
 
     Fidelity: as CLIP's released notebooks; templates of the CoOp code, which writes underscores as spaces. The ensembles are
-    built anew for each method (in that code the list is a class attribute, which grows when it is built twice).
+    built anew for each method (in that code the list is a class attribute, which grows when it is built twice). Of CLIP's
+    templates for ImageNet the seven selected ones are built in (`TEMPLATES["ensemble"]`), the full eighty are not; nor is the
+    data set's own template appended to an ensemble, as that code does for other data sets than ImageNet. Both are given by
+    `templates=(...)`, the latter as `TEMPLATES["ensemble"] + TEMPLATES["pets"]`.
 
     Reference: Radford et al. Learning Transferable Visual Models From Natural Language Supervision. ICML 2021.
     """
