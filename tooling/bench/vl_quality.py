@@ -52,8 +52,8 @@ WHY: dict[str, dict[str, Any]] = {  # what is taken from RESTORE
     "restore-no-shift-term": {"gamma": 0},
 }
 WHY_FEW: dict[str, dict[str, Any]] = {  # of R-AMT: how much gradient is dropped, and how long masks are trained
-    "r-amt-dropping-.3": {"gradient_dropout": 0.3},
-    "r-amt-dropping-none": {"gradient_dropout": 0},
+    "r-amt-dropping-less": {"gradient_dropout": 0.3},
+    "r-amt-not-dropping": {"gradient_dropout": 0},
     "r-amt-30-epochs": {"training": {"epochs": 30}},
 }
 LADDERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {  # the shots that there are drawings for
