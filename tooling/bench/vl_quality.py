@@ -104,9 +104,11 @@ def variants(label: str, less: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def few_shot(folder: Path, labels: Sequence[str], seeds: Sequence[int], why: bool = False) -> None:
     changes: dict[str, Any] = {}
+    ladders = dict(LADDERS)
     if why:
         folder, labels, changes = folder / "why", ["r-amt", *WHY_FEW], variants("r-amt", WHY_FEW)
-    for title, (icons, ladder) in LADDERS.items():
+        del ladders["household"]
+    for title, (icons, ladder) in ladders.items():
         data = changes | ({"data.icons": icons} if icons else {})
         points: dict[float, list[Result]] = {
             k: compare(folder / title / f"{k}-shots", {"data.shots": k} | data, labels, seeds) for k in ladder
