@@ -380,12 +380,12 @@ def _known_to_task(chosen: Recipe, task: TextTask) -> dict[str, Any]:
     """Settings that follow from the task and its tokenizer, for methods that have them and recipes that leave them open."""
     settings, spec = chosen.config(), task.spec
 
-    def ids(text: str, closed: bool = False) -> tuple[int, ...]:
-        return tuple(task.tokenizer(text, add_special_tokens=closed)["input_ids"])
+    def ids(text: str, ended: bool = False) -> tuple[int, ...]:
+        return tuple(task.tokenizer(text, add_special_tokens=ended)["input_ids"])
 
     known: dict[str, Any] = {"max_source_length": spec.max_source_length}
     if text := getattr(settings, "init_text", ""):
-        known["init_ids"] = ids(text, closed=chosen.method.name == "dept" and spec.backbone == "seq2seq")  # as released
+        known["init_ids"] = ids(text, getattr(settings, "init_text_ended", False) and spec.backbone == "seq2seq")
     elif getattr(settings, "init", None) == "labels":
         known |= {"init_ids": ids(" ".join(spec.labels)), "label_ids": tuple(map(ids, spec.words))}
     if text := getattr(settings, "separator_text", ""):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -27,6 +27,8 @@ RELEASED_INIT_TEXT = (
 
 class DePTConfig(PromptTuningConfig):
     """Settings of DePT."""
+
+    init_text_ended: ClassVar[bool] = True  # in recipes on encoder-decoders: `init_text` with its end-of-sequence token
 
     prompt_length: int = Field(
         60, ge=0, description="m; 60 in most released checkpoints, 40 in the README and for BoolQ, 80 for CoLA"

@@ -58,7 +58,7 @@ class PTuning(TextMethod):
     train the language model too; here, as in peft, all of them stand in front and the backbone is frozen. peft's
     number of encoder layers, which it ignores for the MLP, is not a setting. The released LAMA scripts train 3 + 3 + 3
     tokens and the LSTM at 1e-5 with decay 0.98, weight decay 5e-4 and early stop 20; the defaults here are 20 tokens and the
-    MLP, as in peft, at a constant 1e-3 without weight decay, because runs here are short and theirs take hundreds of epochs.
+    MLP, as in peft, at a constant 1e-3 without weight decay, for the short runs that few examples allow (our choice).
 
     Reference: Liu, Zheng, Du, Ding, Qian, Yang, Tang. GPT Understands, Too. arXiv 2103.10385.
     """
