@@ -44,7 +44,7 @@ class Isolation:
 
 
 ISOLATION = {
-    "pt-core": Isolation(extras=("report", "tensorboard")),
+    "pt-core": Isolation(extras=("report", "tensorboard", "ray")),
     "pt-graph": Isolation(uses=frozenset({"torch_geometric", "rdkit"}), extras=("demo",)),
     "pt-nlp": Isolation(uses=frozenset({"transformers"}), extras=("demo", "peft")),
     "pt-vl": Isolation(uses=frozenset({"transformers", "torchvision", "open_clip"}), extras=("demo",)),

@@ -609,19 +609,19 @@ def accuracy(model: CLIPModel, tokenizer: Any, work: Path, limit: int | None = N
     held = [i for i, row in enumerate(rows) if row["domain"]]
     emoji = [i for i in held if rows[i]["domain"] == "emoji"]
     known = [i for i in held if rows[i]["class"]]
-    seen, unseen = ([i for i in known if rows[i]["unseen"] == flag] for flag in (False, True))
-    held_out = {row["caption"] for row in rows if row["unseen"]}
-    near = near_names(held_out, {row["caption"] for row in rows if not row["domain"]})
-    questions = {
+    seen = [i for i in known if not rows[i]["unseen"]]
+    captions = {row["caption"] for row in rows if not row["domain"]}
+    near = near_names({row["caption"] for row in rows if row["unseen"]}, captions)
+    questions: dict[str, tuple[str, list[int]]] = {
         "emoji by name": ("caption", [i for i in emoji if not rows[i]["unseen"]]),
-        "emoji by name, unseen concepts": ("caption", [i for i in emoji if rows[i]["unseen"]]),
         "groups": ("group", seen),
         "classes": ("class", seen),
-        "classes, unseen concepts": ("class", unseen),
     }
-    for question in [question for question in questions if "unseen" in question]:
-        field, indices = questions[question]
-        questions[f"{question} without a near name"] = field, [i for i in indices if rows[i]["caption"] not in near]
+    for question, field, asked in (("emoji by name", "caption", emoji), ("classes", "class", known)):
+        unseen = [i for i in asked if rows[i]["unseen"]]
+        alone = [i for i in unseen if rows[i]["caption"] not in near]
+        questions |= {f"{question}, unseen concepts": (field, unseen)}
+        questions |= {f"{question}, unseen concepts without a near name": (field, alone)}
     result = {}
     for question, (field, indices) in questions.items():
         if limit and len(indices) > limit:
@@ -642,7 +642,7 @@ def finished(work: Path) -> tuple[CLIPModel, CLIPTokenizerFast, int]:
 
 @app.command()
 def evaluate(work: Path = WORK) -> None:
-    """Zero-shot accuracy on all held-out icons and on those that are shipped: of what is trained here, else of what is shipped."""
+    """Zero-shot accuracy on held-out icons, all and those that are shipped: of the checkpoint, else of the shipped weights."""
     torch.set_num_threads(1)
     if (work / "checkpoint.safetensors").exists():
         model, tokenizer, step = finished(work)
