@@ -189,7 +189,7 @@ class Cell:
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -247,10 +247,10 @@ def _measure_memory(arguments: str) -> None:
     cell = Cell(MODELS[name](device, getattr(torch, dtype)), prompt, text, batch)
     run = {"ours": cell.ours, "peft": cell.peft_step}[step]
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         run()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+        print((torch.cuda.max_memory_allocated(device) - before) / 2**20)
     else:
         before, seen, done = _resident(), [0], threading.Event()
 
@@ -386,7 +386,7 @@ def main(
         torch.set_num_threads(1)
     timing = Timing(where, rounds, seconds, time.process_time if cpu_time else time.perf_counter)
     clock = "CPU time" if cpu_time else "wall time"
-    place = torch.cuda.get_device_name() if where.type == "cuda" else f"{torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{torch.get_num_threads()} threads"
     console.print(f"torch {torch.__version__}, {place}, {dtype}, {clock}")
     for name in models.split(","):
         lengths = texts or ("48,512" if name == "small-llama" else "48")

@@ -269,10 +269,10 @@ def _status(key: str) -> int:
 def peak(step: Callable[[], Any], device: torch.device) -> int:
     """By how many bytes memory grows at most while a step runs."""
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         step()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back first, so that it is not used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
     before = _status("VmRSS")
@@ -283,7 +283,7 @@ def peak(step: Callable[[], Any], device: torch.device) -> int:
 def available(device: torch.device) -> int:
     """Bytes of memory that a step can have."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
@@ -331,11 +331,11 @@ def measure(
 
     def once(kind: str) -> float:
         if where.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(where)
         started = clock()
         steps[kind]()
         if where.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(where)
         return clock() - started
 
     began, gradients = time.perf_counter(), {}
@@ -417,7 +417,9 @@ def main(
     if limit is None:
         limit = 5 if device == "cpu" else 0
     threads = 1 if cpu_time else torch.get_num_threads()
-    place = torch.cuda.get_device_name() if device == "cuda" else f"{threads} thread{'s' * (threads > 1)}"
+    place = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{threads} thread{'s' * (threads > 1)}"
+    )
     clock = "CPU time" if cpu_time else "wall time"
     console.print(
         f"torch {torch.__version__}, {place}, {dtype}, {clock}; CLIP ViT-B/32, random weights; packed: {gib} GiB"
