@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pt_core.attachment import Handle, attach, off, route
 from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, Prompt, SoftPrompt
-from pt_nlp import backbones, one_row
+from pt_nlp import carried, causal, models, one_row
 
 VOCAB, WIDTH, M = 48, 16, 5
 SHARED = {
@@ -43,7 +43,7 @@ def soft(seed: int = 1, length: int = M, width: int = WIDTH) -> SoftPrompt:
 
 
 def keys(model: nn.Module, seed: int = 2, length: int = M) -> KeyValuePrompt:
-    shape = backbones.shape_of(model)
+    shape = models.shape_of(model)
     generator = torch.Generator().manual_seed(seed)
     return KeyValuePrompt(shape.layers, shape.kv_heads, shape.head_dim, length, std=0.5, generator=generator)
 
@@ -81,7 +81,7 @@ def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def plain_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "SHARED_PREFIX", set())
+    monkeypatch.setattr(models, "SHARED_PREFIX", set())
 
 
 def concatenated(model: nn.Module, prompt: Tensor, batch: dict[str, Tensor], **options) -> Tensor:
@@ -114,7 +114,7 @@ def with_gradient(
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_the_backbone_keeps_class_keywords_configuration_and_generate(tiny: Build, kind: str) -> None:
     model = tiny(kind)
-    base = backbones.base_of(model)
+    base = models.base_of(model)
     before = (type(model), model.config.to_dict(), inspect.signature(model.forward), inspect.signature(base.forward))
     generate = getattr(model, "generate", None)
     attach(model, soft())
@@ -262,7 +262,7 @@ def test_threads_that_generate_with_their_own_prompts_do_not_mix(tiny: Build, ki
 
 # --- the exact shortcut ---------------------------------------------------------------------------------------------
 def test_every_type_of_the_shortcut_is_tested() -> None:
-    assert set(SHARED.values()) == backbones.SHARED_PREFIX
+    assert set(SHARED.values()) == models.SHARED_PREFIX
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -273,10 +273,10 @@ def test_the_shared_prefix_equals_the_plain_path(
 ) -> None:
     model, prompt, batch = tiny(kind, attn_implementation=attention), soft(), texts(side)
     attach(model, prompt)
-    assert backbones.shortcut_refused(model.base_model) is None
+    assert models.shortcut_refused(model.base_model) is None
     shared = with_gradient(model, prompt, batch)
     plain_only(monkeypatch)
-    assert backbones.shortcut_refused(model.base_model) is not None
+    assert models.shortcut_refused(model.base_model) is not None
     for fast, plain in zip(shared, with_gradient(model, prompt, batch), strict=True):
         assert gap(fast, plain) < 1e-5
     assert gap(shared[1], torch.zeros_like(shared[1])) > 1e-3
@@ -285,7 +285,7 @@ def test_the_shared_prefix_equals_the_plain_path(
 def rows_and_tokens(model: nn.Module) -> list[tuple[int, ...]]:
     """What the first block reads in each pass from now on: [rows, tokens]."""
     passes: list[tuple[int, ...]] = []
-    block = backbones.decoder_blocks(model.base_model)[0]
+    block = models.decoder_blocks(model.base_model)[0]
     block.register_forward_pre_hook(lambda _, arguments: passes.append(tuple(arguments[0].shape[:2])))
     return passes
 
@@ -308,7 +308,7 @@ def test_one_row_without_padding_equals_the_plain_path(
     attach(model, prompt)
     passes, tokens, ahead = rows_and_tokens(model), int(batch["attention_mask"].sum()), M if make is soft else 0
     real = batch["attention_mask"].bool()
-    with backbones.reads(real):
+    with carried.reads(real):
         trained = with_gradient(model, prompt, batch, use_cache=False)
         with torch.no_grad():
             read, again = (model(**batch, use_cache=False).logits[real] for _ in range(2))
@@ -329,7 +329,7 @@ def test_padding_has_its_states_unless_nobody_reads_them(tiny: Build) -> None:
     attach(model, soft())
     padding = batch["attention_mask"] == 0
     assert model.base_model(**batch, use_cache=False).last_hidden_state[padding].all(-1).all()
-    with backbones.reads(~padding):
+    with carried.reads(~padding):
         states = model.base_model(**batch, use_cache=False).last_hidden_state
     assert not states[padding].any() and states[~padding].all(-1).all()
 
@@ -348,12 +348,12 @@ def test_the_last_block_computes_only_what_is_read(
     real = batch["attention_mask"].bool()
     few = real & (torch.arange(real.shape[1]) % 4 == 0)
     computed: list[int] = []
-    inner = [m for m in backbones.decoder_blocks(model.base_model)[-1].modules() if hasattr(m, "weight")][-1]
+    inner = [m for m in models.decoder_blocks(model.base_model)[-1].modules() if hasattr(m, "weight")][-1]
     inner.register_forward_hook(lambda *call: computed.append(call[-1].shape[-2]))
     found = []
     for where in (few, real):
         prompt.zero_grad()
-        with backbones.reads(where), torch.autocast("cpu", enabled=autocast):
+        with carried.reads(where), torch.autocast("cpu", enabled=autocast):
             states = model.base_model(**batch, use_cache=False).last_hidden_state[few]
             with torch.no_grad():
                 read = model.base_model(**batch, use_cache=False).last_hidden_state[few]
@@ -375,7 +375,7 @@ def test_one_row_is_for_one_prompt_and_without_cache(tiny: Build) -> None:
 
     def step(handles: list[Handle | None], batch: dict[str, Tensor] = batch, **options) -> bool:
         passes.clear()
-        with route(model, handles), backbones.reads(batch["attention_mask"].bool()):
+        with route(model, handles), carried.reads(batch["attention_mask"].bool()):
             model(**batch, **options)
         return passes == [(1, M + int(batch["attention_mask"].sum()))]
 
@@ -469,15 +469,15 @@ def refused(
     model: nn.Module, reason: str, caplog: pytest.LogCaptureFixture, batch: dict[str, Tensor], **options
 ) -> Tensor:
     """Logits of two calls that must announce `reason` once and agree with a concatenation by hand."""
-    backbones._ANNOUNCED.clear()
+    causal._ANNOUNCED.clear()
     prompt = soft()
     handle = attach(model, prompt)
     torch.manual_seed(0)
-    with caplog.at_level(logging.WARNING, "pt_nlp.backbones"):
+    with caplog.at_level(logging.WARNING, "pt_nlp.causal"):
         logits = model(**batch, **options).logits
         model(**batch)
     assert [record.getMessage() for record in caplog.records if "row by row" in record.getMessage()] == [
-        f"{type(backbones.base_of(model)).__name__}: prompts are computed row by row, without a shared prefix: {reason}"
+        f"{type(models.base_of(model)).__name__}: prompts are computed row by row, without a shared prefix: {reason}"
     ]
     handle.remove()
     torch.manual_seed(0)
@@ -514,7 +514,7 @@ def test_rotations_that_depend_on_the_length_take_the_plain_path(
     model, batch = tiny("Llama", **options), texts()  # 5 + 9 positions
     reason = "rotations of the prompt depend on the length of the text"
     exact = refused(model, reason, caplog, batch)
-    monkeypatch.setattr(backbones, "_rotates_by_length", lambda config: False)
+    monkeypatch.setattr(models, "_rotates_by_length", lambda config: False)
     model = tiny("Llama", **options)
     attach(model, soft())
     assert gap(model(**batch).logits, exact) > 1e-2  # the keys of the prompt alone are rotated otherwise
@@ -525,7 +525,7 @@ def test_rotations_are_looked_up_for_every_type_of_layer(tiny: Build) -> None:
     plain, llama3 = {"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "llama3", "rope_theta": 1e4}
     for kinds, wanted in (((plain, llama3), False), ((plain, ROPES["dynamic"]), True), ((ROPES["longrope"],), True)):
         base.config.rope_parameters = {f"layers_{i}": kind for i, kind in enumerate(kinds)}
-        assert (backbones.shortcut_refused(base) is not None) == wanted
+        assert (models.shortcut_refused(base) is not None) == wanted
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -533,7 +533,7 @@ def test_keys_and_values_in_one_row_see_the_length_of_the_texts_not_of_the_row(t
     limit = 12 if rope == "dynamic" else 96
     batch = texts("left")
     results = []
-    for way in (contextlib.nullcontext(), backbones.reads(batch["attention_mask"].bool())):
+    for way in (contextlib.nullcontext(), carried.reads(batch["attention_mask"].bool())):
         model = tiny("Llama", rope_parameters=ROPES[rope], max_position_embeddings=limit)
         prompt, passes = keys(model), rows_and_tokens(model)
         attach(model, prompt)
@@ -569,10 +569,10 @@ def test_types_that_are_not_tested_take_the_plain_path(
 def test_a_static_cache_takes_the_plain_path(tiny: Build, caplog: pytest.LogCaptureFixture) -> None:
     model, batch = tiny("Llama"), texts("left")
     cache = StaticCache(config=model.config, max_cache_len=9 + M + 2)
-    backbones._ANNOUNCED.clear()
+    causal._ANNOUNCED.clear()
     prompt = soft()
     handle = attach(model, prompt)
-    with caplog.at_level(logging.WARNING, "pt_nlp.backbones"):
+    with caplog.at_level(logging.WARNING, "pt_nlp.causal"):
         logits = model(**batch, past_key_values=cache).logits
     assert "the cache is a StaticCache" in caplog.text
     assert int(cache.get_seq_length()) == 9
@@ -632,7 +632,7 @@ def test_keys_and_values_have_the_heads_that_the_cache_has(
     tiny: Build, kind: str, options: dict[str, Any], kv_heads: int
 ) -> None:
     model, rows, batch = tiny(kind, **options), soft(), texts("left")
-    assert backbones.shape_of(model).kv_heads == kv_heads
+    assert models.shape_of(model).kv_heads == kv_heads
     prompt = keys(model)
     with torch.no_grad():
         cache = model.base_model(inputs_embeds=rows.weight[None], use_cache=True).past_key_values
@@ -679,7 +679,7 @@ def test_keys_and_values_stand_in_front_of_those_of_every_layer_of_an_encoder(ti
 def prefills(model: nn.Module, call: Callable[[], object]) -> int:
     """How often the first block reads the M rows of the prompt alone during a call."""
     seen = []
-    block = backbones.decoder_blocks(model.base_model)[0]
+    block = models.decoder_blocks(model.base_model)[0]
     original = block.forward
 
     def forward(hidden: Tensor, *args, **options) -> Any:  # a hook would say that the backbone has changed
@@ -732,7 +732,7 @@ def _by_optimiser(prompt: SoftPrompt, model: nn.Module) -> None:
 
 
 def _weights_written(prompt: SoftPrompt, model: nn.Module) -> None:
-    next(iter(backbones.decoder_blocks(model.base_model).parameters())).mul_(1.5)
+    next(iter(models.decoder_blocks(model.base_model).parameters())).mul_(1.5)
 
 
 def _weights_replaced(prompt: SoftPrompt, model: nn.Module) -> None:
@@ -949,7 +949,7 @@ def block_by_block(model: nn.Module, ids: Tensor, rows: Tensor, block: int) -> T
     """Logits of one text without padding, [n, V], by hand: the blocks one after the other, rows in front of one's input."""
     base, reads_both_ways = model.base_model, model.config.model_type in ("bert", "roberta")
     hidden = base.embeddings(ids[None]) if reads_both_ways else base.embed_tokens(ids[None])
-    for index, layer in enumerate(backbones.decoder_blocks(base)):
+    for index, layer in enumerate(models.decoder_blocks(base)):
         if index == block:
             hidden = torch.cat([rows[None], hidden], dim=1)
         if reads_both_ways:
@@ -1022,19 +1022,19 @@ def test_a_cache_hides_a_prompt_inside_of_the_tower_as_any_other(tiny: Build, bl
 )
 def test_the_last_token_changes_the_first_one_in_all_but_causal_models(tiny: Build, kind: str, causal: bool) -> None:
     model, ids = tiny(kind), texts()["input_ids"][:1].clamp(min=3)
-    assert backbones.is_causal(model) == causal
+    assert models.is_causal(model) == causal
     if not model.config.is_encoder_decoder:
         other = torch.cat([ids[:, :-1], ids[:, -1:] % 20 + 20], dim=1)
-        base = backbones.base_of(model)
+        base = models.base_of(model)
         moved = gap(base(input_ids=ids).last_hidden_state[:, 0], base(input_ids=other).last_hidden_state[:, 0])
         assert (moved < 1e-6) == causal
 
 
 def test_a_configuration_may_say_what_is_causal(tiny: Build) -> None:
-    assert backbones.is_causal(tiny("Bert", "LMHeadModel", is_decoder=True))
-    assert backbones.is_causal(tiny("Bart", "ForCausalLM"))
+    assert models.is_causal(tiny("Bert", "LMHeadModel", is_decoder=True))
+    assert models.is_causal(tiny("Bart", "ForCausalLM"))
     model, rows, batch = tiny("Llama", is_causal=False), soft(), texts()
-    assert not backbones.is_causal(model)
+    assert not models.is_causal(model)
     expected = concatenated(model, rows.weight, batch)
     attach(model, rows)
     real = batch["attention_mask"].bool()
@@ -1052,7 +1052,7 @@ def test_rows_of_token_embeddings_do_what_the_tokens_do_in_an_encoder(tiny: Buil
     if kind in LEAVE_OUT_PADDING:
         whole["position_ids"] = whole["attention_mask"].cumsum(1) * whole["attention_mask"] + 1
     expected = model(**whole).last_hidden_state[:, M:]
-    prompt = soft(width=backbones.shape_of(model).dim)
+    prompt = soft(width=models.shape_of(model).dim)
     prompt.weight.data = model.get_input_embeddings()(first[0]).clone()
     attach(model, prompt)
     real = batch["attention_mask"].bool()
@@ -1103,7 +1103,7 @@ def test_a_prompt_that_does_not_fit_is_refused(tiny: Build, kind: str) -> None:
     model = tiny(kind)
     with pytest.raises(InputError, match=r"the prompt is 17 wide, the embeddings of .* are 16"):
         attach(model, SoftPrompt(3, 17))
-    heads = backbones.shape_of(model).kv_heads
+    heads = models.shape_of(model).kv_heads
     with pytest.raises(InputError, match=rf"\(2, 2, {heads + 1}, 3, 4\), .* takes \(2, 2, {heads}, 3, 4\)"):
         attach(model, KeyValuePrompt(2, heads + 1, 4, 3))
     with pytest.raises(InputError, match=r"blocks|towers"):
@@ -1122,7 +1122,7 @@ def of_twelve_positions(tiny: Build, kind: str) -> nn.Module:
 @pytest.mark.parametrize("kind", LEARNED)
 def test_prompt_and_text_must_fit_the_positions(tiny: Build, kind: str) -> None:
     model = of_twelve_positions(tiny, kind)
-    attach(model, soft(width=backbones.shape_of(model).dim))
+    attach(model, soft(width=models.shape_of(model).dim))
     batch = {name: tensor[:, :7] for name, tensor in texts().items()}
     outputs(model, batch)  # 12 positions
     with pytest.raises(InputError, match=r"prompt and text take 13 positions, .* has 12. Cut the text"):

@@ -30,11 +30,11 @@ from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.prompts import LowRankOffset, SoftPrompt
 from pt_core.training import FitConfig
-from pt_nlp import backbones
-from pt_nlp.backbones import source_tokens
+from pt_nlp.carried import source_tokens
 from pt_nlp.data import TextTask
 from pt_nlp.methods.dept import RELEASED_INIT_TEXT, DecomposedPrompt, DePT, DePTConfig
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from pt_nlp.models import SHARED_PREFIX
 
 VOCAB, D, M, S, R = 61, 32, 4, 12, 3
 WORDS = "<pad> </s> <unk> good bad film the a was great awful Topic :"
@@ -109,12 +109,12 @@ def task_of(backbone: str, kind: str = "verbalizer", **settings) -> TextTask:
 @contextmanager
 def plain_path():
     """No shared prefix: the prompt stands in every row."""
-    kept = set(backbones.SHARED_PREFIX)
-    backbones.SHARED_PREFIX.clear()
+    kept = set(SHARED_PREFIX)
+    SHARED_PREFIX.clear()
     try:
         yield
     finally:
-        backbones.SHARED_PREFIX.update(kept)
+        SHARED_PREFIX.update(kept)
 
 
 def embedded(backbone: nn.Module, method: DePT, **arguments) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers import TextIteratorStreamer, TextStreamer, pipeline
 from pt_core.attachment import attach
 from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, Prompt, SoftPrompt
-from pt_nlp import backbones
+from pt_nlp import models
 
 WIDTH, M = 16, 5
 SHARED = ["Llama", "Qwen2", "Qwen3", "Mistral", "GPT2", "GPTNeoX"]
@@ -34,7 +34,7 @@ def soft(seed: int = 1, length: int = M) -> SoftPrompt:
 
 
 def keys(model: nn.Module, seed: int = 2, length: int = M) -> KeyValuePrompt:
-    shape = backbones.shape_of(model)
+    shape = models.shape_of(model)
     generator = torch.Generator().manual_seed(seed)
     return KeyValuePrompt(shape.layers, shape.kv_heads, shape.head_dim, length, std=0.5, generator=generator)
 
@@ -67,7 +67,7 @@ def test_greedy_text_of_a_padded_batch_is_that_of_a_loop_by_hand(
     tiny: Build, kind: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "plain":
-        monkeypatch.setattr(backbones, "SHARED_PREFIX", set())
+        monkeypatch.setattr(models, "SHARED_PREFIX", set())
     model, prompt, batch = tiny(kind), soft(), texts()
     expected = [by_hand(model, prompt, ids[m.bool()][None]) for ids, m in zip(*batch.values(), strict=True)]
     unprompted = write(model, batch)
@@ -100,7 +100,7 @@ def test_the_shared_prefix_writes_what_the_plain_path_writes(
     model, batch = tiny(kind), texts()
     attach(model, soft())
     written = write(model, batch, **WAYS[way])
-    monkeypatch.setattr(backbones, "SHARED_PREFIX", set())
+    monkeypatch.setattr(models, "SHARED_PREFIX", set())
     assert torch.equal(written, write(model, batch, **WAYS[way]))
 
 
@@ -150,7 +150,7 @@ def test_prompt_lookup_decoding_writes_the_greedy_text(tiny: Build, kind: str) -
 @pytest.mark.parametrize("path", ["shared", "plain", "block 0", "block 1"])
 def test_a_conversation_goes_on_from_its_cache(tiny: Build, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "plain":
-        monkeypatch.setattr(backbones, "SHARED_PREFIX", set())
+        monkeypatch.setattr(models, "SHARED_PREFIX", set())
     model, batch = tiny("Llama"), texts()
     attach(model, DeepPrompt([int(path[-1])], M, WIDTH, std=0.5) if path.startswith("block") else soft())
     first = write(model, batch, return_dict_in_generate=True)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pt_core.attachment import Handle, attach, route
 from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, SoftPrompt
-from pt_nlp import backbones
+from pt_nlp import models
 from pt_nlp.methods.dept import DecomposedPrompt
 
 WIDTH = 16
@@ -30,7 +30,7 @@ def soft(seed: int, length: int) -> SoftPrompt:
 
 
 def keys(model: nn.Module, seed: int, length: int) -> KeyValuePrompt:
-    shape = backbones.shape_of(model)
+    shape = models.shape_of(model)
     generator = torch.Generator().manual_seed(seed)
     return KeyValuePrompt(shape.layers, shape.kv_heads, shape.head_dim, length, std=0.5, generator=generator)
 
@@ -101,7 +101,7 @@ def test_rows_of_a_language_model_get_what_they_get_alone(tiny: Build, kind: str
 def test_rows_on_the_plain_path_get_what_they_get_alone(
     tiny: Build, kind: str, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbones, "SHARED_PREFIX", set())
+    monkeypatch.setattr(models, "SHARED_PREFIX", set())
     model = tiny(kind)
     check_rows(model, texts(side), several(model, "rows only"))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from pt_nlp import backbones
+from pt_nlp import models
 from pt_nlp.methods.p_tuning import PTuning, PTuningConfig
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -123,8 +123,8 @@ def test_shared_prefix_equals_plain_path_in_loss_and_gradient(
     parameters = [p for _, p in method.trainable()]
     fast = method.loss(batch).value
     gradients = torch.autograd.grad(fast, parameters)
-    monkeypatch.setattr(backbones, "SHARED_PREFIX", backbones.SHARED_PREFIX - {"llama"})
-    assert backbones.shortcut_refused(method.backbone.model) is not None
+    monkeypatch.setattr(models, "SHARED_PREFIX", models.SHARED_PREFIX - {"llama"})
+    assert models.shortcut_refused(method.backbone.model) is not None
     plain = method.loss(batch).value
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-6)
     for ours, expected in zip(gradients, torch.autograd.grad(plain, parameters), strict=True):
@@ -135,7 +135,7 @@ def test_shared_prefix_equals_plain_path_in_loss_and_gradient(
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_network_runs_once_in_a_step(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not shared:
-        monkeypatch.setattr(backbones, "SHARED_PREFIX", set())
+        monkeypatch.setattr(models, "SHARED_PREFIX", set())
     for backbone in (llama(), bert(), t5()):
         settings = {"num_labels": 2} if isinstance(backbone, BertModel) else {}
         method, runs = p_tuning(backbone, **settings), []

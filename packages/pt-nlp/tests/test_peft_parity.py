@@ -269,7 +269,7 @@ def test_explicit_positions_agree_for_prefix_tuning_with_padding_on_the_left() -
 
 
 def test_flat_columns_and_keys_and_values_convert_into_each_other() -> None:
-    from pt_nlp.backbones import Shape
+    from pt_nlp.models import Shape
 
     rows = torch.arange(2 * 3 * 2 * 2 * 4.0).view(2, -1)
     cut = unflatten(rows, Shape(dim=8, layers=3, kv_heads=2, head_dim=4))

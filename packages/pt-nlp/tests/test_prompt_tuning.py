@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from pt_core.errors import InputError
-from pt_nlp import backbones
+from pt_nlp import models
 from pt_nlp.methods.dept import DePTConfig
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -106,7 +106,7 @@ def written_out(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("make", [llama, gpt2, bert, t5, gemma])
 def test_rows_of_a_text_equal_that_text_as_hard_tokens_exactly(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "SHARED_PREFIX", set())  # the plain path runs the very same sums
+    monkeypatch.setattr(models, "SHARED_PREFIX", set())  # the plain path runs the very same sums
     backbone, batch = make(), ragged()
     method = prompt(backbone, init="text", init_ids=TEXT)
     extra = {"decoder_input_ids": batch["input_ids"][:, :4]} if make is t5 else {}
@@ -158,11 +158,11 @@ def test_shared_prefix_equals_plain_path_in_loss_and_prompt_gradient(
     batch["labels"] = torch.tensor([0, 2, 1])
     if reading == "tokens":
         batch["target_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    assert backbones.shortcut_refused(method.backbone.model) is None
+    assert models.shortcut_refused(method.backbone.model) is None
     fast = method.loss(batch).value
     (gradient,) = torch.autograd.grad(fast, [method.prompt.weight])
-    monkeypatch.setattr(backbones, "SHARED_PREFIX", backbones.SHARED_PREFIX - {"llama"})
-    assert backbones.shortcut_refused(method.backbone.model) is not None
+    monkeypatch.setattr(models, "SHARED_PREFIX", models.SHARED_PREFIX - {"llama"})
+    assert models.shortcut_refused(method.backbone.model) is not None
     plain = method.loss(batch).value
     (expected,) = torch.autograd.grad(plain, [method.prompt.weight])
     assert expected.abs().max() > 1e-3

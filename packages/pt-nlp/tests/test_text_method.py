@@ -17,7 +17,7 @@ from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt
 from pt_core.registry import find_method
 from pt_core.training import FitConfig
-from pt_nlp import backbones
+from pt_nlp import backbones, models
 from pt_nlp import method as text_method
 from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod, _decoder_ids
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
@@ -34,7 +34,7 @@ class KeysAndValues(TextMethod):
     config_class = TextConfig
 
     def build_prompt(self) -> KeyValuePrompt:
-        shape = backbones.shape_of(self.backbone)
+        shape = models.shape_of(self.backbone)
         return KeyValuePrompt(shape.layers, shape.kv_heads, shape.head_dim, M, std=0.5, generator=self.generator)
 
 
@@ -308,7 +308,7 @@ def test_the_loss_of_the_right_word_is_read_from_the_scores(
 
 def test_a_word_of_one_token_is_trained_without_reading_it(tiny: Build) -> None:
     made, shapes = method(tiny("Llama")), []
-    block = backbones.decoder_blocks(made.backbone.model)[0]
+    block = models.decoder_blocks(made.backbone.model)[0]
     block.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
     words, labels = candidates((1, 1, 1)), torch.tensor([1, 0, 2, 1])
     target = {"labels": labels, "target_ids": words["candidates"][labels]}
@@ -319,7 +319,7 @@ def test_a_word_of_one_token_is_trained_without_reading_it(tiny: Build) -> None:
 
 def test_the_source_is_read_once_for_all_label_words(tiny: Build) -> None:
     made, shapes = method(tiny("Llama")), []
-    block = backbones.decoder_blocks(made.backbone.model)[0]
+    block = models.decoder_blocks(made.backbone.model)[0]
     block.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
     scored(made, sources() | candidates())
     assert shapes == [(1, M), (4, 7), (12, 2)]  # the prompt; the sources; the rest of every label word
@@ -332,7 +332,7 @@ def test_scores_under_gradient_checkpointing_equal_full_sequences(tiny: Build, k
     model.gradient_checkpointing_enable()
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: read.add(args[0].shape[1]))
     made = method(model).train()
-    assert backbones.checkpoints_blocks(model)
+    assert models.checkpoints_blocks(model)
     batch = sources("right" if kind == "T5" else "left") | candidates(lengths)
     plain = method(tiny(kind))
     expected = with_gradient(plain, lambda: naive_scores(plain, batch).log_softmax(-1)[:, 0])
@@ -364,7 +364,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tiny: Build, k
         model.gradient_checkpointing_enable()
     made.train()
     runs: list[int] = []
-    block = backbones.decoder_blocks(model.get_encoder() if kind == "T5" else backbones.base_of(model))[0]
+    block = models.decoder_blocks(model.get_encoder() if kind == "T5" else models.base_of(model))[0]
     inner = next(m for m in block.modules() if isinstance(m, nn.LayerNorm) or "Norm" in type(m).__name__)
     inner.register_forward_hook(lambda *_: runs.append(1))
     for a, b in zip(with_gradient(made, lambda: made.loss(batch).total), expected, strict=True):
@@ -481,7 +481,7 @@ def test_under_gradient_checkpointing_a_method_still_writes(tiny: Build, kind: s
     made = method(model)
     assert torch.equal(made.train().generate(batch, **options), expected)
     assert torch.equal(made.eval().generate(batch, **options), expected)
-    assert not backbones.checkpoints_blocks(model)  # evaluation keeps its cache
+    assert not models.checkpoints_blocks(model)  # evaluation keeps its cache
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Bert", "T5"])

@@ -15,9 +15,10 @@ from torch.testing import assert_close
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.tokens import Tokens, real
-from pt_vl import backbones
-from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
+from pt_vl import shared_prefix
+from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.methods.r_amt import RAMT, RAMTConfig
+from pt_vl.preprocessing import Preprocessing, hf_preprocessing
 
 FAMILIES = ["clip", "clip-legacy", "siglip", "open-clip"]
 ADAPTED = {
@@ -394,9 +395,9 @@ def test_the_shared_prefix_gives_the_values_and_gradients_of_the_plain_path(
     make_encoder: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    masks, among = list[Tensor](), backbones._visible_among
-    monkeypatch.setattr(backbones, "_visible_among", lambda *a: (masks.append(among(*a)), masks[-1])[1])
-    monkeypatch.setattr(backbones, "ONE_ATTENTION", 160 if one else 0)
+    masks, among = list[Tensor](), shared_prefix._visible_among
+    monkeypatch.setattr(shared_prefix, "_visible_among", lambda *a: (masks.append(among(*a)), masks[-1])[1])
+    monkeypatch.setattr(shared_prefix, "ONE_ATTENTION", 160 if one else 0)
     backbone = make_encoder(family)
     prefix, deep = random(*groups, 5, 16), {l: random(3, 16, seed=l) for l in blocks}
     assert backbone.shares_prefix(prefix, deep)
@@ -505,7 +506,7 @@ def test_siglip_reads_all_patches_so_its_last_block_runs_whole(
     make_encoder: Make, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = make_encoder("siglip")
-    monkeypatch.setattr("pt_vl.backbones._last_block", None)
+    monkeypatch.setattr("pt_vl.backbones.last_block", None)
     backbone.image(pixels, {0: random(2, 24)})
     with pytest.raises(TypeError):
         make_encoder("clip").image(pixels)
@@ -654,18 +655,16 @@ def test_preprocessing_is_that_of_the_models_own_processor() -> None:
     from PIL import Image
     from transformers import CLIPImageProcessor, SiglipImageProcessor
 
-    from pt_vl.backbones import _hf_preprocessing
-
     image = Image.fromarray((random(40, 60, 3).sigmoid() * 255).to(torch.uint8).numpy()).resize((300, 200))
     clip = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     siglip = SiglipImageProcessor(size={"height": 32, "width": 32})
     for processor, squash in ((clip, False), (siglip, True)):
-        made = _hf_preprocessing(processor, 32)
+        made = hf_preprocessing(processor, 32)
         assert made.squash is squash
         expected = torch.as_tensor(processor(images=image, return_tensors="pt")["pixel_values"])[0]
         assert made(image).shape == (3, 32, 32)
         assert (made(image) - expected).abs().max() < 0.06  # two grey levels: resampled in bytes here, there in floats
-    assert _hf_preprocessing(clip, 32) == Preprocessing(size=32)
+    assert hf_preprocessing(clip, 32) == Preprocessing(size=32)
 
 
 @pytest.mark.parametrize(
@@ -685,11 +684,9 @@ def test_preprocessing_is_that_of_the_models_own_processor() -> None:
 def test_a_processor_that_does_something_else_is_refused(setting: dict[str, Any]) -> None:
     from transformers import CLIPImageProcessor
 
-    from pt_vl.backbones import _hf_preprocessing
-
     known = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     with pytest.raises(InputError, match=rf"'({next(iter(setting))}|size)' asks for a preprocessing that is not known"):
-        _hf_preprocessing(CLIPImageProcessor(**(known | setting)), 32)
+        hf_preprocessing(CLIPImageProcessor(**(known | setting)), 32)
 
 
 @pytest.mark.parametrize("setting", [{"size": (12, 16)}, {"resize_mode": "longest"}], ids=str)

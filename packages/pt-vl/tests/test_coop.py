@@ -111,17 +111,14 @@ def test_what_classes_share_is_computed_once_with_the_gradients_of_the_plain_pat
 
 
 def test_a_context_of_each_class_takes_the_plain_path(make_encoder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("prefix_keys", "together"):
+        monkeypatch.setattr(f"pt_vl.backbones.{name}", None)
     for family, settings in (("clip", {"class_specific": True}), ("siglip", {})):
         for chunk in (256, 1):
-            backbone = make_encoder(family)
-            for shared in ("_prefix_keys", "_together"):
-                monkeypatch.setattr(backbone, shared, None)
-            coop(backbone, prompt_length=3, text_chunk=chunk, **settings).encode_text()
-    for chunk, shared in ((256, "_together"), (1, "_prefix_keys")):
-        backbone = make_encoder()
-        monkeypatch.setattr(backbone, shared, None)
+            coop(make_encoder(family), prompt_length=3, text_chunk=chunk, **settings).encode_text()
+    for chunk in (256, 1):
         with pytest.raises(TypeError):
-            coop(backbone, prompt_length=3, text_chunk=chunk).encode_text()
+            coop(make_encoder(), prompt_length=3, text_chunk=chunk).encode_text()
 
 
 def test_frozen_words_between_context_and_name_are_shared_too(make_encoder: Make) -> None:

@@ -19,11 +19,11 @@ from pt_core.artifacts import load_artifact
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.training import FitConfig
-from pt_vl.backbones import Preprocessing
 from pt_vl.data import TEMPLATES, ImageSpec, ImageTask, draw, read_image
 from pt_vl.method import cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
+from pt_vl.preprocessing import Preprocessing
 
 Make = Callable[..., Any]
 

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from pt_core import recipe, report, runs
 from pt_core.errors import InputError
-from pt_nlp.backbones import Model
 from pt_nlp.data import read_rows
+from pt_nlp.models import Model
 from pt_nlp.workbench import Bench
 
 RECIPE = "nlp/bbc-topics"

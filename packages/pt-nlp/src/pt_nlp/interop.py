@@ -21,9 +21,9 @@ from torch import Tensor
 from pt_core import artifacts
 from pt_core.errors import InputError
 from pt_core.method import Method
-from pt_nlp.backbones import Model, base_of, is_causal, shape_of
 from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig, flatten, unflatten
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from pt_nlp.models import Model, base_of, is_causal, shape_of
 
 CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
 READ = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")

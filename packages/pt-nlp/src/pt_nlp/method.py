@@ -23,16 +23,8 @@ from pt_core.attachment import attach
 from pt_core.errors import InputError
 from pt_core.method import Loss, Method, MethodConfig, Output
 from pt_core.prompts import Prompt
-from pt_nlp.backbones import (
-    Model,
-    base_of,
-    checkpoints_blocks,
-    is_causal,
-    keep_checkpointing,
-    reads,
-    source_tokens,
-    width_of,
-)
+from pt_nlp.carried import reads, source_tokens
+from pt_nlp.models import Model, base_of, checkpoints_blocks, is_causal, keep_checkpointing, width_of
 
 LINEAR_HEADS = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # logits = W h + b and nothing else
 

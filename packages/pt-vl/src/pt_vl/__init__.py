@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pt_vl.backbones import DualEncoder, Preprocessing, TowerPrompt, Words, load_backbone
+    from pt_vl.backbones import DualEncoder, TowerPrompt, Words, load_backbone
     from pt_vl.data import TEMPLATES, ImageSpec, ImageTask
     from pt_vl.method import Sentences, VLConfig, VLMethod, cache_features
     from pt_vl.methods.cocoop import CoCoOp, CoCoOpConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pt_vl.methods.upt import UPT, UPTConfig
     from pt_vl.methods.vpt import VPT, VPTConfig
     from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
+    from pt_vl.preprocessing import Preprocessing
 
 __all__ = [
     "IVLP",
@@ -66,7 +67,8 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "backbones": ("DualEncoder", "Preprocessing", "TowerPrompt", "Words", "load_backbone"),
+    "backbones": ("DualEncoder", "TowerPrompt", "Words", "load_backbone"),
+    "preprocessing": ("Preprocessing",),
     "data": ("TEMPLATES", "ImageSpec", "ImageTask"),
     "method": ("Sentences", "VLConfig", "VLMethod", "cache_features"),
     "methods.cocoop": ("CoCoOp", "CoCoOpConfig"),

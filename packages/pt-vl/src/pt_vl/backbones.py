@@ -24,8 +24,9 @@ What makes it fast is exact, and taken only where a tower declares that it holds
 
 SigLIP's text is bidirectional and pooled at the last slot of the whole context: it takes the plain path always.
 
-The plain path places prompts by `pt_core.tokens`. The shared one does not: it holds a prefix by itself, or prefixes and all
-classes in one row, where `Tokens` describes rows of one layout. It writes deep rows to their slots itself, with equal results.
+The plain path places prompts by `pt_core.tokens`. The shared one (pt_vl.shared_prefix) does not: it holds a prefix by itself,
+or prefixes and all classes in one row, where `Tokens` describes rows of one layout. It writes deep rows to their slots itself,
+with equal results.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,310 +42,23 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode, v2
 
 from pt_core import packing
 from pt_core.attachment import Forward, Rows, register_family
 from pt_core.errors import InputError
 from pt_core.prompts import Prompt
-from pt_core.settings import Settings
 from pt_core.tokens import BlockPrompt, Tokens, insert, real, run
+from pt_vl.preprocessing import Preprocessing, hf_preprocessing, unknown_preprocessing
+from pt_vl.shared_prefix import behind, last_block, prefix_keys, together
+from pt_vl.towers import HFImage, HFText, OpenClipImage, OpenClipSettings, OpenClipText
 
 ZOO = Path(__file__).parent / "zoo"  # what ships with this package
-# Rows of prefix and sentences up to which one masked attention among all of them is taken, not one for each part: most of its
-# scores are masked out, but the calls saved cost more. On 2 CPU cores it still took less time at 242 rows of ViT-B/32's text
-# tower; the scores grow with their square, so the limit stays below what was measured.
-ONE_ATTENTION = 160
 Place = Literal["before-ln-pre", "after-cls"]
 After = Callable[[int, Tokens], Tokens]
-KeyValue = tuple[Tensor, Tensor]
-
-
-# --- images as the model was trained on them -------------------------------------------------------------------------
-class Preprocessing(Settings):
-    """How an image becomes pixels: resized, cropped to a square, scaled to [0, 1], normalised. Saved with every prompt.
-
-    Defaults: CLIP's (Radford et al. 2021, released code). The longer side is rounded as there, by torchvision; Hugging Face's
-    processors cut it off, so that at some sizes their centre crop lies a pixel aside.
-    """
-
-    size: int = Field(224, ge=1, description="pixels of a side that the model takes")
-    resize: int | None = Field(None, ge=1, description="of the shorter side before the centre crop; default: `size`")
-    squash: bool = Field(False, description="resize both sides to `size` instead of cropping (SigLIP)")
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-    @property
-    def mode(self) -> InterpolationMode:
-        return InterpolationMode(self.interpolation)
-
-    def normalise(self, image: Any) -> Tensor:
-        """A PIL image of the right size -> float32 [3, size, size]."""
-        return v2.functional.normalize(
-            v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True),
-            list(self.mean),
-            list(self.std),
-        )
-
-    def __call__(self, image: Any) -> Tensor:
-        """A PIL image in RGB -> float32 [3, size, size]."""
-        if self.squash:
-            image = v2.functional.resize(image, [self.size, self.size], self.mode)
-        else:
-            image = v2.functional.resize(image, [self.resize or self.size], self.mode)
-            image = v2.functional.center_crop(image, [self.size, self.size])
-        return self.normalise(image)
-
-
-def _hf_preprocessing(processor: Any, size: int) -> Preprocessing:
-    """The settings of a Hugging Face image processor.
-
-    Raises:
-        InputError: it does what `Preprocessing` has no words for.
-    """
-    wanted, square = dict(processor.size), {"height": size, "width": size}
-    short = wanted.get("shortest_edge")
-    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
-    kinds = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-    known = {
-        "do_resize": processor.do_resize,
-        "do_rescale": processor.do_rescale,
-        "rescale_factor": math.isclose(processor.rescale_factor, 1 / 255),
-        "do_normalize": processor.do_normalize,
-        "resample": int(processor.resample) in kinds,
-        "size": crop == square if short else wanted == square and crop in (None, square),
-    }
-    if unknown := [name for name, right in known.items() if not right]:
-        raise _unknown_preprocessing(f"the image processor's {unknown[0]!r}")
-    return Preprocessing(
-        size=size,
-        resize=short if short and short != size else None,
-        squash=not short,
-        interpolation=kinds[int(processor.resample)],
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-    )
-
-
-def _unknown_preprocessing(what: str) -> InputError:
-    return InputError(
-        f"{what} asks for a preprocessing that is not known here",
-        remedy="Say how images are to be prepared: DualEncoder(model, processor, preprocessing=Preprocessing(...))",
-    )
-
-
-# --- towers: one `BlockStack` (pt_core.tokens) for each library and side ---------------------------------------------
-class _Tower:
-    """What all towers have in common. They hold no state of a pass, and no weights: those are the model's."""
-
-    causal: bool = False
-    first: int = 0  # slot of the first word or patch: 1 behind [SOS] or CLS
-    last: bool = False  # whether text is pooled at the last slot of the whole context
-    parts: bool = False  # whether `open_block` and `close_block` know the blocks
-    at_cls: bool = False  # whether an image is read at CLS alone
-
-    def prepare(self, tokens: Tokens) -> Any:
-        return None
-
-    def cached(self, index: int, cache: Any) -> int:
-        return 0
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-
-class _HFBlocks(_Tower):
-    """Blocks of a CLIP or SigLIP tower in transformers."""
-
-    parts = True
-
-    def __init__(self, tower: Any) -> None:
-        self.tower = tower
-        self.layers = tower.encoder.layers
-        self.width = int(tower.config.hidden_size)
-        self.heads = int(tower.config.num_attention_heads)
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.layers)
-
-    def block(self, index: int, hidden: Tensor, context: Any, cache: Any) -> Tensor:
-        options = {"is_causal": True} if self.causal else {}
-        return cast(Tensor, self.layers[index](hidden, context, **options))
-
-    def open_block(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of a block, [b, heads, n, d / heads] each."""
-        layer = self.layers[index]
-        x, a = layer.layer_norm1(hidden), layer.self_attn
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
-        return q, k, v
-
-    def close_block(self, index: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        """What a block adds to [b, n, d], given its attention's output [b, n, d]."""
-        layer = self.layers[index]
-        hidden = hidden + layer.self_attn.out_proj(attended)
-        return cast(Tensor, hidden + layer.mlp(layer.layer_norm2(hidden)))
-
-
-class _HFText(_HFBlocks):
-    """CLIP: causal, pooled at EOT, projected. SigLIP: bidirectional, pooled at the last slot, then its head."""
-
-    def __init__(self, model: Any, causal: bool) -> None:
-        super().__init__(model.text_model)
-        self.causal, self.first, self.last = causal, int(causal), not causal
-        self.project = model.text_projection if causal else model.text_model.head
-        self.context = int(self.tower.config.max_position_embeddings)
-        self.words = self.tower.embeddings.token_embedding
-
-    @property
-    def positions(self) -> Tensor:
-        return cast(Tensor, self.tower.embeddings.position_embedding.weight)
-
-    def prepare(self, tokens: Tokens) -> Tensor | None:
-        if not self.causal or self.tower.config._attn_implementation == "sdpa":
-            return None
-        n, hidden = tokens.hidden.shape[1], tokens.hidden
-        return hidden.new_full((n, n), torch.finfo(hidden.dtype).min).triu(1)[None, None]
-
-    def read(self, pooled: Tensor) -> Tensor:
-        """Features [b, d] of the pooled slots [b, d_t]."""
-        return cast(Tensor, self.project(self.tower.final_layer_norm(pooled)))
-
-
-class _HFImage(_HFBlocks):
-    """CLIP: CLS, ln_pre, read at CLS. SigLIP: patches only, read by its attention head, which sees no prompt."""
-
-    def __init__(self, model: Any, clip: bool) -> None:
-        super().__init__(model.vision_model)
-        self.clip, self.first, self.at_cls = clip, int(clip), clip
-        if not clip and not model.vision_model.use_head:
-            raise InputError("the image tower has no pooling head", remedy="Use a model with vision_use_head")
-        self.project = model.visual_projection if clip else model.vision_model.head
-        self.size = int(self.tower.config.image_size)
-
-    def embed(self, pixels: Tensor) -> Tokens:
-        """What comes before ln_pre, [B, n, d_v]."""
-        return Tokens.of(self.tower.embeddings(pixels))
-
-    def norm(self, hidden: Tensor) -> Tensor:
-        return cast(Tensor, self.tower.pre_layrnorm(hidden)) if self.clip else hidden
-
-    def read(self, tokens: Tokens) -> Tensor:
-        """Features [B, d]."""
-        if self.clip:
-            return cast(Tensor, self.project(self.tower.post_layernorm(tokens.hidden[:, 0])))
-        return cast(Tensor, self.project(self.tower.post_layernorm(real(tokens))))
-
-
-class _OpenClipBlocks(_Tower):
-    """Blocks of an open_clip transformer."""
-
-    def __init__(self, transformer: Any) -> None:
-        self.transformer = transformer
-        self.blocks = transformer.resblocks
-        self.width = int(transformer.width)
-        self.parts = all(type(b).__name__ == "ResidualAttentionBlock" for b in self.blocks)
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.blocks)
-
-    def block(self, index: int, hidden: Tensor, context: Any, cache: Any) -> Tensor:
-        if self.transformer.batch_first:
-            return cast(Tensor, self.blocks[index](hidden, attn_mask=context))
-        return cast(Tensor, self.blocks[index](hidden.transpose(0, 1), attn_mask=context).transpose(0, 1))
-
-    def open_block(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        block = self.blocks[index]
-        projected = F.linear(block.ln_1(hidden), block.attn.in_proj_weight, block.attn.in_proj_bias)
-        q, k, v = projected.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def close_block(self, index: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        block = self.blocks[index]
-        hidden = hidden + block.ls_1(block.attn.out_proj(attended))
-        return cast(Tensor, hidden + block.ls_2(block.mlp(block.ln_2(hidden))))
-
-
-class _OpenClipText(_OpenClipBlocks):
-    def __init__(self, model: Any) -> None:
-        self.tower = getattr(model, "text", model)
-        if getattr(self.tower, "cls_emb", None) is not None or getattr(self.tower, "use_pad_mask", False):
-            raise InputError("text towers with a CLS token or a padding mask are not known", remedy="Use a CLIP model")
-        if not hasattr(self.tower, "token_embedding"):
-            raise InputError(f"no prompts for a text tower of {type(self.tower).__name__}", remedy="Use a CLIP model")
-        super().__init__(self.tower.transformer)
-        self.pooling = str(getattr(self.tower, "text_pool_type", None) or getattr(self.tower, "pool_type", "argmax"))
-        if self.pooling not in ("argmax", "eos", "last"):
-            raise InputError(f"text pooled by {self.pooling!r} is not known", remedy="Use a CLIP model")
-        self.causal = self.tower.attn_mask is not None
-        self.last = self.pooling == "last"
-        self.first = int(not self.last)
-        self.context = int(self.tower.context_length)
-        self.words = self.tower.token_embedding
-
-    @property
-    def positions(self) -> Tensor:
-        return cast(Tensor, self.tower.positional_embedding)
-
-    def prepare(self, tokens: Tokens) -> Tensor | None:
-        n = tokens.hidden.shape[1]
-        return self.tower.attn_mask[:n, :n].to(tokens.hidden) if self.causal else None
-
-    def read(self, pooled: Tensor) -> Tensor:
-        pooled, weight = self.tower.ln_final(pooled), self.tower.text_projection
-        if weight is None:
-            return cast(Tensor, pooled)
-        return cast(Tensor, weight(pooled) if isinstance(weight, nn.Module) else pooled @ weight)
-
-
-class _OpenClipImage(_OpenClipBlocks):
-    first = 1
-
-    def __init__(self, visual: Any) -> None:
-        super().__init__(visual.transformer)
-        self.visual, self.at_cls = visual, visual.attn_pool is None and visual.pool_type == "tok"
-        self.size = int(visual.image_size[0])
-
-    def embed(self, pixels: Tensor) -> Tokens:
-        v = self.visual
-        x = v.conv1(pixels.to(v.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        return Tokens.of(x + v.positional_embedding.to(x.dtype))
-
-    def norm(self, hidden: Tensor) -> Tensor:
-        return cast(Tensor, self.visual.ln_pre(hidden))
-
-    def read(self, tokens: Tokens) -> Tensor:
-        pooled, _ = self.visual._pool(real(tokens))
-        return cast(Tensor, pooled if self.visual.proj is None else pooled @ self.visual.proj)
-
-
-class _OpenClipSettings:
-    """What an open_clip model computes beside its weights, read from its parts: it carries no configuration of its own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def to_dict(self) -> dict[str, Any]:
-        """Part by part, its kind (of the activations, too), and its heads, epsilon, strides and pooling, where it has them."""
-        known = [
-            *("num_heads", "eps", "approximate", "stride", "padding", "image_size", "context_length"),
-            *("pool_type", "text_pool_type", "final_ln_after_pool", "pad_id", "eos_id", "text_eos_id"),
-        ]
-        parts = {}
-        for name, part in self.model.named_modules():
-            values = {key: getattr(part, key) for key in known if hasattr(part, key)}
-            values["causal"] = True if getattr(part, "attn_mask", None) is not None else None
-            kind = type(part).__name__.removesuffix("Fp32")  # norms of a model that was made in another dtype
-            parts[name] = {"kind": kind} | values
-        return parts
 
 
 # --- the interface ---------------------------------------------------------------------------------------------------
@@ -385,11 +98,11 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.model = model
         kinds = {cls.__name__ for cls in type(model).__mro__}
-        text: _HFText | _OpenClipText
-        image: _HFImage | _OpenClipImage | None
+        text: HFText | OpenClipText
+        image: HFImage | OpenClipImage | None
         if kinds & {"CLIPModel", "SiglipModel"}:
             clip = "CLIPModel" in kinds
-            text, image = _HFText(model, causal=clip), _HFImage(model, clip)
+            text, image = HFText(model, causal=clip), HFImage(model, clip)
             for tower in (text.tower, image.tower):
                 if tower.config._attn_implementation not in ("sdpa", "eager"):
                     raise InputError(
@@ -397,9 +110,9 @@ class DualEncoder(nn.Module):
                         remedy='Call model.set_attn_implementation("sdpa")',
                     )
         elif type(model).__module__.startswith("open_clip"):
-            text, visual = _OpenClipText(model), cast(Any, model).visual
+            text, visual = OpenClipText(model), cast(Any, model).visual
             # Convolutional and timm towers have no blocks that prompts could enter, and run as they are.
-            image = _OpenClipImage(visual) if type(visual).__name__ == "VisionTransformer" else None
+            image = OpenClipImage(visual) if type(visual).__name__ == "VisionTransformer" else None
             if image is not None and (visual.attn_pool is not None or not image.transformer.batch_first):
                 image = None
         else:
@@ -414,19 +127,19 @@ class DualEncoder(nn.Module):
         self.preprocessing = preprocessing or self._own_preprocessing(getattr(processor, "image_processor", None))
 
     source: str | None = None  # name that `load_backbone` opens it by, where the model does not say it itself
-    text_tower: _HFText | _OpenClipText
-    image_tower: _HFImage | _OpenClipImage | None
+    text_tower: HFText | OpenClipText
+    image_tower: HFImage | OpenClipImage | None
     _clean: Callable[[str], str]
 
     def _own_preprocessing(self, image_processor: Any) -> Preprocessing:
         visual = getattr(self.model, "visual", None)
         if image_processor is not None and self.image_tower is not None:
-            return _hf_preprocessing(image_processor, self.image_tower.size)
+            return hf_preprocessing(image_processor, self.image_tower.size)
         if (known := getattr(visual, "preprocess_cfg", None)) is not None:  # open_clip's
             sides, how = known["size"], known.get("resize_mode", "shortest")
             sides = (sides, sides) if isinstance(sides, int) else tuple(sides)
             if sides[0] != sides[1] or how not in ("shortest", "squash"):
-                raise _unknown_preprocessing(f"open_clip's size {sides} with resize_mode {how!r}")
+                raise unknown_preprocessing(f"open_clip's size {sides} with resize_mode {how!r}")
             kind = known.get("interpolation", "bicubic")
             return Preprocessing(
                 size=sides[0],
@@ -441,7 +154,7 @@ class DualEncoder(nn.Module):
     @property
     def config(self) -> Any:
         """The model's own configuration, or what takes its place for open_clip."""
-        return getattr(self.model, "config", None) or _OpenClipSettings(self.model)
+        return getattr(self.model, "config", None) or OpenClipSettings(self.model)
 
     @property
     def hf_device_map(self) -> Any:
@@ -483,7 +196,7 @@ class DualEncoder(nn.Module):
     def patch_size(self) -> int:
         """p, pixels of a patch's side."""
         tower = self._images()
-        return int(tower.tower.config.patch_size if isinstance(tower, _HFImage) else tower.visual.patch_size[0])
+        return int(tower.tower.config.patch_size if isinstance(tower, HFImage) else tower.visual.patch_size[0])
 
     @property
     def width(self) -> int:
@@ -495,7 +208,7 @@ class DualEncoder(nn.Module):
     def device(self) -> torch.device:
         return cast(torch.device, self.text_tower.words.weight.device)
 
-    def _images(self) -> _HFImage | _OpenClipImage:
+    def _images(self) -> HFImage | OpenClipImage:
         if self.image_tower is None:
             raise InputError(
                 f"prompts cannot enter an image tower of {type(cast(Any, self.model).visual).__name__}",
@@ -564,7 +277,7 @@ class DualEncoder(nn.Module):
 
     def _eot(self, ids: Tensor) -> Tensor:
         tower = self.text_tower
-        if isinstance(tower, _OpenClipText):
+        if isinstance(tower, OpenClipText):
             kind, token = tower.pooling, getattr(tower.tower, "text_eos_id", getattr(tower.tower, "eos_id", None))
         else:
             token = getattr(tower.tower, "eos_token_id", None)
@@ -641,7 +354,7 @@ class DualEncoder(nn.Module):
         shared = share and after is None and front is not None and self.shares_prefix(prefix, deep, at)
         step = classes if chunk is None or after is not None else max(1, chunk // groups)
         # Several chunks read the same keys; a single one runs through the blocks together with the prefix.
-        keys = self._prefix_keys(front, deep, at) if shared and front is not None and step < classes else None
+        keys = prefix_keys(tower, front, deep, at) if shared and front is not None and step < classes else None
 
         whole = [*deep.values(), *([] if front is None else [front])]
         inputs = whole if keys is None else [x for pair in keys for x in pair]
@@ -652,10 +365,10 @@ class DualEncoder(nn.Module):
             slots = (slots - (p if shared else 0)).repeat(groups).to(rows.device)
             if keys is not None:
                 pairs = list(zip(given[::2], given[1::2], strict=True))
-                pooled = self._behind(rows + tower.positions[p : p + n].to(rows), pairs, count, slots)
+                pooled = behind(tower, rows + tower.positions[p : p + n].to(rows), pairs, count, slots)
             elif shared:
                 rows = rows + tower.positions[p : p + n].to(rows)
-                pooled = self._together(given[-1], dict(zip(deep, given, strict=False)), at, rows, slots)
+                pooled = together(tower, given[-1], dict(zip(deep, given, strict=False)), at, rows, slots)
             else:
                 if front is not None:
                     rows = torch.cat([given[-1][:, None].expand(-1, count, -1, -1).flatten(0, 1), rows], dim=1)
@@ -701,91 +414,6 @@ class DualEncoder(nn.Module):
             tokens = replace(tokens, is_prompt=slots)
         prompts = {block: BlockPrompt(rows, mode="replace") for block, rows in deep.items()}
         return _run(self.text_tower, tokens, prompts, after).hidden
-
-    def _prefix_keys(self, prefix: Tensor, deep: Mapping[int, Tensor], at: int) -> list[KeyValue]:
-        """Keys and values of the prefix [G, p, d_t] in every block, [G, heads, p, d_h]."""
-        tower, found = self.text_tower, list[KeyValue]()
-        hidden = prefix + tower.positions[: prefix.shape[1]].to(prefix)
-        for index in range(tower.num_blocks):
-            if index in deep:
-                rows = deep[index].to(hidden).expand(len(hidden), -1, -1)
-                hidden = torch.cat([hidden[:, :at], rows, hidden[:, at + rows.shape[1] :]], dim=1)
-            q, k, v = tower.open_block(index, hidden)
-            found.append((k, v))
-            if index + 1 < tower.num_blocks:  # nothing reads what the last block makes of the prefix
-                attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                hidden = tower.close_block(index, hidden, attended.transpose(1, 2).flatten(2))
-        return found
-
-    def _behind(self, hidden: Tensor, keys: list[KeyValue], count: int, slots: Tensor) -> Tensor:
-        """What the last block makes of `slots` [G * count], [G * count, d_t].
-
-        Args:
-            hidden: [G * count, n, d_t], what stands behind a prefix.
-            keys: of the prefix, see `_prefix_keys`.
-        """
-        tower, visible = self.text_tower, _visible(hidden, keys[0][0].shape[2])
-        for index, front in enumerate(keys[:-1]):
-            attended = _attend(*tower.open_block(index, hidden), front, count, visible)
-            hidden = tower.close_block(index, hidden, attended.transpose(1, 2).flatten(2))
-        front = _spread(keys[-1][0], count), _spread(keys[-1][1], count)
-        return _last_block(tower, hidden, slots, front, visible[slots][:, None, None])
-
-    def _together(self, prefix: Tensor, deep: Mapping[int, Tensor], at: int, rows: Tensor, slots: Tensor) -> Tensor:
-        """`_prefix_keys` and `_behind` in one: every matrix of a block is read once, for the prefix and for what follows.
-
-        Args:
-            prefix: [G, p, d_t], without positions.
-            rows: [G * count, n, d_t], with them.
-            slots: [G * count].
-        """
-        tower, (groups, p), (sentences, n) = self.text_tower, prefix.shape[:2], rows.shape[:2]
-        count = sentences // groups
-        prefix = prefix + tower.positions[:p].to(prefix)
-        hidden = torch.cat([prefix.flatten(0, 1), rows.flatten(0, 1)])[None]
-
-        def over(index: int) -> Tensor:
-            if index not in deep:
-                return hidden
-            m = len(deep[index])
-            places = (torch.arange(groups)[:, None] * p + at + torch.arange(m)).flatten().to(hidden.device)
-            return hidden.index_copy(1, places, deep[index].to(hidden).repeat(groups, 1)[None])
-
-        last, own = tower.num_blocks - 1, torch.arange(sentences, device=slots.device)
-        places = groups * p + own * n + slots
-        if hidden.shape[1] <= ONE_ATTENTION:
-            among = _visible_among(groups, p, count, n, hidden.device)
-            for index in range(last):
-                hidden = over(index)
-                attended = F.scaled_dot_product_attention(*tower.open_block(index, hidden), attn_mask=among)
-                hidden = tower.close_block(index, hidden, attended.transpose(1, 2).flatten(2))
-            hidden = over(last)
-            q, k, v = tower.open_block(last, hidden)
-            attended = F.scaled_dot_product_attention(q[:, :, places], k, v, attn_mask=among[places])
-            return tower.close_block(last, hidden[:, places], attended.transpose(1, 2).flatten(2))[0]
-
-        visible = _visible(rows, p)
-
-        def open_block(index: int) -> tuple[list[Tensor], list[Tensor]]:
-            """Queries, keys and values of the prefix, [G, heads, p, d_h] each, and of what follows."""
-            split = [x[0].split([groups * p, sentences * n], dim=1) for x in tower.open_block(index, hidden)]
-            return [x.unflatten(1, (groups, p)).transpose(0, 1) for x, _ in split], [
-                x.unflatten(1, (sentences, n)).transpose(0, 1) for _, x in split
-            ]
-
-        for index in range(last):
-            hidden = over(index)
-            (q, k, v), (queries, keys, values) = open_block(index)
-            first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            behind = _attend(queries, keys, values, (k, v), count, visible)
-            attended = torch.cat([x.transpose(1, 2).flatten(2).flatten(0, 1) for x in (first, behind)])[None]
-            hidden = tower.close_block(index, hidden, attended)
-        hidden = over(last)
-        (_, k, v), (queries, keys, values) = open_block(last)
-        queries = queries[own, :, slots][:, :, None]
-        attended = _attend(queries, keys, values, (k, v), count, visible[slots][:, None, None])
-        pooled = hidden[0, places][:, None]
-        return tower.close_block(last, pooled, attended.transpose(1, 2).flatten(2))[:, 0]
 
     def encode_text(self, texts: Sequence[str], chunk: int | None = None) -> Tensor:
         """Features [C, d] of texts, without prompts."""
@@ -839,7 +467,7 @@ class DualEncoder(nn.Module):
         final = tower.num_blocks - 1
         tokens = run(tower, tokens, steps, stop=final)
         tokens = steps[final](tokens) if final in steps else tokens
-        pooled = _last_block(
+        pooled = last_block(
             tower, tokens.hidden, torch.zeros(len(pixels), dtype=torch.long, device=tokens.hidden.device)
         )
         return tower.read(Tokens.of(pooled[:, None]))
@@ -926,54 +554,6 @@ class _Recomputed(torch.autograd.Function):
             made = ctx.run(*arguments)
         found = iter(torch.autograd.grad(made, asked, gradient, allow_unused=True))
         return None, *(next(found) if w else None for w in wanted)
-
-
-def _spread(shared: Tensor, count: int) -> Tensor:
-    """[G, heads, p, d_h] -> [G * count, heads, p, d_h]."""
-    return shared[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
-
-
-def _visible(hidden: Tensor, p: int) -> Tensor:
-    """[n, p + n] bool: what slots [b, n, d] behind p others attend to."""
-    n = hidden.shape[1]
-    return torch.ones(n, p + n, dtype=torch.bool, device=hidden.device).tril(p)
-
-
-def _visible_among(groups: int, p: int, count: int, n: int, device: torch.device) -> Tensor:
-    """[t, t] bool, t = groups * (p + count * n): what rows of prefixes and then of sentences attend to, all in one sequence."""
-    prefixes, sentences = torch.arange(groups * p, device=device), torch.arange(groups * count * n, device=device)
-    group = torch.cat([prefixes // p, sentences // (count * n)])
-    sentence = torch.cat([torch.full_like(prefixes, -1), sentences // n])
-    position = torch.cat([prefixes % p, p + sentences % n])
-    shared = (sentence == -1) | (sentence[:, None] == sentence)  # [rows, what they look at]
-    return (group[:, None] == group) & shared & (position[:, None] >= position)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, front: KeyValue, count: int, visible: Tensor) -> Tensor:
-    """Attention [G * count, heads, n, d_h] to a prefix, keys and values [G, heads, p, d_h], and to what stands behind it."""
-    k, v = torch.cat([_spread(front[0], count), k], dim=2), torch.cat([_spread(front[1], count), v], dim=2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-
-
-def _last_block(
-    tower: Any, hidden: Tensor, slots: Tensor, front: KeyValue | None = None, visible: Tensor | None = None
-) -> Tensor:
-    """What the last block makes of one slot of each row, [b, d]: nothing reads what it makes of the others.
-
-    Args:
-        hidden: its input [b, n, d].
-        slots: [b].
-        front: keys and values of p slots in front of these, [b, heads, p, d_h].
-        visible: [b, 1, 1, p + n] bool, where a row's slot attends to; None: everywhere.
-    """
-    index, rows = tower.num_blocks - 1, torch.arange(len(hidden), device=hidden.device)
-    q, k, v = tower.open_block(index, hidden)
-    if front is not None:
-        k, v = torch.cat([front[0], k], dim=2), torch.cat([front[1], v], dim=2)
-    attended = F.scaled_dot_product_attention(q[rows, :, slots][:, :, None], k, v, attn_mask=visible)
-    return cast(
-        Tensor, tower.close_block(index, hidden[rows, slots][:, None], attended.transpose(1, 2).flatten(2))[:, 0]
-    )
 
 
 def _run(tower: Any, tokens: Tokens, prompts: Mapping[int, BlockPrompt], after: After | None) -> Tokens:
@@ -1172,7 +752,7 @@ class DualEncoderFamily:
                 (pixel_values,) = values
                 if not len(own.image):
                     return original(pixel_values)
-                tower, last = cast(_HFImage, encoder.image_tower), _Last()
+                tower, last = cast(HFImage, encoder.image_tower), _Last()
                 encoder.image(pixel_values, own.rows("image"), place=own.place, after=last)
                 hidden = real(last.tokens)
                 if tower.clip:
@@ -1192,7 +772,7 @@ class DualEncoderFamily:
                 input_ids, attention_mask = values
                 if own.context is None and not len(own.text):
                     return original(input_ids, attention_mask)
-                tower, last = cast(_HFText, encoder.text_tower), _Last()
+                tower, last = cast(HFText, encoder.text_tower), _Last()
                 ids, n = input_ids.view(-1, input_ids.shape[-1]), input_ids.shape[-1]
                 m = 0 if own.context is None else len(own.context)
                 eot = encoder._eot(ids).cpu()

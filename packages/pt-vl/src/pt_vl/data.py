@@ -31,8 +31,9 @@ from torchvision.transforms import v2
 from pt_core.data import Split, base_to_new, class_names, encode_labels, few_shot_split, read_table
 from pt_core.errors import InputError
 from pt_core.settings import Settings
-from pt_vl.backbones import DualEncoder, Preprocessing
+from pt_vl.backbones import DualEncoder
 from pt_vl.method import Stacked, alike, check_templates, written
+from pt_vl.preprocessing import Preprocessing
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     # By data set, as in the CoOp code.

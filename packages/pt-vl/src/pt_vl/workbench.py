@@ -24,7 +24,7 @@ from pt_core.metrics import harmonic_mean
 from pt_core.runs import Job
 from pt_core.settings import Settings
 from pt_core.training import FitConfig, evaluate
-from pt_vl.backbones import DualEncoder, Preprocessing, load_backbone
+from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.data import (
     TEMPLATES,
     ImageRows,
@@ -41,6 +41,7 @@ from pt_vl.data import (
 from pt_vl.icons import IconChoice
 from pt_vl.method import Stacked, VLMethod, cache_features, check_templates, written
 from pt_vl.methods.mvlpt import MVLPT
+from pt_vl.preprocessing import Preprocessing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

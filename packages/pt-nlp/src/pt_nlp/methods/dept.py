@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from pt_core.errors import InputError
 from pt_core.prompts import LowRankOffset, Prompt, SoftPrompt
-from pt_nlp.backbones import RELATIVE_POSITIONS, base_of, shape_of
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from pt_nlp.models import RELATIVE_POSITIONS, base_of, shape_of
 
 if TYPE_CHECKING:
     from pt_core.data import Split

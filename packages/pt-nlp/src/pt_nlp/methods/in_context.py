@@ -15,9 +15,9 @@ from pt_core.data import few_shot
 from pt_core.errors import InputError
 from pt_core.method import Output
 from pt_core.prompts import Prompt
-from pt_nlp.backbones import device_of, is_causal
 from pt_nlp.methods.prompt_tuning import check_ids
 from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
+from pt_nlp.models import device_of, is_causal
 
 if TYPE_CHECKING:
     from pt_core.data import Split

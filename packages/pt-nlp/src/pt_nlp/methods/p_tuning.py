@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pt_core.prompts import Prompt
-from pt_nlp.backbones import shape_of
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prefix_tuning import start_uniform
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from pt_nlp.models import shape_of
 
 
 class PTuningConfig(TextConfig):

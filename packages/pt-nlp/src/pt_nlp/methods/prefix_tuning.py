@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from pt_core.attachment import off
 from pt_core.errors import InputError
 from pt_core.prompts import KeyValuePrompt, Prompt
-from pt_nlp.backbones import Shape, base_of, device_of, is_causal, shape_of
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prompt_tuning import check_ids
+from pt_nlp.models import Shape, base_of, device_of, is_causal, shape_of
 
 
 class PrefixTuningConfig(TextConfig):

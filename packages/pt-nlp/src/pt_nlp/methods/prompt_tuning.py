@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.prompts import SoftPrompt, tile
-from pt_nlp.backbones import device_of, shape_of
 from pt_nlp.method import TextConfig, TextMethod
+from pt_nlp.models import device_of, shape_of
 
 
 class PromptTuningConfig(TextConfig):

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from pt_core.errors import InputError
 from pt_core.method import Loss, Output
 from pt_core.prompts import SoftPrompt
-from pt_nlp.backbones import shape_of
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prompt_tuning import check_ids, embedded, sampled_rows
+from pt_nlp.models import shape_of
 
 if TYPE_CHECKING:
     from pt_core.data import Split

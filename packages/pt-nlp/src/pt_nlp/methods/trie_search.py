@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from pt_core.errors import InputError
 from pt_core.method import Loss, Output
 from pt_core.prompts import SoftPrompt
-from pt_nlp.backbones import is_causal
 from pt_nlp.constrained import LabelTree
 from pt_nlp.data import pad
 from pt_nlp.method import written_out
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from pt_nlp.models import is_causal
 
 if TYPE_CHECKING:
     from pt_core.data import Split

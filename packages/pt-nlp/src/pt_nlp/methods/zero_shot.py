@@ -15,10 +15,10 @@ from pt_core.errors import InputError
 from pt_core.method import Loss, Output
 from pt_core.prompts import Prompt
 from pt_core.training import FitConfig, device_of
-from pt_nlp.backbones import is_causal
 from pt_nlp.data import pad
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prompt_tuning import check_ids
+from pt_nlp.models import is_causal
 
 if TYPE_CHECKING:
     from pt_core.data import Split
