@@ -19,30 +19,20 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from pt_core.attachment import Forward, Rows
 from pt_core.errors import InputError
 from pt_nlp.caches import check_key_values, inside, mark, prefix_layers, seen_in
-from pt_nlp.carried import Carried, check_equal, inner_prompts, keywords, slots_of, take_embeds, token_rows, trim
+from pt_nlp.carried import Carried, check_equal, inner_prompts, prompted, slots_of, take_embeds, token_rows, trim
 from pt_nlp.models import Model, check_length, checkpoints_blocks, first_position, padding_index, position_table
 
 
 def around_encoder(base: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     """The forward of an encoder, with the prompts that `selected` names in every row; its output has real tokens only."""
 
-    def wrap(original: Forward) -> Forward:
-        names = keywords(original)
+    def call(*given: Any) -> Any:
+        output = _encoder_call(base, *given)
+        if getattr(base, "pooler", None) is not None:
+            output.pooler_output = base.pooler(output.last_hidden_state)  # of the real first token
+        return output
 
-        def forward(*args: Any, **arguments: Any) -> Any:
-            rows = selected()
-            arguments.update(zip(names, args, strict=False))
-            if rows is None:
-                return original(**arguments)
-            as_tuple = arguments.pop("return_dict", None) is False
-            output = _encoder_call(base, original, names, arguments, rows)
-            if getattr(base, "pooler", None) is not None:
-                output.pooler_output = base.pooler(output.last_hidden_state)  # of the real first token
-            return output.to_tuple() if as_tuple else output
-
-        return forward
-
-    return wrap
+    return prompted(selected, call)
 
 
 def _encoder_call(base: Model, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
@@ -120,62 +110,46 @@ def _encoder_positions(base: Model, mask: Tensor, given: Tensor | None) -> tuple
 def around_text_encoder(encoder: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     """Prompt rows stay in the encoder's output, because the decoder attends to them; the model's output hides them."""
 
-    def wrap(original: Forward) -> Forward:
-        names = keywords(original)
+    def call(original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
+        embeds = take_embeds(encoder, arguments)
+        batch, n, _ = embeds.shape
+        soft = Carried.of(rows, batch, embeds.device, "tokens")
+        check_equal(encoder, soft)
+        check_length(encoder, soft.longest + n)
+        mask = arguments.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(batch, n, dtype=torch.long, device=embeds.device)
+        embeds = soft.offset(embeds, mask)
+        prompt = token_rows(soft, embeds).expand(batch, -1, -1)
+        # T5 takes padding on the left for distance between prompt and text, as it does under peft: pad it on the right.
+        arguments |= {
+            "inputs_embeds": torch.cat([prompt, embeds], dim=1),
+            "attention_mask": torch.cat([soft.mask(batch, mask), mask], dim=1),
+        }
+        return original(**arguments)
 
-        def forward(*args: Any, **arguments: Any) -> Any:
-            rows = selected()
-            arguments.update(zip(names, args, strict=False))
-            if rows is None:
-                return original(**arguments)
-            embeds = take_embeds(encoder, arguments)
-            batch, n, _ = embeds.shape
-            soft = Carried.of(rows, batch, embeds.device, "tokens")
-            check_equal(encoder, soft)
-            check_length(encoder, soft.longest + n)
-            mask = arguments.get("attention_mask")
-            if mask is None:
-                mask = torch.ones(batch, n, dtype=torch.long, device=embeds.device)
-            embeds = soft.offset(embeds, mask)
-            prompt = token_rows(soft, embeds).expand(batch, -1, -1)
-            # T5 takes padding on the left for distance between prompt and text, as it does under peft: pad it on the right.
-            arguments |= {
-                "inputs_embeds": torch.cat([prompt, embeds], dim=1),
-                "attention_mask": torch.cat([soft.mask(batch, mask), mask], dim=1),
-            }
-            return original(**arguments)
-
-        return forward
-
-    return wrap
+    return prompted(selected, call)
 
 
 def around_text_decoder(decoder: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     """The decoder attends to prompt rows in the encoder's output, and to trained keys and values of its own."""
 
-    def wrap(original: Forward) -> Forward:
-        names = keywords(original)
-
-        def forward(*args: Any, **arguments: Any) -> Any:
-            rows = selected()
-            arguments.update(zip(names, args, strict=False))
-            memory = arguments.get("encoder_hidden_states")
-            if rows is None or memory is None:
-                return original(**arguments)
-            batch = memory.shape[0]
-            soft, keys = (Carried.of(rows, batch, memory.device, what) for what in ("tokens", "key_values"))
-            mask = arguments.get("encoder_attention_mask")
-            if mask is None:
-                mask = torch.ones(batch, memory.shape[1] - soft.longest, dtype=torch.long, device=memory.device)
-            if memory.shape[1] == mask.shape[1] + soft.longest:
-                arguments["encoder_attention_mask"] = torch.cat([soft.mask(batch, mask), mask], dim=1)
-            if keys.longest:
-                return _decoder_with_prefix(decoder, original, arguments, keys, batch, memory)
+    def call(original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
+        memory = arguments.get("encoder_hidden_states")
+        if memory is None:
             return original(**arguments)
+        batch = memory.shape[0]
+        soft, keys = (Carried.of(rows, batch, memory.device, what) for what in ("tokens", "key_values"))
+        mask = arguments.get("encoder_attention_mask")
+        if mask is None:
+            mask = torch.ones(batch, memory.shape[1] - soft.longest, dtype=torch.long, device=memory.device)
+        if memory.shape[1] == mask.shape[1] + soft.longest:
+            arguments["encoder_attention_mask"] = torch.cat([soft.mask(batch, mask), mask], dim=1)
+        if keys.longest:
+            return _decoder_with_prefix(decoder, original, arguments, keys, batch, memory)
+        return original(**arguments)
 
-        return forward
-
-    return wrap
+    return prompted(selected, call)
 
 
 def _decoder_with_prefix(

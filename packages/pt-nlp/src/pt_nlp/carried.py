@@ -8,7 +8,7 @@ are read (`reads`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -139,10 +139,30 @@ def reads(where: Tensor) -> Iterator[None]:
         READ.reset(token)
 
 
-def keywords(original: Forward) -> list[str]:
-    """Names of the arguments of a forward, in their order."""
-    parameters = inspect.signature(original).parameters.values()
-    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+def prompted(
+    selected: Callable[[], Rows | None], call: Callable[[Forward, list[str], dict[str, Any], Rows], Any]
+) -> Callable[[Forward], Forward]:
+    """A forward that is `call(original, names, arguments, rows)` where `selected` names prompts, and the original elsewhere.
+
+    `names` are those of the forward's arguments. `call` returns a `ModelOutput`, which becomes a tuple if one is asked for.
+    """
+
+    def wrap(original: Forward) -> Forward:
+        parameters = inspect.signature(original).parameters.values()
+        names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+        def forward(*args: Any, **arguments: Any) -> Any:
+            rows = selected()
+            arguments.update(zip(names, args, strict=False))
+            if rows is None:
+                return original(**arguments)
+            as_tuple = arguments.pop("return_dict", None) is False
+            output = call(original, names, arguments, rows)
+            return output.to_tuple() if as_tuple else output
+
+        return forward
+
+    return wrap
 
 
 def take_embeds(base: Model, arguments: dict[str, Any]) -> Tensor:

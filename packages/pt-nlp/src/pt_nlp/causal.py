@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -44,7 +45,7 @@ from pt_nlp.carried import (
     Carried,
     check_equal,
     inner_prompts,
-    keywords,
+    prompted,
     slots_of,
     source_among,
     source_tokens,
@@ -71,22 +72,7 @@ SLOT_DISTANCES = {"mpt"}  # ALiBi from slots; BLOOM and Falcon count with the at
 
 def around_causal(base: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     """The forward of a causal base model, with the prompts that `selected` names in front of every row."""
-
-    def wrap(original: Forward) -> Forward:
-        names = keywords(original)
-
-        def forward(*args: Any, **arguments: Any) -> Any:
-            rows = selected()
-            arguments.update(zip(names, args, strict=False))
-            if rows is None:
-                return original(**arguments)
-            as_tuple = arguments.pop("return_dict", None) is False
-            output = _causal_call(base, original, names, arguments, rows)
-            return output.to_tuple() if as_tuple else output
-
-        return forward
-
-    return wrap
+    return prompted(selected, partial(_causal_call, base))
 
 
 def _causal_call(base: Model, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
