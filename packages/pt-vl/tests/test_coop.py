@@ -111,13 +111,15 @@ def test_what_classes_share_is_computed_once_with_the_gradients_of_the_plain_pat
 
 
 def test_a_context_of_each_class_takes_the_plain_path(make_encoder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("prefix_keys", "together"):
-        monkeypatch.setattr(f"pt_vl.backbones.{name}", None)
-    for family, settings in (("clip", {"class_specific": True}), ("siglip", {})):
-        for chunk in (256, 1):
-            coop(make_encoder(family), prompt_length=3, text_chunk=chunk, **settings).encode_text()
-    for chunk in (256, 1):
-        with pytest.raises(TypeError):
+    with monkeypatch.context() as gone:
+        for shared in ("prefix_keys", "together"):
+            gone.setattr(f"pt_vl.backbones.{shared}", None)
+        for family, settings in (("clip", {"class_specific": True}), ("siglip", {})):
+            for chunk in (256, 1):
+                coop(make_encoder(family), prompt_length=3, text_chunk=chunk, **settings).encode_text()
+    for chunk, shared in ((256, "together"), (1, "prefix_keys")):
+        with monkeypatch.context() as gone, pytest.raises(TypeError):
+            gone.setattr(f"pt_vl.backbones.{shared}", None)
             coop(make_encoder(), prompt_length=3, text_chunk=chunk).encode_text()
 
 

@@ -188,25 +188,17 @@ def _decoder_with_prefix(
 def hide_prompt_rows(selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
     """What an encoder-decoder says of its encoder's states has real tokens only."""
 
-    def wrap(original: Forward) -> Forward:
-        def forward(*args: Any, **arguments: Any) -> Any:
-            rows = selected()
-            if rows is None:
-                return original(*args, **arguments)
-            as_tuple = arguments.pop("return_dict", None) is False
-            output = original(*args, **arguments)
-            memory = getattr(output, "encoder_last_hidden_state", None)
-            if memory is not None:
-                longest = Carried.of(rows, memory.shape[0], memory.device, "tokens").longest
-                output.encoder_last_hidden_state = memory[:, longest:]
-                for name, cut in (("encoder_hidden_states", 1), ("encoder_attentions", 2)):
-                    parts = getattr(output, name, None)
-                    if parts is not None:
-                        setattr(
-                            output, name, tuple(part.narrow(cut, longest, part.shape[cut] - longest) for part in parts)
-                        )
-            return output.to_tuple() if as_tuple else output
+    def call(original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
+        output = original(**arguments)
+        memory = getattr(output, "encoder_last_hidden_state", None)
+        if memory is None:
+            return output
+        longest = Carried.of(rows, memory.shape[0], memory.device, "tokens").longest
+        output.encoder_last_hidden_state = memory[:, longest:]
+        for name, cut in (("encoder_hidden_states", 1), ("encoder_attentions", 2)):
+            parts = getattr(output, name, None)
+            if parts is not None:
+                setattr(output, name, tuple(part.narrow(cut, longest, part.shape[cut] - longest) for part in parts))
+        return output
 
-        return forward
-
-    return wrap
+    return prompted(selected, call)

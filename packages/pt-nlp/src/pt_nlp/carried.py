@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pt_core.attachment import Forward, Handle, Rows
 from pt_core.errors import InputError
+from pt_core.tokens import BlockPrompt
 from pt_nlp.models import RELATIVE_POSITIONS, Model
 
 
@@ -183,8 +184,6 @@ def token_rows(carried: Carried, embeds: Tensor) -> Tensor:
 
 def inner_prompts(carried: Carried) -> dict[int, Any] | None:
     """Prompts that enter inside of the tower, by block; None if there are none."""
-    from pt_nlp.blocks import BlockPrompt
-
     found = [h.prompt.blocks() for h in carried.handles if h is not None and h.prompt.offers("blocks")]
     if not found or found[0] is None:
         return None
