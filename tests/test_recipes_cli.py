@@ -160,7 +160,10 @@ def test_what_cannot_be_read_or_written_is_refused_before_the_backbone_is_loaded
     for arguments, problem in [
         (["eval", "run/prompt", "--data", "gone.csv"], "gone.csv: no such file"),
         (["predict", "run/prompt", "--data", "gone.csv"], "gone.csv: no such file"),
-        (["export", "run/prompt", "-o", "a", "--format", "onnx"], "run/prompt: unknown format 'onnx'. There is: peft"),
+        (
+            ["export", "run/prompt", "-o", "a", "--format", "onnx"],
+            "run/prompt: a prompt of prompt-tuning is not written as 'onnx'. There is: peft",
+        ),
         (
             ["export", "run/prompt", "-o", "full"],
             f"{tmp_path}/full: holds other files (notes.txt). Choose a new folder",

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch_geometric.data import Data
 
-from pt_core import InputError, artifacts, recipe, registry, runs
+from pt_core import InputError, artifacts, cli, recipe, registry, runs
 from pt_core.testing import one_thread
 from pt_graph.backbones import save_backbone
 from pt_graph.methods.relief import setting, settings
@@ -74,8 +74,8 @@ def test_a_molecule_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -
     assert session.predict(session.inputs(folder / "molecules.csv", text="smiles"))[0] == told[0]
     scores = session.evaluate(folder / "molecules.csv", text="smiles")
     assert 0 <= scores["roc-auc"] <= 1
-    with pytest.raises(InputError, match="no other format"):
-        session.export("peft", folder)
+    with pytest.raises(InputError, match="gpf is not written as 'peft'. Use the artifact itself"):
+        cli.export(str(outcome.artifact), folder / "adapter")
 
 
 def test_molecules_of_several_classes_are_trained_on_and_named(folder: Path) -> None:

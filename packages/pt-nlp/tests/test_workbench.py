@@ -8,6 +8,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pt_core.testing import one_thread
 from pt_nlp import demo, workbench
 from pt_nlp.backbones import load_backbone
 from pt_nlp.data import TaskSpec, TextTask
-from pt_nlp.workbench import Bench, Recipe, Session, TextData, open_artifact
+from pt_nlp.workbench import Bench, Recipe, Session, TextData, exports, open_artifact
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 ROWS = [
@@ -536,9 +537,12 @@ def test_an_artifact_without_a_task_is_refused(folder: Path) -> None:
 
 def test_a_prompt_is_exported_for_peft_and_for_nothing_else(folder: Path) -> None:
     _, path = trained(folder)
-    session = open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
-    with pytest.raises(InputError, match=r"unknown format 'onnx'\. Text prompts are exported as `peft`"):
-        session.export("onnx", folder / "exported")
+    artifact = artifacts.load_artifact(path)
+    session = open_artifact(artifact, str(folder / "backbone"))
+    assert exports(artifact) == {"peft": ("adapter_config.json", "adapter_model.safetensors")}
+    for changed in ({"method": "dept"}, {"method_config": artifact.config.method_config | {"num_labels": 2}}):
+        config = artifact.config.model_copy(update=changed)
+        assert exports(replace(artifact, config=config)) == {}  # peft has no such method, and no head of ours
     assert session.export("peft", folder / "exported") == folder / "exported"
     assert (folder / "exported" / "adapter_config.json").is_file()
 

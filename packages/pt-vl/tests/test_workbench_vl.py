@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pt_core import InputError, artifacts, recipe, registry, runs
+from pt_core import InputError, artifacts, cli, recipe, registry, runs
 from pt_core.metrics import harmonic_mean
 from pt_core.testing import Killed, command, one_thread
 from pt_core.training import FitConfig, evaluate
@@ -408,8 +408,8 @@ def test_bad_inputs_of_a_session_are_named(folder: Path) -> None:
         session.evaluate(folder / "rows.csv")
     with pytest.raises(InputError, match="no such file"):
         session.inputs(folder / "gone.csv")
-    with pytest.raises(InputError, match="no other format"):
-        session.export("peft", folder)
+    with pytest.raises(InputError, match="coop is not written as 'peft'. Use the artifact itself"):
+        cli.export(str(path), folder / "adapter")
 
 
 def test_a_session_reads_what_recipes_read_and_answers_by_its_paths(folder: Path) -> None:

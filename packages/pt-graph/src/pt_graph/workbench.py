@@ -285,11 +285,6 @@ class Session:
         read = read_smiles(file, columns, smiles=text, featuriser=spec.featuriser, **known)  # type: ignore[arg-type]
         return evaluate(self.method, make_split(read.graphs, read.labels, read.rows, self.spec))
 
-    def export(self, format: str, folder: Path) -> Path:
-        raise InputError(
-            f"unknown format {format!r}", remedy="Graph prompts have no other format; use the artifact itself"
-        )
-
     def _subgraphs(self, file: Path) -> Mapping[int, Any]:
         s = self.spec
         return node_subgraphs(read_nodes(file), s.hops or 1, s.min_nodes, s.max_nodes, s.neighbours)

@@ -42,7 +42,6 @@ DATA_ASSETS: dict[str, Callable[[], Sequence[Mapping[str, Any]]]] = {
     "asset:naics": assets.naics_sectors,
     "asset:isic": assets.isic_sections,
 }
-EXPORTS = {"peft": interop.FILES}
 NO_CONTENT = ("N/A", "[MASK]", "")  # Zhao et al. 2021, for `calibrate: content-free`
 
 
@@ -310,11 +309,16 @@ class Session:
         check_rows({"test": rows}, spec.kind, spec.template, spec.labels, {"test": file})
         return evaluate(self.method, self.task.split(rows, file))
 
-    def export(self, format: str, folder: Path) -> Path:
-        """Write the prompt in another library's format."""
-        if format not in EXPORTS:
-            raise InputError(f"unknown format {format!r}", remedy="Text prompts are exported as `peft`")
+    def export(self, format: Literal["peft"], folder: Path) -> Path:
+        """Write the prompt in another library's format, one of `exports`."""
         return interop.export_peft(self.method, folder)
+
+
+def exports(artifact: artifacts.Artifact) -> dict[str, tuple[str, ...]]:
+    """The other libraries' formats that a prompt can be written in, with the names of their files."""
+    config = artifact.config
+    written = config.method in interop.WRITTEN and config.method_config.get("num_labels") is None
+    return {"peft": interop.FILES} if written else {}
 
 
 def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> Session:

@@ -505,11 +505,6 @@ class Session:
         split = Split(rows, Stacked(), ("accuracy", "macro-f1"), num_classes=len(index), ids=listed.ids)
         return evaluate(self.method, split)
 
-    def export(self, format: str, folder: Path) -> Path:
-        raise InputError(
-            f"unknown format {format!r}", remedy="Prompts of dual encoders have no other format; use the artifact"
-        )
-
 
 def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> Session:
     """Load the backbone of an artifact (its own, unless another is named) in its dtype and put the prompt on it.

@@ -8,10 +8,13 @@ A workbench offers:
                                                     `.folder` is set to the output folder, in which it may keep what
                                                     later processes then need not compute
     open_artifact(artifact, backbone) -> session    a trained prompt on its backbone: `.inputs(file, text)`,
-                                                    `.predict(inputs)`, `.evaluate(file, text, label)`,
-                                                    `.export(format, folder)`
+                                                    `.predict(inputs)`, `.evaluate(file, text, label)`
     demo(folder, seeds, shots, data)                the package's demo; None: its own default
-    EXPORTS                                         format -> names of the files that it is made of; without it: none
+
+where prompts have another library's format,
+
+    exports(artifact)                               the formats of a trained prompt: name -> names of the files
+    session.export(format, folder)                  writes one of them
 
 and, where `pt transfer` is to work, its Bench has (see `pt_core.transfer.TransferBench`)
 
@@ -249,10 +252,11 @@ def export(
     from pt_core import artifacts
 
     artifact, workbench = _read(prompt)
-    formats = getattr(workbench, "EXPORTS", {})
+    formats = workbench.exports(artifact) if hasattr(workbench, "exports") else {}
     if format not in formats:
-        there = f"There is: {', '.join(formats)}" if formats else "Use the artifact itself: this package has no other"
-        raise InputError(f"unknown format {format!r}", file=prompt, remedy=there)
+        there = f"There is: {', '.join(formats)}" if formats else "Use the artifact itself: safetensors and JSON"
+        problem = f"a prompt of {artifact.config.method} is not written as {format!r}"
+        raise InputError(problem, file=prompt, remedy=there)
     artifacts.check_replaceable(output, formats[format])
     print(f"written: {workbench.open_artifact(artifact, backbone).export(format, output)}")
 

@@ -95,7 +95,9 @@ class FitConfig(Settings):
         default=None, description="of the monitored metric; default: by its name (`pt_core.metrics.higher_is_better`)"
     )
     patience: int | None = Field(default=None, ge=1, description="evaluations without gain before the run stops")
-    min_delta: float = Field(default=0.0, ge=0, description="what counts as a gain")
+    min_delta: float = Field(
+        default=0.0, ge=0, description="gain of the monitored metric that counts as one: more than this"
+    )
     interrupt_below: float | None = Field(
         default=None, description="the run stops at once if the monitored metric is worse than this (PTEC)"
     )
@@ -297,25 +299,7 @@ class Loop:
         self._seed(0)
         self.optimisers = method.optimisers(config)
         self._base_lr = {name: [g["lr"] for g in optimiser.param_groups] for name, optimiser in self.optimisers.items()}
-        if config.lr is not None and config.lr not in itertools.chain(*self._base_lr.values()):
-            raise InputError(
-                f"{method.name} names the rates of all its groups, so the run's rate has no effect",
-                remedy="Set the rates in the method's configuration",
-                field="lr",
-            )
-        named = {g["schedule"] for o in self.optimisers.values() for g in o.param_groups if g.get("schedule")}
-        if unknown := sorted(named - set(get_args(Schedule))):
-            raise InputError(
-                f"{method.name} names the schedule {unknown[0]!r} for a group",
-                remedy=f"Choose one of: {', '.join(get_args(Schedule))}",
-                field="schedule",
-            )
-        if (counting := sorted(named & {*BY_EPOCHS})) and config.epochs is None:
-            raise InputError(
-                f"{method.name} names the schedule {counting[0]!r}, which counts epochs",
-                remedy="Give epochs, not max_steps",
-                field="epochs",
-            )
+        self._refuse_settings_of_no_group()
         for optimiser in self.optimisers.values():  # of a run that broke off, or of the caller
             optimiser.zero_grad(set_to_none=True)
         self.state = _State()
@@ -343,6 +327,40 @@ class Loop:
             again = {"purge_step": self.state.step + 1} if self.state.step else {}
             values = {"method": method.name, "seed": config.seed}
             self.accelerator.init_trackers("run", config=values, init_kwargs={"tensorboard": again})
+
+    def _refuse_settings_of_no_group(self) -> None:
+        """Refuse settings of the run that no group of the optimisers follows, and schedules that cannot be followed."""
+        method, config = self.method, self.config
+        groups = [group for optimiser in self.optimisers.values() for group in optimiser.param_groups]
+        named = {group["schedule"] for group in groups if group.get("schedule")}
+        if unknown := sorted(named - set(get_args(Schedule))):
+            raise InputError(
+                f"{method.name} names the schedule {unknown[0]!r} for a group",
+                remedy=f"Choose one of: {', '.join(get_args(Schedule))}",
+                field="schedule",
+            )
+        if (counting := sorted(named & {*BY_EPOCHS})) and config.epochs is None:
+            raise InputError(
+                f"{method.name} names the schedule {counting[0]!r}, which counts epochs",
+                remedy="Give epochs, not max_steps",
+                field="epochs",
+            )
+        used = {group.get("schedule") or config.schedule for group in groups}
+        idle = {
+            "lr": config.lr is not None and all(group["lr"] != config.lr for group in groups),
+            "weight_decay": config.weight_decay != 0 and all(g["weight_decay"] != config.weight_decay for g in groups),
+            "schedule": config.schedule not in {"constant", *used},
+        }
+        if field := next((field for field, idles in idle.items() if idles), None):
+            raise InputError(
+                f"{method.name} names the {field} of all its groups, so the run's has no effect",
+                remedy="Leave it out, or set the method's own",
+                field=field,
+            )
+        if config.final_factor != FitConfig.model_fields["final_factor"].default and "exponential" not in used:
+            raise InputError(
+                "no schedule of this run ends at a factor", remedy="Set schedule: exponential", field="final_factor"
+            )
 
     # --- the run ------------------------------------------------------------------------------------------------
     @property
