@@ -30,6 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import pt_core
+from pt_core import artifacts
 from pt_core.artifacts import (
     CARD,
     CONFIG,
@@ -302,6 +303,32 @@ def test_a_reader_between_the_two_renames_of_a_save_does_not_cost_the_new_artifa
     save_artifact(saved, {"q": torch.zeros(1)}, config())
     assert seen == [{"p"}] and load_artifact(saved).tensors.keys() == {"q"}
     assert [f.name for f in saved.parent.iterdir()] == ["a"]
+
+
+def test_all_that_is_read_is_of_one_save(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, saves = artifacts._checked, iter(range(3))
+
+    def checked(*arguments: Any) -> Any:  # called between the reading of the two files, and in each save
+        read = real(*arguments)
+        if arguments[1] == saved / CONFIG and (n := next(saves, None)) is not None:
+            save_artifact(saved, {"p": torch.full((1,), float(n))}, config(method_config={"n": n}))
+        return read
+
+    monkeypatch.setattr(artifacts, "_checked", checked)
+    found = load_artifact(saved)
+    assert (found.config.method_config["n"], float(found.tensors["p"])) == (2, 2.0)
+
+
+def test_a_folder_that_another_reader_has_put_back_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.rename
+    os.rename(saved, saved.with_name(".a.old-0123abcd"))
+
+    def rename(source: Any, target: Any) -> None:
+        real(source, target)
+        raise FileNotFoundError(source)
+
+    monkeypatch.setattr(os, "rename", rename)
+    assert load_artifact(saved).tensors.keys() == {"p"}
 
 
 def test_a_folder_that_is_a_link_to_itself_is_refused(tmp_path: Path) -> None:

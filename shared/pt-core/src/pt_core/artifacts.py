@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -108,6 +109,8 @@ def save_artifact(
 def load_artifact(source: str | Path, revision: str | None = None) -> Artifact:
     """Read an artifact from a folder, or from the hub where `source` is no folder but an id (`owner/name`).
 
+    All of it is of one save, also while another process is saving there.
+
     Args:
         source: folder or hub id.
         revision: branch, tag or commit on the hub.
@@ -117,12 +120,22 @@ def load_artifact(source: str | Path, revision: str | None = None) -> Artifact:
             configuration has keys that only another version knows.
     """
     folder = Path(source)
-    recover_folder(folder)
-    if not _exists(folder):
+    if not recover_folder(folder):
         return _read(_download(str(source), revision))
     if revision is not None:
         raise InputError(f"is a folder, which has no revision {revision!r}", file=folder, remedy="Leave it out")
-    return _read(folder)
+    for _ in range(1000):
+        before = _state(folder)
+        try:
+            found = _read(folder)
+        except (InputError, OSError):
+            if before is not None and _state(folder) == before:
+                raise
+        else:
+            if _state(folder) == before:  # else its files may be of two saves
+                return found
+        recover_folder(folder)
+    raise InputError("is replaced faster than it can be read", file=folder, remedy="Stop what writes there")
 
 
 def load(source: str | Path, backbone: nn.Module, strict: bool = False, revision: str | None = None) -> Method:
@@ -343,7 +356,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         except OSError:
             if not folder.exists():
                 raise
-            os.rename(folder, old)  # again: a reader has taken the moment between the two for a kill
+            os.rename(folder, old)  # again: a reader has taken a long moment between the two for a kill
             os.rename(new, folder)
         _sync(folder.parent)
     finally:
@@ -368,12 +381,34 @@ def check_replaceable(folder: Path, files: Collection[str] = FILES) -> None:
         raise InputError(f"holds other files ({others[0]})", file=folder, remedy="Choose a new folder")
 
 
-def recover_folder(folder: Path) -> None:
-    """Put the old folder back where `write_folder` was killed after moving it away and before the new one took its place."""
+def recover_folder(folder: Path) -> bool:
+    """Put the old folder back where `write_folder` was killed after moving it away and before the new one took its place.
+
+    Returns:
+        Whether there is a folder.
+    """
     folder = _resolved(folder)
-    if not _exists(folder):
+    for _ in range(5):  # each look may meet another save in its middle
+        if _exists(folder):
+            return True
+        if _beside(folder, "old"):
+            time.sleep(0.05)  # a save that is alive is there for a moment only
         for old in _beside(folder, "old")[-1:]:
-            os.rename(old, folder)
+            try:
+                os.rename(old, folder)
+            except OSError:  # another process was faster
+                if not folder.exists():
+                    raise
+    return False
+
+
+def _state(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of its name (numbers of deleted ones are used again); None: there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _resolved(folder: Path) -> Path:
