@@ -157,6 +157,10 @@ def test_doctor_shows_this_machine(pt: Command) -> None:
         (["compare", "nlp/bbc-topics", "--methods", "dept, lora,dept"], ["'methods'", "'dept' is there twice"]),
         (["train", "nlp/bbc-topics", "--set", "training.max_steps=true"], ["'training.max_steps'", "got True"]),
         (["compare", "nlp/bbc-topics", "--set", "method.name=dept"], ["'compare.dept'", "another label"]),
+        (
+            ["compare", "nlp/bbc-topics", "--methods", "dept", "--set", "method.name=dept"],
+            ["'compare.dept'", "another label"],
+        ),
         (["predict", "./gone", "text"], ["gone: no such folder"]),
         (["predict", "."], ["give either inputs or --data"]),
         (["predict", ".", "text", "--data", "x.csv"], ["give either inputs or --data"]),

@@ -305,6 +305,12 @@ def test_a_reader_between_the_two_renames_of_a_save_does_not_cost_the_new_artifa
     assert [f.name for f in saved.parent.iterdir()] == ["a"]
 
 
+def test_what_file_browsers_leave_is_no_other_file(saved: Path) -> None:
+    (saved / ".DS_Store").write_bytes(b"0")
+    save_artifact(saved, {"q": torch.zeros(1)}, config())
+    assert load_artifact(saved).tensors.keys() == {"q"}
+
+
 def test_all_that_is_read_is_of_one_save(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, saves = artifacts._checked, iter(range(3))
 

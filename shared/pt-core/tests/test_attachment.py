@@ -57,6 +57,16 @@ def test_tokens_go_in_front_and_their_rows_are_dropped():
     assert float((backbone(IDS) - plain).abs().max()) > 0.1
 
 
+def test_a_prompt_may_be_attached_several_times():
+    backbone, soft = model(), prompt(0)
+    plain = backbone(IDS)
+    handles = [attach(backbone, soft) for _ in range(3)]
+    for handle in handles:
+        assert torch.equal(backbone(IDS), by_hand(backbone, soft))
+        handle.remove()
+    assert torch.equal(backbone(IDS), plain)
+
+
 def test_disabled_or_removed_the_backbone_is_bit_identical():
     backbone = model()
     before, parts, plain = snapshot(backbone), [*backbone.__dict__], backbone(IDS)

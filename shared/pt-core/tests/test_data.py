@@ -263,6 +263,9 @@ def test_class_names_refuses_mixtures_and_a_single_class():
         encode_labels(["a"], ["a", "a"])
     with pytest.raises(InputError, match=r"row 3, field 'label': labels 'a' and 'a ' differ in white space only"):
         class_names(["a", "b", "a "])
+    for other in ("cafe\u0301", "caf\u00e9\u00a0"):
+        with pytest.raises(InputError, match="differ in white space or Unicode form only"):
+            class_names(["caf\u00e9", "tea", other])
 
 
 def test_multilabels_become_rows_of_zeros_and_ones():
@@ -376,6 +379,11 @@ def test_labels_keep_their_type_and_need_not_be_text(tmp_path):
         ("a.csv", b"review,stars\na\0b,1\n", "row 1, field 'review': the value holds a NUL character"),
         ("a.jsonl", b'{"review": "good", "stars": "\\u0000"}', "field 'stars': the value holds a NUL"),
         ("a.jsonl", b'{"review": "\\ud83d", "stars": 1}', "half of a surrogate pair"),
+        (
+            "a.jsonl",
+            b'{"review": "good", "stars": ["a", "\\ud83d"]}',
+            "field 'stars': the value holds half of a surrogate",
+        ),
         ("a.parquet", b"PAR1 not really", "a.parquet: not a readable Parquet file"),
     ],
 )
@@ -399,6 +407,25 @@ def test_a_column_absent_from_parquet_is_named(tmp_path):
     path = write(tmp_path / "a.parquet", ROWS)
     with pytest.raises(InputError, match=r"field 'rating': no such column. .*'review', 'stars', 'other'"):
         read_table(path, {"text": "rating"})
+
+
+def test_parquet_with_a_column_twice_or_damaged_values_is_refused(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table([["good"], ["bad"], [1]], names=["review", "review", "stars"]), path)
+    with pytest.raises(InputError, match="field 'review': the column is there twice"):
+        read_table(path, FIELDS)
+    text = pyarrow.Array.from_buffers(pyarrow.utf8(), 1, pyarrow.array([b"\xff"]).buffers())
+    parquet.write_table(pyarrow.table({"review": text, "stars": [1]}), path)
+    with pytest.raises(InputError, match="a.parquet: not a readable Parquet file"):
+        read_table(path, FIELDS)
+
+
+def test_a_split_of_unknown_metrics_is_refused():
+    for metric, problem in [("acuracy", "no metric 'acuracy'"), ("top-5-accuracy", "of 2 classes is always 1")]:
+        with pytest.raises(InputError, match=problem):
+            Split([1, 2], list, (metric,), num_classes=2)
+    Split([1, 2], list, ("of-the-scorer",), scorer=lambda *_: {"of-the-scorer": 1.0})
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

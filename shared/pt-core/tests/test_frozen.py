@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -254,6 +255,24 @@ def test_other_batchnorm_statistics_warn() -> None:
     trunk = Trunk()
     saved = identity(trunk)
     trunk.layers[2][1].running_mean.fill_(0.5)
+    with pytest.warns(UserWarning, match=r"first layers\.2\.1\.running_mean"):
+        compare(saved, trunk)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e9])
+def test_values_that_went_astray_warn(value: float) -> None:
+    trunk = Trunk()
+    saved = identity(trunk)
+    with torch.no_grad():
+        trunk.embed.weight.fill_(value)
+    with pytest.warns(UserWarning, match="weights differ in 1 of .* first embed.weight"):
+        compare(saved, trunk)
+
+
+def test_a_buffer_that_is_gone_warns() -> None:
+    trunk = Trunk()
+    saved = identity(trunk)
+    trunk.layers[2][1].running_mean = None
     with pytest.warns(UserWarning, match=r"first layers\.2\.1\.running_mean"):
         compare(saved, trunk)
 

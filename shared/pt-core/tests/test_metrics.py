@@ -226,6 +226,7 @@ def test_json_keys_asks_for_one_object_with_the_keys_of_the_reference():
     predictions = right + wrong
     assert evaluate_text(["json-keys"], predictions, [reference] * 9)["json-keys"] == pytest.approx(2 / 9)
     assert evaluate_text(["json-keys"], ["tech"], ["tech"])["json-keys"] == 0
+    assert evaluate_text(["json-keys"], ["[" * 100_000], [reference])["json-keys"] == 0  # a model that repeats itself
 
 
 def test_bleu_by_hand():

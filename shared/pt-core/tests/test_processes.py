@@ -21,6 +21,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from pt_core.errors import InputError
 from pt_core.method import Loss
@@ -34,6 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16": {"batch_size": 4, "precision": "bf16"},
     "stopped": {"batch_size": 6, "optimiser": "adamw", "max_steps": 40, "evaluate_every": 1, "patience": 2}
     | {"min_delta": 0.03},
+    "fading": {"batch_size": 4, "optimiser": "adamw", "weight_decay": 0.1, "max_steps": 6, "kind": "Fading"},
 }
 
 
@@ -60,8 +62,22 @@ class Watched(TinyPrompt):
         return Loss(loss.total * (math.nan if self.poison in batch["sample_ids"] else 1), loss.count, loss.parts)
 
 
-def train(folder: Path | None, method_config=None, scored=False, **run) -> tuple[Watched, Any]:
-    method = Watched(TinyLM(), TinyPromptConfig(**(method_config or {})))
+class Fading(Watched):
+    """Has a parameter that is used in the first two steps only: then an optimiser leaves it alone."""
+
+    def __init__(self, backbone, config=None):
+        super().__init__(backbone, config)
+        self.early = nn.Parameter(torch.ones(3))
+
+    def loss(self, batch):
+        loss = super().loss(batch)
+        if self.training and len(self.seen) <= 2:
+            loss.total = loss.total * self.early.mean()
+        return loss
+
+
+def train(folder: Path | None, method_config=None, scored=False, kind="Watched", **run) -> tuple[Watched, Any]:
+    method = {"Watched": Watched, "Fading": Fading}[kind](TinyLM(), TinyPromptConfig(**(method_config or {})))
     method.seen, method.seeds = [], []
     validation = tiny_split(5, seed=1)
     if scored:
@@ -144,7 +160,7 @@ def test_two_processes_equal_one(name, two):
     tolerance = {"rtol": 2e-2, "atol": 1e-3} if name == "bf16" else {"rtol": 1e-4, "atol": 1e-5}
     for rank in range(2):
         tensors = load_file(folder / f"{name}-{rank}.safetensors")
-        for key in ("prompt.weight", "bias"):
+        for key in ("prompt.weight", "bias", *(["early"] if name == "fading" else [])):
             torch.testing.assert_close(tensors[key], method.state_dict()[key], **tolerance)
         for key in ("steps", "best_step", "stopped_early"):
             assert found[rank][name][key] == getattr(result, key)

@@ -7,13 +7,16 @@ kill itself (SIGKILL) at the n-th line that it executes of a function of `pt_cor
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +178,51 @@ def test_start_values_of_another_device_are_the_same_run(tmp_path):
     assert short(tmp_path, moved=1e-7)[1].metrics == first.metrics
 
 
+def test_settings_are_compared_to_the_last_digit(tmp_path, monkeypatch):
+    for weight, refused in ((0.05, False), (0.0500001, True)):
+        monkeypatch.setattr(TinyPrompt, "run_identity", lambda self, w=weight: {"weights": [500.0, w]})
+        with pytest.raises(InputError, match=r"method_identity\.weights") if refused else nullcontext():
+            short(tmp_path)
+
+
+def test_a_buffer_with_infinities_is_resumed(tmp_path, monkeypatch):
+    made = TinyPrompt.__init__
+
+    def masked(self, backbone, config=None):
+        made(self, backbone, config)
+        self.register_buffer("mask", torch.tensor([[0.0, masks], [0.0, 0.0]]))
+
+    masks = -math.inf
+    monkeypatch.setattr(TinyPrompt, "__init__", masked)
+    _, first = short(tmp_path)
+    assert short(tmp_path)[1].metrics == first.metrics
+    masks = 0.0
+    with pytest.raises(InputError, match=r"start\.mask"):
+        short(tmp_path)
+
+
+def test_a_method_that_is_trained_already_does_not_go_on(tmp_path):
+    method, _ = short(tmp_path)
+    run = FitConfig.model_validate(SHORT.model_dump())
+    train = replace(tiny_split(9), ids=[f"a/{i}" for i in range(9)])
+    with pytest.raises(InputError, match="To go on with that run, make the method anew"):
+        fit(method, train, tiny_split(5, 1), run, tmp_path)
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_goes(tmp_path, monkeypatch):
+    synced, gone = [], []
+    real_sync, real_remove = os.fsync, shutil.rmtree
+    monkeypatch.setattr(
+        os, "fsync", lambda n: (synced.append(Path(os.readlink(f"/proc/self/fd/{n}")).name), real_sync(n))
+    )
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (gone.append(len(synced)), real_remove(path)))
+    short(tmp_path, checkpoint_every=3)
+    written = " ".join(synced[: gone[0]])
+    for name in ("state.safetensors", "state.json", "metrics.jsonl", r"checkpoint-0000006"):
+        assert re.search(rf"(^| )\.?{name}", written), written
+    assert synced[gone[0] - 1] == tmp_path.name
+
+
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors", "metrics.jsonl", "best"])
 def test_a_damaged_folder_is_named(name, tmp_path):
     short(tmp_path)
@@ -275,9 +323,10 @@ OTHER = {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_every_setting_that_changes_numbers_is_part_of_the_run(name, tmp_path):
-    short(tmp_path)
+    needed = {"schedule": "exponential"} if name == "final_factor" else {}
+    short(tmp_path, **needed)
     with pytest.raises(InputError, match=rf"holds a run of another configuration \(config\.{name}: "):
-        short(tmp_path, **{name: OTHER[name]})
+        short(tmp_path, **needed, **{name: OTHER[name]})
 
 
 def test_all_settings_are_either_part_of_the_run_or_change_no_number():

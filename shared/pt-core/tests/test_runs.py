@@ -327,6 +327,40 @@ def test_a_label_whose_job_cannot_be_made_is_refused_before_any_has_trained(tmp_
     assert make.made == [] and not (tmp_path / "cells").exists()
 
 
+def test_settings_that_a_label_would_not_follow_are_refused_before_any_has_trained(tmp_path: Path) -> None:
+    class Named(Maker):
+        def __call__(self, label: str, seed: int) -> tuple[Job, FitConfig]:
+            job, config = super().__call__(label, seed)
+            if label == "named":
+                job.method.parameter_groups = lambda: [  # type: ignore[method-assign]
+                    {"name": "prompt", "params": [p for _, p in job.method.trainable()], "lr": 0.1}
+                ]
+            return job, config.model_copy(update={"lr": 0.2})
+
+    make = Named()
+    with pytest.raises(InputError, match=r"^compare\.named: field 'lr': .* so the run's has no effect"):
+        runs.compare(make, ["tiny", "named"], [0], tmp_path, announce=lambda line: None)
+    assert make.made == make.removed == [("named", 0)] and not (tmp_path / "cells").exists()
+
+
+def test_labels_that_some_disks_take_for_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="field 'methods': 'tiny' and 'Tiny' differ in case only"):
+        runs.compare(Maker(), ["tiny", "Tiny"], [0], tmp_path)
+
+
+def test_a_run_that_went_on_has_the_test_metrics_of_one_that_was_not_cut(tmp_path: Path) -> None:
+    def made() -> tuple[Job, FitConfig]:
+        job, config = Maker()("tiny", 0)
+        assert job.test is not None
+        job.test.scorer = lambda method, split, batch_size: {"sampled": float(torch.rand(()))}
+        return job, config
+
+    whole = runs.train(*made(), tmp_path / "whole").result.metrics
+    assert runs.train(*made(), tmp_path / "whole").result.metrics == whole  # trained before, tested again
+    other, config = made()
+    assert runs.train(other, config.model_copy(update={"seed": 1}), tmp_path / "other").result.metrics != whole
+
+
 def test_a_cell_that_was_cut_while_it_was_written_is_run_again(tmp_path: Path) -> None:
     runs.compare(Maker(), ["tiny"], [0], tmp_path, announce=lambda line: None)
     cell = tmp_path / "cells" / "tiny-0.json"

@@ -577,6 +577,7 @@ def test_a_hopeless_run_is_interrupted():
     assert recorded([0.5, 0.06, 0.9], interrupt_below=0.07)[0].state.step == 2
     assert recorded([0.5, 0.08, 0.9], interrupt_below=0.07)[0].state.step == 3
     assert recorded([2.0, 5.0, 1.0], "loss", interrupt_below=4.0)[0].state.step == 2
+    assert recorded([0.5, math.nan, 0.9], interrupt_below=0.07)[0].state.step == 2
 
 
 def test_without_keep_best_the_last_prompt_and_its_metrics_stay():
@@ -614,6 +615,12 @@ def test_a_scorer_gives_the_metrics_and_their_names():
     assert set(result.metrics) == {"loss", "exact-match"}
     with pytest.raises(InputError, match="Choose one of: accuracy, exact-match, loss"):
         fit(tiny()[1], tiny_split(8), validation, config(monitor="bleu"))
+    asked = []
+    validation.scorer = lambda method, split, batch_size: (
+        asked.append((len(split), method.training, torch.is_grad_enabled())) or {"exact-match": 1.0}
+    )
+    fit(tiny()[1], tiny_split(8), validation, config(monitor="exact-match"))
+    assert asked[0] == (1, False, False) and {ask[1:] for ask in asked} == {(False, False)}
 
 
 @pytest.mark.parametrize("free", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -116,6 +117,15 @@ def test_gains_are_paired_by_seed_and_summed_up() -> None:
     assert summary["mean_gain"] == pytest.approx((0.1 - 0.05 + 0.2 + 0.1) / 6)
     assert summary["positive"] == pytest.approx(3 / 6)  # a -> b, c -> a, c -> b
     assert summary["best_source"] == {"a": "c", "b": "a", "c": "b"}
+
+
+def test_a_gain_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    study = by_hand()
+    for seed in (0, 1):
+        study.trained[Cell("b", seed, "a")] = math.nan
+    assert study.summary()["best_source"] == {"a": "c", "b": "c", "c": "b"}
+    transfer.write_report(study, tmp_path)
+    assert json.loads((tmp_path / "transfer.json").read_text(), parse_constant=pytest.fail)["gain_mean"][0][1] is None
 
 
 def test_a_gain_is_good_where_less_is_better() -> None:

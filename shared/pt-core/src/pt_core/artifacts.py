@@ -35,6 +35,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from pt_core.errors import InputError
+from pt_core.files import sync
 from pt_core.frozen import BackboneIdentity, write_at
 
 if TYPE_CHECKING:
@@ -348,7 +349,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         for name, data in files.items():
             write_at(new / name, 0, data)
-        _sync(new)
+        sync(new)
         if folder.exists():
             os.rename(folder, old)
         try:
@@ -358,7 +359,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 raise
             os.rename(folder, old)  # again: a reader has taken a long moment between the two for a kill
             os.rename(new, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if folder.exists():
@@ -376,7 +377,8 @@ def check_replaceable(folder: Path, files: Collection[str] = FILES) -> None:
     folder = _resolved(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError("is a file", file=folder, remedy="Choose a new folder")
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in files) if folder.exists() else []
+    known = {*files, ".DS_Store", "Thumbs.db", "desktop.ini"}  # the last are file browsers'
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in known) if folder.exists() else []
     if others:
         raise InputError(f"holds other files ({others[0]})", file=folder, remedy="Choose a new folder")
 
@@ -429,13 +431,3 @@ def _beside(folder: Path, kind: str) -> list[Path]:
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.{kind}-[0-9a-f]{{8}}")
     entries = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
     return [entry for entry in entries if pattern.fullmatch(entry.name)]
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable (Windows cannot open folders, and does so itself)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

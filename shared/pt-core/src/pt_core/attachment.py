@@ -203,7 +203,7 @@ def attach(backbone: nn.Module, prompt: Prompt, *, always: bool = True) -> Handl
         attached = backbone.__dict__[_SLOT] = _Attached(backbone, family)
     name = None
     if always:
-        taken = dict(backbone.named_children())
+        taken = backbone._modules  # named_children() has a prompt that is attached twice once
         name = next(f"pt_prompt_{i}" for i in range(len(taken) + 1) if f"pt_prompt_{i}" not in taken)
         backbone.add_module(name, prompt)
     handle = Handle(backbone, prompt, always, name)

@@ -155,6 +155,8 @@ def compare(
 
     package, checked = recipes.load(recipe, recipes.parse_settings(settings or []))
     labels = [label.strip() for label in methods.split(",")] if methods else checked.labels()
+    if checked.method.name in labels:
+        checked.labels()  # refuses settings for it that would not be used
     for label in labels:
         if labels.count(label) > 1:
             raise InputError(f"{label!r} is there twice", field="methods", remedy="Name each method once")

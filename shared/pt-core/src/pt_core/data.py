@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from pt_core.errors import InputError
+from pt_core.metrics import check_names
 
 TASKS = ("multiclass", "multilabel", "text", "regression", "none")
 NOT_TEXT = ("label", "labels", "id")
@@ -48,7 +50,7 @@ class Split:
         scorer: (method, split, batch size) -> metrics, where they are not a function of logits and labels: generation, ranking.
 
     Raises:
-        InputError: no rows, an unknown task, or as many lengths or ids as there are not rows.
+        InputError: no rows, an unknown task or metric, or as many lengths or ids as there are not rows.
     """
 
     rows: Sequence[Any]
@@ -66,6 +68,8 @@ class Split:
             raise InputError(f"unknown task {self.task!r}", remedy=f"Use one of: {', '.join(TASKS)}", field="task")
         if len(self.rows) == 0:
             raise InputError("the split has no rows", field="rows")
+        if self.scorer is None:
+            check_names(self.metrics, self.task, self.num_classes)
         for field in ("lengths", "ids"):
             values = getattr(self, field)
             if values is not None and len(values) != len(self.rows):
@@ -215,8 +219,8 @@ def class_names(labels: Iterable[Any], file: File = None, multilabel: bool = Fal
         file: where the rows come from, for messages.
 
     Raises:
-        InputError: a label that is neither text nor an integer; text mixed with integers; fewer than two classes; a row
-            without a list if `multilabel`.
+        InputError: a label that is neither text nor an integer; text mixed with integers; labels that look alike; fewer
+            than two classes; a row without a list if `multilabel`.
     """
     field, seen = "labels" if multilabel else "label", dict[str | int, int]()
     for row, given in enumerate(_values(labels), start=1):
@@ -232,11 +236,12 @@ def class_names(labels: Iterable[Any], file: File = None, multilabel: bool = Fal
             field=field,
         )
     names = [str(name) for name in seen]
-    bare: dict[str, str] = {}
+    alike: dict[str, str] = {}
     for name in names:
-        if (other := bare.setdefault(name.strip(), name)) != name:
+        if (other := alike.setdefault(" ".join(unicodedata.normalize("NFC", name).split()), name)) != name:
+            how = "white space" if {other.isascii(), name.isascii()} == {True} else "white space or Unicode form"
             raise InputError(
-                f"labels {other!r} and {name!r} differ in white space only",
+                f"labels {other!r} and {name!r} differ in {how} only",
                 remedy="Write them alike",
                 file=file,
                 row=seen[name],
@@ -385,10 +390,12 @@ def _select(row: Any, number: int, fields: Mapping[str, str], text: Collection[s
             problem = "is missing" if value is None else f"is {type(value).__name__}, not text"
         elif role in text and not value.strip():
             problem = "is empty" if not value else "is only white space"
-        elif isinstance(value, str) and "\0" in value:
-            problem = "holds a NUL character"
-        elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-            problem = "holds half of a surrogate pair, which no tokenizer accepts"
+        else:
+            texts = "".join(part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str))
+            if "\0" in texts:
+                problem = "holds a NUL character"
+            elif re.search("[\ud800-\udfff]", texts):
+                problem = "holds half of a surrogate pair, which no tokenizer accepts"
         if problem:
             raise InputError(
                 f"the value {problem}", remedy="Mend or drop the row", file=path, row=number, field=fields[role]
@@ -470,9 +477,12 @@ def _read_parquet(path: Path, columns: list[str]) -> list[Any]:
         raise InputError("reading Parquet needs pyarrow", remedy="Install pyarrow, or use .jsonl", file=path) from error
     try:
         table = parquet.ParquetFile(path)
+        names = table.schema_arrow.names
         for column in columns:
-            _check_column(column, table.schema_arrow.names, path)
+            _check_column(column, names, path)
+            if names.count(column) > 1:
+                raise InputError("the column is there twice", file=path, field=column, remedy="Rename one of them")
         rows: list[Any] = table.read(columns=columns).to_pylist()
-    except arrow_error as error:
+    except (arrow_error, OSError, OverflowError, UnicodeError) as error:
         raise InputError(f"not a readable Parquet file ({error})", file=path) from error
     return rows

@@ -25,6 +25,16 @@ def write(path: str | Path, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def sync(folder: Path) -> None:
+    """Make the names in a folder durable (Windows cannot open folders, and does so itself)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def check_folder(folder: str | Path) -> None:
     """Refuse an output folder that could not be made or written to, before anything is loaded for it.
 

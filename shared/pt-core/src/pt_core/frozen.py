@@ -294,22 +294,26 @@ def _close(saved: Sequence[float], here: Sequence[float], coarse: bool) -> bool:
 
 
 def _sample(module: nn.Module, quantised: bool, names: Mapping[str, Any] | None = None) -> dict[str, list[float]]:
-    """A few values of a few tensors, rounded to bfloat16: those of `names`, or 64 tensors chosen by the hash of their name.
+    """A few values of a few tensors, rounded to bfloat16: those of `names` (none of one that is not there), or of 64 tensors
+    chosen by the hash of their name.
 
     By hash, so that every kind of tensor at every depth has its chance, and the choice does not depend on order.
     """
     tensors = _tensors(module)
     chosen = tensors.keys() & names.keys() if names is not None else tensors.keys()
     sample: dict[str, list[float]] = {}
+    if names is not None and not quantised:
+        sample |= {name: [] for name in names.keys() - tensors.keys()}
     for name in sorted(chosen, key=lambda n: hashlib.sha256(n.encode()).digest()):
         tensor = tensors[name]
         packed = not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or (quantised and tensor.ndim != 1)
         if packed or tensor.is_meta or tensor.numel() == 0:
             continue
         values = _spread(tensor, _SAMPLED_VALUES).to(torch.bfloat16).float()
-        if values.isfinite().all() and values.abs().max() <= 2**15:  # beyond: a mask constant that depends on the dtype
+        if names is not None or (values.isfinite().all() and values.abs().max() <= 2**15):
+            # Beyond is a mask constant that depends on the dtype. Such values are not chosen, but found instead of others.
             sample[name] = [float(f"{value:.4g}") for value in values.tolist()]
-        if len(sample) == _SAMPLED_TENSORS:
+        if names is None and len(sample) == _SAMPLED_TENSORS:
             break
     return dict(sorted(sample.items()))
 

@@ -32,8 +32,6 @@ def higher_is_better(name: str) -> bool:
 
 def _accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """Share of rows whose label is among the k largest logits; of equal logits the first counts as the largest."""
-    if k > 1 and logits.shape[1] <= k:
-        raise InputError(f"top-{k} accuracy of {logits.shape[1]} classes is always 1", remedy="Use accuracy")
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     return (((logits > own) | ((logits == own) & earlier)).sum(1) < k).double().mean()
@@ -148,7 +146,7 @@ def _keys(text: str) -> set[str] | None:
     """Keys of a JSON object; None of anything else."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return set(value) if isinstance(value, dict) else None
 
@@ -207,11 +205,11 @@ METRICS: dict[str, dict[str, Callable[[Any, Any], Tensor | float]]] = {
 }
 
 
-def check_names(names: Iterable[str], task: str) -> None:
-    """Refuse unknown metrics before anything starts.
+def check_names(names: Iterable[str], task: str, num_classes: int | None = None) -> None:
+    """Refuse unknown metrics, and those that say nothing of so many classes, before anything starts.
 
     Raises:
-        InputError: an unknown task or metric; the message lists those there are.
+        InputError: an unknown task or metric (the message lists those there are), or top-k of k classes or fewer.
     """
     if task not in METRICS:
         raise InputError(f"unknown task {task!r}", remedy=f"Use one of: {', '.join(METRICS)}", field="task")
@@ -219,6 +217,10 @@ def check_names(names: Iterable[str], task: str) -> None:
         if name not in METRICS[task]:
             known = "; ".join(f"{t}: {', '.join(m)}" for t, m in METRICS.items() if m)
             raise InputError(f"no metric {name!r} for the task {task!r}", remedy=f"Known, {known}", field="metrics")
+        if name == "top-5-accuracy" and num_classes is not None and num_classes <= 5:
+            raise InputError(
+                f"top-5 accuracy of {num_classes} classes is always 1", remedy="Use accuracy", field="metrics"
+            )
 
 
 def evaluate_logits(
@@ -251,6 +253,7 @@ def evaluate_logits(
         raise InputError(f"{task} logits {list(logits.shape)} do not go with labels {list(labels.shape)}")
     _refuse(logits.isnan(), "the logits are NaN")
     if task == "multiclass":
+        check_names(names, task, logits.shape[1])
         labels = labels.long()
         _refuse((labels < 0) | (labels >= logits.shape[1]), f"the label is not one of 0 to {logits.shape[1] - 1}")
     if task == "multilabel":

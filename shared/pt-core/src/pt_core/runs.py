@@ -13,7 +13,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from pt_core.errors import InputError
 from pt_core.files import check_folder, write
 from pt_core.method import Method
 from pt_core.report import Result
-from pt_core.training import MAY_CHANGE_ON_RESUME, FitConfig, FitResult, evaluate, flat
+from pt_core.training import MAY_CHANGE_ON_RESUME, FitConfig, FitResult, check_groups, evaluate, flat, seed_all
 
 
 @dataclass
@@ -90,6 +90,7 @@ def train(
     seconds = max(fitted.seconds, time.perf_counter() - started)
     metrics = fitted.metrics
     if job.test is not None:
+        seed_all(config.seed)  # a scorer may sample, and a run that went on has drawn less
         metrics = evaluate(method, job.test, config.eval_batch_size, precision=config.precision)
     artifact, size = None, None
     if method.kept_state():
@@ -142,6 +143,7 @@ def compare(
         InputError: the folder holds a comparison of another identity, or the job of a label cannot be made.
     """
     folder = Path(folder)
+    check_cases(labels, "methods")
     claim(folder, identity or {})
     outcomes = []
     cells = {(label, seed): folder / "cells" / f"{quote(label, safe='')}-{seed}" for seed in seeds for label in labels}
@@ -151,7 +153,10 @@ def compare(
         first.setdefault(label, seed)
     for label, seed in list(first.items())[1:]:  # refused now, not after others have trained; the first is made at once
         try:
-            make(label, seed)[0].method.remove()
+            job, config = make(label, seed)
+            job.method.remove()
+            if job.method.trains:
+                check_groups(job.method, config)
         except InputError as error:
             raise InputError(f"compare.{label}: {error}") from error
     for number, ((label, seed), cell) in enumerate(cells.items(), start=1):
@@ -212,6 +217,18 @@ def _read(kept: Path) -> Outcome:
         return Outcome(Result(**content["result"]), content["history"], artifact)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError("is damaged", file=kept, remedy="Delete it: the cell is computed again") from error
+
+
+def check_cases(names: Iterable[str], field: str) -> None:
+    """Refuse names of which one is there twice, or differs from another in case only: some disks keep them in one file.
+
+    Raises:
+        InputError: naming the field.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(name.casefold(), name)) != name:
+            raise InputError(f"{other!r} and {name!r} differ in case only", field=field, remedy="Rename one of them")
 
 
 def check_output(folder: Path) -> None:

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from pt_core.data import Split
 from pt_core.errors import InputError, NonFiniteLoss
-from pt_core.files import write
+from pt_core.files import sync, write
 from pt_core.frozen import fingerprint
 from pt_core.method import Batch, Loss, Method
 from pt_core.metrics import evaluate_logits, higher_is_better
@@ -299,7 +299,7 @@ class Loop:
         self._seed(0)
         self.optimisers = method.optimisers(config)
         self._base_lr = {name: [g["lr"] for g in optimiser.param_groups] for name, optimiser in self.optimisers.items()}
-        self._refuse_settings_of_no_group()
+        check_groups(method, config, self.optimisers)
         for optimiser in self.optimisers.values():  # of a run that broke off, or of the caller
             optimiser.zero_grad(set_to_none=True)
         self.state = _State()
@@ -327,40 +327,6 @@ class Loop:
             again = {"purge_step": self.state.step + 1} if self.state.step else {}
             values = {"method": method.name, "seed": config.seed}
             self.accelerator.init_trackers("run", config=values, init_kwargs={"tensorboard": again})
-
-    def _refuse_settings_of_no_group(self) -> None:
-        """Refuse settings of the run that no group of the optimisers follows, and schedules that cannot be followed."""
-        method, config = self.method, self.config
-        groups = [group for optimiser in self.optimisers.values() for group in optimiser.param_groups]
-        named = {group["schedule"] for group in groups if group.get("schedule")}
-        if unknown := sorted(named - set(get_args(Schedule))):
-            raise InputError(
-                f"{method.name} names the schedule {unknown[0]!r} for a group",
-                remedy=f"Choose one of: {', '.join(get_args(Schedule))}",
-                field="schedule",
-            )
-        if (counting := sorted(named & {*BY_EPOCHS})) and config.epochs is None:
-            raise InputError(
-                f"{method.name} names the schedule {counting[0]!r}, which counts epochs",
-                remedy="Give epochs, not max_steps",
-                field="epochs",
-            )
-        used = {group.get("schedule") or config.schedule for group in groups}
-        idle = {
-            "lr": config.lr is not None and all(group["lr"] != config.lr for group in groups),
-            "weight_decay": config.weight_decay != 0 and all(g["weight_decay"] != config.weight_decay for g in groups),
-            "schedule": config.schedule not in {"constant", *used},
-        }
-        if field := next((field for field, idles in idle.items() if idles), None):
-            raise InputError(
-                f"{method.name} names the {field} of all its groups, so the run's has no effect",
-                remedy="Leave it out, or set the method's own",
-                field=field,
-            )
-        if config.final_factor != FitConfig.model_fields["final_factor"].default and "exponential" not in used:
-            raise InputError(
-                "no schedule of this run ends at a factor", remedy="Set schedule: exponential", field="final_factor"
-            )
 
     # --- the run ------------------------------------------------------------------------------------------------
     @property
@@ -465,9 +431,14 @@ class Loop:
         parameters = list({id(p): p for group in groups for p in group["params"]}.values())
         sums = torch.stack(self._sums).sum(0) if self._sums else torch.zeros(2, device=self.device)
         if several:
-            sums = self.accelerator.reduce(sums, reduction="sum")
+            without = [p.grad is None for p in parameters]
+            told = torch.tensor([not nothing for nothing in without], dtype=sums.dtype, device=sums.device)
+            sums, givers = self.accelerator.reduce(torch.cat([sums, told]), reduction="sum").tensor_split([2])
             for p in parameters:
                 p.grad = self.accelerator.reduce(p.grad if p.grad is not None else torch.zeros_like(p), reduction="sum")
+            if any(without):  # a gradient that no process has is none, not zero, for the optimiser
+                for p, givers_of in zip(parameters, givers.tolist(), strict=True):
+                    p.grad = p.grad if givers_of else None
         total, count = sums
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self._reads_late or float(count) != 1:  # a pass over a large critic that need not be made
@@ -549,7 +520,7 @@ class Loop:
                     _write_tensors(self._best_file(), self.best)
         else:
             state.bad += 1
-        hopeless = config.interrupt_below is not None and value * sign < config.interrupt_below * sign
+        hopeless = config.interrupt_below is not None and not value * sign >= config.interrupt_below * sign  # or NaN
         state.stopped = hopeless or (config.patience is not None and state.bad >= config.patience)
         self.log({f"validation/{name}": value for name, value in metrics.items()})
 
@@ -603,11 +574,7 @@ class Loop:
 
     def _seed(self, step: int) -> None:
         """Seed what is drawn in a step by run, step and process (before the first step: the same in all processes)."""
-        words = (self.config.seed, step, self.accelerator.process_index if step else 0)
-        number = int(np.random.SeedSequence(words).generate_state(1)[0])
-        random.seed(number)
-        np.random.seed(number)
-        torch.manual_seed(number)
+        seed_all(self.config.seed, step, self.accelerator.process_index if step else 0)
 
     def _close_step(self) -> None:
         self.training_done()
@@ -744,8 +711,13 @@ class Loop:
             beside = self.folder / f".{target.name}.{os.getpid()}"
             beside.mkdir()
             _write_tensors(beside / "state.safetensors", tensors)
-            (beside / "state.json").write_text(json.dumps(content), "utf-8")
+            write(beside / "state.json", json.dumps(content))
+            if log.exists():
+                with log.open("rb") as file:
+                    os.fsync(file.fileno())  # what the checkpoint counts must be there after a power cut, too
+            sync(beside)
             os.rename(beside, target)
+            sync(self.folder)
             for old in self._checkpoints()[:-1]:
                 shutil.rmtree(old)
             for old in self.folder.glob("best-*.safetensors"):
@@ -781,12 +753,15 @@ class Loop:
         changed = [
             f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
             for key in sorted(theirs.keys() | ours.keys())
-            if not _alike(theirs.get(key), ours.get(key))
+            if theirs.get(key) != ours.get(key)
+            and not (key.startswith("start.") and _alike(theirs.get(key), ours.get(key)))
         ]
         if changed:
+            remedy = "Choose another output folder, or delete this one to start again"
+            if all(line.startswith("start.") for line in changed):  # of a method that was trained in this process, say
+                remedy = f"To go on with that run, make the method anew, as it was before. {remedy}"
             raise InputError(
-                f"{self.folder} holds a run of another configuration ({'; '.join(changed)})",
-                remedy="Choose another output folder, or delete this one to start again",
+                f"{self.folder} holds a run of another configuration ({'; '.join(changed)})", remedy=remedy
             )
 
     def _load(self, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
@@ -805,6 +780,14 @@ class Loop:
         self.state = _State(**content["state"])
         if self.config.keep_best and self.state.best_value is not None:
             self.best = load_file(self._best_file())
+
+
+def seed_all(*words: int) -> None:
+    """Seed the generators of Python, NumPy and torch by whole numbers, each of which counts."""
+    number = int(np.random.SeedSequence(words).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
 
 
 @contextmanager
@@ -847,9 +830,14 @@ def _accelerator(config: FitConfig, folder: Path | None) -> tuple[Accelerator, t
 
 
 def _sums(tensor: Tensor) -> list[float]:
-    """Two numbers that tell a tensor from others, as far as rounding goes."""
-    values = tensor.detach().double().flatten()
-    return [float(values.norm()), float((values * torch.linspace(-1, 1, len(values)).to(values)).sum())]
+    """Two numbers that tell a tensor from others, as far as rounding goes; two more where it has NaN or infinities."""
+    values = tensor.detach().cpu().double().flatten()
+    places, finite = torch.linspace(-1, 1, len(values)).to(values), values.isfinite()
+    kept = values.where(finite, 0)
+    told = [kept.norm(), (kept * places).sum()]
+    if not finite.all():
+        told += [(~finite).sum(), (places * ~finite).sum()]
+    return [float(value) for value in told]
 
 
 def _alike(theirs: Any, ours: Any) -> bool:
@@ -1034,10 +1022,53 @@ def check_fit(method: Method, train: Split, validation: Split | None, config: Fi
         return
     known = {*validation.metrics} | ({"loss"} if method.loss_comes_from() else set())
     if config.monitor not in known and validation.scorer is not None:  # a scorer's names are known by trying
-        known |= validation.scorer(method, validation.subset([0]), 1).keys()
+        device = device_of(config)
+        method.place(device)
+        known |= evaluate(method, validation.subset([0]), 1, device).keys()
     if config.monitor not in known:
         raise InputError(
             f"the run monitors {config.monitor!r}, which is not among the validation metrics",
             remedy=f"Choose one of: {', '.join(sorted(known))}",
             field="monitor",
+        )
+
+
+def check_groups(
+    method: Method, config: FitConfig, optimisers: Mapping[str, torch.optim.Optimizer] | None = None
+) -> None:
+    """Refuse settings of the run that no group of the optimisers follows, and schedules that cannot be followed.
+
+    Args:
+        optimisers: default: what the method makes for this run.
+    """
+    optimisers = method.optimisers(config) if optimisers is None else optimisers
+    groups = [group for optimiser in optimisers.values() for group in optimiser.param_groups]
+    named = {group["schedule"] for group in groups if group.get("schedule")}
+    if unknown := sorted(named - set(get_args(Schedule))):
+        raise InputError(
+            f"{method.name} names the schedule {unknown[0]!r} for a group",
+            remedy=f"Choose one of: {', '.join(get_args(Schedule))}",
+            field="schedule",
+        )
+    if (counting := sorted(named & {*BY_EPOCHS})) and config.epochs is None:
+        raise InputError(
+            f"{method.name} names the schedule {counting[0]!r}, which counts epochs",
+            remedy="Give epochs, not max_steps",
+            field="epochs",
+        )
+    used = {group.get("schedule") or config.schedule for group in groups}
+    idle = {
+        "lr": config.lr is not None and all(group["lr"] != config.lr for group in groups),
+        "weight_decay": config.weight_decay != 0 and all(g["weight_decay"] != config.weight_decay for g in groups),
+        "schedule": config.schedule not in {"constant", *used},
+    }
+    if field := next((field for field, idles in idle.items() if idles), None):
+        raise InputError(
+            f"{method.name} names the {field} of all its groups, so the run's has no effect",
+            remedy="Leave it out, or set the method's own",
+            field=field,
+        )
+    if config.final_factor != FitConfig.model_fields["final_factor"].default and "exponential" not in used:
+        raise InputError(
+            "no schedule of this run ends at a factor", remedy="Set schedule: exponential", field="final_factor"
         )

@@ -45,7 +45,7 @@ from pt_core.errors import InputError, NonFiniteLoss
 from pt_core.files import check_folder, write
 from pt_core.metrics import higher_is_better, mean_spread
 from pt_core.report import Grid
-from pt_core.training import FitConfig, device_of, evaluate
+from pt_core.training import FitConfig, device_of, evaluate, seed_all
 
 STATE = "state.safetensors"
 """What is transferred, in the folder of a cell from scratch: the method's `trained_state`."""
@@ -151,8 +151,13 @@ class Study:
             "positive": sum(gain > 0 for gain in pairs) / len(pairs),
             "by_source": {s: mean_spread(self.mean_gain(s, t) for t in others[s])[0] for s in self.tasks},
             "by_target": {t: mean_spread(self.mean_gain(s, t) for s in others[t])[0] for t in self.tasks},
-            "best_source": {t: max(others[t], key=lambda s: self.mean_gain(s, t)) for t in self.tasks},
+            "best_source": {t: _best({s: self.mean_gain(s, t) for s in others[t]}) for t in self.tasks},
         }
+
+
+def _best(values: Mapping[str, float]) -> str:
+    """The name of the largest value, the first of equals; NaN is below all."""
+    return max(values, key=lambda name: (not math.isnan(values[name]), values[name]))
 
 
 # --- running it -------------------------------------------------------------------------------------------------------
@@ -261,6 +266,7 @@ def run_cell(bench: TransferBench, label: str, folder: Path, cell: Cell) -> None
     try:
         job.method.place(device_of(config))
         assert job.test is not None
+        seed_all(config.seed)
         before = evaluate(job.method, job.test, config.eval_batch_size, precision=config.precision)
         outcome = runs.train(job, config, place, label)
         if source is None:
@@ -283,6 +289,7 @@ def _chosen(tasks: Sequence[str] | None, known: Sequence[str]) -> list[str]:
             raise InputError(problem, field="tasks", remedy=there)
     if len(chosen) < 2:
         raise InputError("a transfer study needs two tasks or more", field="tasks", remedy=there)
+    runs.check_cases(chosen, "tasks")
     return chosen
 
 
@@ -537,8 +544,8 @@ def in_words(study: Study) -> str:
     summary = study.summary()
     pairs = len(study.tasks) * (len(study.tasks) - 1)
     best = ", ".join(f"{t} from {s}" for t, s in summary["best_source"].items())
-    giver = max(study.tasks, key=lambda s: summary["by_source"][s])
-    taker = max(study.tasks, key=lambda t: summary["by_target"][t])
+    giver = _best(summary["by_source"])
+    taker = _best(summary["by_target"])
     return (
         f"Mean gain {summary['mean_gain']:+.3f} {study.metric}; {summary['positive']:.0%} of {pairs} pairs gain.\n"
         f"Best source on average: {giver} ({summary['by_source'][giver]:+.3f}); "
@@ -572,6 +579,7 @@ def write_report(study: Study, folder: str | Path, title: str = "Transfer", note
         "zero_shot_std": [[_std(study.zero_shot(s, t)) for s, t in row] for row in pairs],
         "summary": study.summary(),
     }
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)  # what is not finite becomes null
     write(folder / "transfer.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     gains, zero_shot, words = gains_grid(study), zero_shot_grid(study), in_words(study)
     parts = [f"# {title}", notes, words.replace("\n", "  \n"), report.to_markdown(gains, title="Gains")]
