@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.training import FitConfig
-from pt_vl.method import Stacked
+from pt_vl.data import ImageTask
 from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
 
 Make = Callable[..., Any]
@@ -55,23 +55,26 @@ def test_a_class_without_training_rows_is_refused_by_name(make_encoder: Make, ma
     assert torch.equal(method.head.weight, torch.zeros(4, 8))
 
 
-def test_one_view_of_each_image_is_drawn_by_the_runs_seed(make_encoder: Make, make_images: Make) -> None:
-    plain = make_images(9)
+def test_a_run_with_augmentation_fits_the_fixed_views(make_encoder: Make) -> None:
+    backbone, labels = make_encoder(), [0, 1, 2] * 4
+    values = np.random.default_rng(0).integers(0, 256, (12, 20, 16, 3), dtype=np.uint8)
+    names = ("cat", "dog", "bird")
 
-    class Views(list[dict[str, Any]]):
-        def __getitem__(self, index: Any) -> Any:
-            row = plain.rows[index]
-            return row | {"pixels": row["pixels"] + torch.randn(3, 12, 12)}
-
-    views = replace(plain, rows=Views(plain.rows), collate=Stacked(fixed=False))
-
-    def fitted(state: int, seed: int = 0) -> torch.Tensor:
-        method = LinearProbe(make_encoder(), LinearProbeConfig(class_names=("cat", "dog", "bird")))
-        torch.manual_seed(state)
-        before = torch.get_rng_state()
-        method.fit(views, None, RUN.model_copy(update={"seed": seed}))
-        assert torch.equal(torch.get_rng_state(), before)
+    def fitted(split: Split) -> torch.Tensor:
+        method = LinearProbe(backbone, LinearProbeConfig(class_names=names))
+        method.fit(split, None, RUN)
         return method.head.weight
 
-    assert torch.equal(fitted(1), fitted(2))
-    assert not torch.equal(fitted(1), fitted(1, seed=1))
+    def train(augment: bool) -> Split:
+        task = ImageTask.from_arrays({"train": (values, labels)}, backbone, class_names=names, augment=augment)
+        assert task.train is not None
+        return task.train
+
+    assert torch.equal(fitted(train(True)), fitted(train(False)))
+    assert torch.equal(fitted(train(True).subset(range(9))), fitted(train(False).subset(range(9))))
+
+
+def test_augmented_rows_without_fixed_views_are_refused(make_encoder: Make, make_images: Make) -> None:
+    method = LinearProbe(make_encoder(), LinearProbeConfig(class_names=("cat", "dog", "bird")))
+    with pytest.raises(InputError, match="field 'rows': the rows are augmented, their fixed views are not known"):
+        method.fit(make_images(9, fixed=False), None, RUN)

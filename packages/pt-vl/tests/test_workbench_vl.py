@@ -243,6 +243,15 @@ def test_the_cache_of_tip_adapter_is_as_large_as_the_data(folder: Path) -> None:
     job.method.fit(job.train, job.validation, config)
 
 
+def test_the_linear_probe_of_a_run_with_augmentation_reads_fixed_views(folder: Path) -> None:
+    heads = []
+    for augment in (False, True):
+        job, config = Bench(made(folder, {"name": "linear-probe"}, augment=augment)).job("linear-probe", 0)
+        job.method.fit(job.train, job.validation, config)
+        heads.append(job.method.trained_state()["head.weight"])
+    assert heads[0].equal(heads[1])
+
+
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Images of each pass of the image tower; where a 0 is put in front, it breaks off at the third pass."""

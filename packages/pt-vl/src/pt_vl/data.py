@@ -151,6 +151,10 @@ class ImageRows(Sequence[dict[str, Any]]):
             return {"pixels": self.preprocessing(image), "label": self.labels[index]}
         return {"pixels": self.preprocessing.normalise(self._augment(image)), "label": self.labels[index]}
 
+    def fixed(self) -> ImageRows:
+        """The same images in the fixed view."""
+        return ImageRows(self.sources, self.labels, self.preprocessing)
+
 
 @dataclass
 class Listed:

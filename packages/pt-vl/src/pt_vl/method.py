@@ -23,6 +23,7 @@ from accelerate.utils import send_to_device
 from pydantic import Field, ValidationError, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
@@ -395,6 +396,27 @@ class Stacked:
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows])
         return batch
+
+
+def fixed_views(split: Split) -> Split:
+    """The split with every row in its fixed view, where rows are augmented.
+
+    Raises:
+        InputError: they are, and have no method `fixed` that gives the rows in fixed views (`pt_vl.data.ImageRows` has).
+    """
+    return (
+        split if getattr(split.collate, "fixed", True) else replace(split, rows=_fixed(split.rows), collate=Stacked())
+    )
+
+
+def _fixed(rows: Any) -> Any:
+    if isinstance(rows, Subset):
+        return Subset(_fixed(rows.dataset), rows.indices)
+    if not hasattr(rows, "fixed"):
+        raise InputError(
+            "the rows are augmented, their fixed views are not known", remedy="Give them without", field="rows"
+        )
+    return rows.fixed()
 
 
 @torch.no_grad()

@@ -351,9 +351,9 @@ class Bench:
         return method
 
     def _seen(self, method: VLMethod, split: Split) -> Split:
-        """What a method sees of a split: where its image tower is the frozen one, features, computed once for all runs, and
-        for all processes that share an output folder."""
-        if method.trains_image:
+        """What a method sees of a split: where its image tower is the frozen one and views are fixed, features, computed once
+        for all runs, and for all processes that share an output folder."""
+        if method.trains_image or not getattr(split.collate, "fixed", False):
             return split
         if id(split) not in self._featured:
             kept = None if self.folder is None else self.folder / "features"
@@ -434,7 +434,7 @@ def accuracy_among(method: VLMethod, split: Split, columns: Sequence[int], batch
 
 
 class _Featured(Sequence[dict[str, Any]]):
-    """The rows of `cache_features` (augmented ones stay as they are), computed when the first one is read."""
+    """The rows of `cache_features`, computed when the first one is read."""
 
     def __init__(self, split: Split, backbone: DualEncoder, batch_size: int, folder: Path | None) -> None:
         self.split, self.backbone, self.batch_size, self.folder = split, backbone, batch_size, folder

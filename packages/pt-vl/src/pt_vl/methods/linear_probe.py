@@ -15,7 +15,7 @@ from pt_core.method import Batch, MethodConfig, Output
 from pt_core.probe import Array, fit_probe, probe_metrics
 from pt_core.training import FitConfig, FitResult, device_of
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import VLConfig, VLMethod, cache_features
+from pt_vl.method import VLConfig, VLMethod, cache_features, fixed_views
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -36,12 +36,13 @@ class LinearProbeConfig(VLConfig):
 class LinearProbe(VLMethod):
     """Linear probe: z = W f + b on image features f, fitted by multinomial logistic regression.
 
-    Pixels [B, 3, H, W] -> features [B, d] -> logits [B, C]. `fit` reads every image once and makes no gradient steps.
+    Pixels [B, 3, H, W] -> features [B, d] -> logits [B, C]. `fit` reads every image once, in its fixed view even where the run
+    augments, and makes no gradient steps.
 
     Parameters: C (d + 1), fitted by L-BFGS and not by gradient steps. ViT-B/16, 100 classes: 51,300.
 
-    Fidelity: features behind the projection, not normalised, as CoOp's probe reads them. Radford et al. refine C by a binary
-    search and refit on training and validation rows; here validation rows choose from a grid.
+    Fidelity: features behind the projection, not normalised, of fixed views, as CoOp's probe reads them. Radford et al. refine
+    C by a binary search and refit on training and validation rows; here validation rows choose from a grid.
 
     Reference: Radford et al. Learning Transferable Visual Models From Natural Language Supervision. ICML 2021.
     """
@@ -83,17 +84,15 @@ class LinearProbe(VLMethod):
         Args:
             train: labelled rows.
             validation: rows that choose C.
-            config: device, eval_batch_size and seed (of augmented views, one of each image) are used.
+            config: device and eval_batch_size are used.
             output_dir: not used: there are no steps to log or to resume.
 
         Raises:
-            InputError: a class has no row in `train`.
+            InputError: a class has no row in `train`, or its rows are augmented and have no fixed view.
         """
         config = config or FitConfig(epochs=1)
         self.place(device_of(config))
-        with torch.random.fork_rng(devices=[]):  # views are drawn by the run's seed
-            torch.manual_seed(config.seed)
-            features, labels = self._read(train, config)
+        features, labels = self._read(fixed_views(train), config)
         counts = np.bincount(labels, minlength=len(self.config.class_names))
         if len(absent := np.flatnonzero(counts == 0)):
             names = ", ".join(self.config.class_names[i] for i in absent)
