@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -712,7 +713,10 @@ def test_a_folder_gives_the_model_its_tokeniser_and_its_preprocessing(
     made = make_encoder(family)
     made.model.save_pretrained(tmp_path)
     made.tokeniser.save_pretrained(tmp_path)
-    assert load_backbone(str(tmp_path)).preprocessing == Preprocessing(size=12)
+    by_default = Preprocessing(size=12)
+    if family == "siglip":
+        by_default = Preprocessing(size=12, squash=True, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert load_backbone(str(tmp_path)).preprocessing == made.preprocessing == by_default
     if family == "clip":
         images = CLIPImageProcessor(
             size={"shortest_edge": 14}, crop_size={"height": 12, "width": 12}, image_mean=[0.1] * 3
@@ -738,7 +742,7 @@ def test_open_clip_models_load_by_name_and_by_weight_file(tmp_path: Path) -> Non
     made = load_backbone("open-clip:tiny-for-tests")
     assert (made.context, made.preprocessing.size, made.width) == (20, 16, 4)
     assert made.preprocessing.mean == Preprocessing().mean
-    assert made.source == "open-clip:tiny-for-tests"
+    assert made.source is None, "other weights whenever it is loaded"
     with torch.no_grad():
         made.model.visual.proj.mul_(3)
     torch.save(made.model.state_dict(), tmp_path / "weights.pt")
@@ -763,4 +767,35 @@ def test_damaged_weights_are_an_input_error(tmp_path: Path, make_encoder: Callab
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
     with pytest.raises(InputError, match=r"the weights of .* cannot be read \(.*\)\. They are damaged"):
+        load_backbone(str(tmp_path))
+
+
+def test_weights_that_are_not_all_there_are_refused_by_name(tmp_path: Path, make_encoder: Make) -> None:
+    made = make_encoder()
+    made.model.save_pretrained(tmp_path)  # type: ignore[operator]
+    made.tokeniser.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = {name: tensor for name, tensor in weights.items() if "text_model.encoder.layers.0.mlp" not in name}
+    save_file(lacking, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"text_model\.encoder\.layers\.0\.mlp\.fc1\.bias is missing and 3 more\. They are"
+    ):
+        load_backbone(str(tmp_path))
+    narrow = weights | {"text_projection.weight": weights["text_projection.weight"][:, :8].contiguous()}
+    save_file(narrow, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"text_projection\.weight is \[8, 8\], not \[8, 16\]\. They are of another model"
+    ):
+        load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ['{"image_mean": [0.5, 0.', '{"image_processor_type": "Nonsense"}'])
+def test_a_damaged_image_processor_is_refused_and_not_replaced(
+    content: str, tmp_path: Path, make_encoder: Make
+) -> None:
+    made = make_encoder()
+    made.model.save_pretrained(tmp_path)  # type: ignore[operator]
+    made.tokeniser.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"preprocessor_config\.json: how .* prepares its images cannot be read"):
         load_backbone(str(tmp_path))

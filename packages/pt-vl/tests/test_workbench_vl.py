@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -475,6 +476,22 @@ def test_a_prompt_of_the_shipped_model_opens_by_itself(folder: Path) -> None:
     path = method.save_pretrained(folder / "saved", backbone_name="zoo:gone")
     with pytest.raises(InputError, match=r"saved: .*no model 'gone' .* Name its backbone: --backbone"):
         open_artifact(artifacts.load_artifact(path))
+
+
+def test_a_run_records_no_name_that_leads_to_other_weights(folder: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 12, "layers": 1, "width": 16, "head_width": 8, "patch_size": 4}
+    text = {"context_length": 20, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+    config = {"embed_dim": 4, "vision_cfg": vision, "text_cfg": text}
+    (folder / "tiny-of-a-recipe.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    made = load_backbone("open-clip:tiny-of-a-recipe")
+    torch.save(made.model.state_dict(), folder / "weights.pt")
+    for name in ("tiny-of-a-recipe", f"tiny-of-a-recipe/{folder / 'weights.pt'}"):
+        given = settings(folder) | {"backbone": {"name": f"open-clip:{name}"}}
+        job, _ = Bench(Recipe.model_validate(given)).job("coop", 0)
+        path = job.method.save_pretrained(folder / "saved", backbone_name=job.backbone_name)
+        assert artifacts.load_artifact(path).config.backbone.name is None
 
 
 def test_the_recipe_of_the_real_model_has_published_settings_and_every_method_takes_them(folder: Path) -> None:

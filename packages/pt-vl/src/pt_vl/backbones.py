@@ -86,7 +86,7 @@ class DualEncoder(nn.Module):
         model: a `transformers.CLIPModel` or `SiglipModel`, or a CLIP model of open_clip.
         processor: a Hugging Face processor (tokeniser and image processor), or a tokeniser alone (a Hugging Face one; for
             open_clip, what `open_clip.get_tokenizer` gives).
-        preprocessing: default: the processor's or the model's own, else CLIP's at the model's image size.
+        preprocessing: default: the processor's or the model's own, else CLIP's or SigLIP's at the model's image size.
 
     Raises:
         InputError: the model is of no known family, or a part of it is none that prompts can enter exactly.
@@ -148,6 +148,8 @@ class DualEncoder(nn.Module):
                 mean=tuple(known["mean"]),
                 std=tuple(known["std"]),
             )
+        if isinstance(self.image_tower, HFImage) and not self.image_tower.clip:  # SigLIP's released one
+            return Preprocessing(size=self.image_tower.size, squash=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
         return Preprocessing(size=self.image_tower.size) if self.image_tower is not None else Preprocessing()
 
     # --- what it is -------------------------------------------------------------------------------------------------
@@ -573,26 +575,31 @@ def load_backbone(
 
     Args:
         name: a hub id or folder of a CLIP or SigLIP model; `zoo:mini-clip`, which ships with this package; or
-            `open-clip:MODEL` or `open-clip:MODEL/PRETRAINED`, where PRETRAINED is one of open_clip's tags or a weight file
-            (`open-clip:hf-hub:...` for its hub models).
+            `open-clip:MODEL/PRETRAINED`, where PRETRAINED is one of open_clip's tags or a weight file (`open-clip:hf-hub:...`
+            for its hub models); `open-clip:MODEL` has random weights, others whenever it is loaded.
         revision: commit or tag on the hub.
         dtype: of the weights.
         device: where to put it.
 
     Raises:
-        InputError: there is no such model, its weights are damaged, or open_clip is not installed.
+        InputError: there is no such model, its weights are damaged or not all there, what says how its images are prepared
+            cannot be read, or open_clip is not installed.
     """
     if name.startswith("open-clip:"):
         inner = name.removeprefix("open-clip:")
         model, tokeniser = _load_open_clip(inner)
         made = DualEncoder(model.to(dtype=dtype), tokeniser)
-        made.source = None if Path(inner.partition("/")[2]).is_file() else name  # a path stays on this machine
+        weights = inner if inner.startswith("hf-hub:") else inner.partition("/")[2]
+        # A path stays on this machine, and no name leads back to random weights.
+        made.source = None if not weights or Path(weights).is_file() else name
         return made.to(device or "cpu").eval()
     transformers, place = importlib.import_module("transformers"), name
     if name.startswith("zoo:"):
         place = str(shipped_model(name.removeprefix("zoo:")))
     try:
-        model = transformers.AutoModel.from_pretrained(place, revision=revision, dtype=dtype)
+        # Shapes that differ are read from the report, which names the tensors.
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = transformers.AutoModel.from_pretrained(place, revision=revision, dtype=dtype, **options)
         tokeniser = transformers.AutoTokenizer.from_pretrained(place, revision=revision)
     except SafetensorError as error:
         remedy = "They are damaged or half downloaded: fetch them again"
@@ -600,10 +607,19 @@ def load_backbone(
     except (OSError, ValueError) as error:
         raise InputError(f"{name} cannot be loaded ({str(error).splitlines()[0]})", remedy="Check the name") from error
     try:
-        images = transformers.AutoImageProcessor.from_pretrained(place, revision=revision)
-    except (OSError, ValueError):
-        images = None  # a model that comes without one gets CLIP's preprocessing at its image size
+        auto, images = importlib.import_module("transformers.models.auto.image_processing_auto"), None
+        if auto.get_image_processor_config(place, revision=revision):  # without one: see `DualEncoder`
+            images = auto.AutoImageProcessor.from_pretrained(place, revision=revision)
+    except (OSError, ValueError) as error:
+        problem = f"how {name} prepares its images cannot be read ({str(error).splitlines()[0]:.200})"
+        raise InputError(problem, file="preprocessor_config.json", remedy="Fetch it again") from error
     made = DualEncoder(model, SimpleNamespace(tokenizer=tokeniser, image_processor=images))
+    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
+    wrong += [f"{key} is {list(a)}, not {list(b)}" for key, a, b in sorted(report["mismatched_keys"])]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        remedy = "They are of another model or half downloaded: fetch them again"
+        raise InputError(f"the weights of {name} are not those of its configuration: {wrong[0]}{more}", remedy=remedy)
     made.source = name if name.startswith("zoo:") else None
     return made.to(device or "cpu").eval()
 

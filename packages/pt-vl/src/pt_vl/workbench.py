@@ -363,6 +363,8 @@ class Bench:
 
     def _job(self, method: VLMethod, task: ImageTask, test: Split | None) -> Job:
         source = self.recipe.backbone
+        # A path stays on this machine; what open_clip loads says itself whether its name leads back to it.
+        unnamed = Path(source.name).is_dir() or source.name.startswith("open-clip:")
         assert task.train is not None
         return Job(
             method,
@@ -370,7 +372,7 @@ class Bench:
             None if task.validation is None else self._seen(method, task.validation),
             test,
             task=task.spec.model_dump(mode="json"),
-            backbone_name=None if Path(source.name).is_dir() else source.name,  # a path stays on this machine
+            backbone_name=None if unnamed else source.name,
             revision=source.revision,
         )
 
