@@ -131,6 +131,19 @@ def test_the_order_of_tasks_permutes_columns_only(make_encoder: Callable[..., An
     assert scores == pytest.approx(again)
 
 
+def test_rows_of_the_only_task_need_not_name_it_to_be_restricted(make_encoder: Callable[..., Any]) -> None:
+    found = []
+    for restrict in (False, True):
+        method = mvlpt(make_encoder(), tasks={"all": TASKS["animals"]}, prompt="text", restrict=restrict)
+        method.fit(images(3), images(3, seed=1), run())
+        found.append(method.trained_state()["prompted.context"])
+    assert torch.equal(*found)
+    with pytest.raises(
+        InputError, match="field 'task': `restrict` needs the task of every row. Give rows of a `union`"
+    ):
+        mvlpt(make_encoder(), prompt="text", restrict=True).fit(images(5), None, run())
+
+
 def test_restricting_masks_with_minus_infinity(make_encoder: Callable[..., Any]) -> None:
     by_hand = {"labels": torch.tensor([0]), "task": torch.tensor([0])}
     for compat, expected in ((False, 0.3133), (True, 0.4076)):

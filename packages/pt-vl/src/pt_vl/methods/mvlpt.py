@@ -67,8 +67,8 @@ class MVLPTConfig(VLConfig):
 class MVLPT(VLMethod):
     """MVLPT: one text, visual or unified prompt is trained on K tasks at once, over the union of their classes.
 
-    Batches also have `task` [B], the row's task, and labels in the union (`union`). Logits [B, sum_k C_k]: the columns of the
-    tasks one behind the other; a class name of two tasks has a column in each.
+    Batches also have `task` [B], the row's task (of a single one they need not), and labels in the union (`union`). Logits
+    [B, sum_k C_k]: the columns of the tasks one behind the other; a class name of two tasks has a column in each.
 
         source = MVLPT(backbone, MVLPTConfig(tasks={"pets": ..., "food": ...}, prompt="text"))
         source.fit(union({"pets": pets.train, "food": food.train}), union({"pets": pets.validation, ...}))
@@ -132,7 +132,11 @@ class MVLPT(VLMethod):
 
     def loss_of(self, output: Output, batch: Batch) -> Loss:
         logits = cast(Tensor, output.logits)
-        if self.config.restrict:
+        if self.config.restrict and len(self.config.tasks) > 1:  # of one task there are no other classes
+            if "task" not in batch:
+                raise InputError(
+                    "`restrict` needs the task of every row", field="task", remedy="Give rows of a `union`"
+                )
             others = ~self.own_columns(batch["task"])
             logits = logits.masked_fill(others, 0.0 if self.config.repo_compat else -torch.inf)
         return Loss(F.cross_entropy(logits, batch["labels"], reduction="sum"), len(logits))
