@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
 from pt_vl.methods.restore import RESTORE, RESTOREConfig
 from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
+from pt_vl.preprocessing import Preprocessing
 
 Make = Callable[..., Any]
 CLASSES = ("cat", "big_house", "red car")
@@ -266,6 +268,24 @@ def test_an_artifact_rebuilds_the_method_and_records_preprocessing(
     with torch.no_grad():
         batch = make_images(4).batch([0, 1, 2, 3])
         assert torch.equal(loaded(batch).logits, method(batch).logits)
+
+
+def test_a_backbone_that_prepares_images_otherwise_is_warned_of_and_refused_when_strict(
+    make_encoder: Make, tmp_path: Any
+) -> None:
+    backbone = make_encoder()
+    squashed = Preprocessing(size=12, squash=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    path = coop(DualEncoder(backbone.model, backbone.tokeniser, squashed)).save_pretrained(tmp_path / "prompt")
+    otherwise = (
+        r"images that were prepared otherwise: squash is False, was True; mean is .*, was \[0\.5, 0\.5, 0\.5\]; std"
+    )
+    with pytest.warns(UserWarning, match=otherwise):
+        load(path, make_encoder())
+    with pytest.raises(InputError, match=otherwise):
+        load(path, make_encoder(), strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(path, DualEncoder(backbone.model, backbone.tokeniser, squashed), strict=True)
 
 
 def spoilt(backbone: DualEncoder, how: str) -> DualEncoder:

@@ -13,6 +13,7 @@ Class names are part of a method's configuration, so that a saved prompt can be 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -336,14 +337,30 @@ class VLMethod(Method):
     def from_pretrained(cls, path: str | Path, backbone: nn.Module, *, strict: bool = False) -> Self:
         """See `Method.from_pretrained`.
 
+        Warns:
+            UserWarning: as there, or the backbone prepares images otherwise.
+
         Raises:
-            InputError: as there, or the backbone's tokeniser is another one: it would read the class names differently.
+            InputError: as there, or the backbone's tokeniser is another one: it would read the class names differently; or,
+                with `strict`, it prepares images otherwise.
         """
-        saved = (load_artifact(path).config.task or {}).get("tokenizer_hash")  # older artifacts have none
-        if saved and isinstance(backbone, DualEncoder) and saved != backbone.tokeniser_hash:
+        saved = load_artifact(path).config.task or {}  # older artifacts have less
+        if not isinstance(backbone, DualEncoder):
+            return super().from_pretrained(path, backbone, strict=strict)
+        if saved.get("tokenizer_hash") not in (None, "", backbone.tokeniser_hash):
             raise InputError(
                 "the prompt was trained with another tokenizer", file=path, remedy="Use the tokenizer of its backbone"
             )
+        now, before = backbone.preprocessing.model_dump(mode="json"), saved.get("preprocessing")
+        known = before if isinstance(before, Mapping) else {}
+        if changed := [
+            f"{key} is {now.get(key)}, was {value}" for key, value in known.items() if now.get(key) != value
+        ]:
+            problem = f"the prompt was trained on images that were prepared otherwise: {'; '.join(changed)}"
+            remedy = "Give DualEncoder its preprocessing: config.task['preprocessing'] of the artifact"
+            if strict:
+                raise InputError(problem, file=path, remedy=remedy)
+            warnings.warn(f"{problem}. {remedy}", UserWarning, stacklevel=2)
         return super().from_pretrained(path, backbone, strict=strict)
 
     def published(self, train: Split) -> FitConfig:
