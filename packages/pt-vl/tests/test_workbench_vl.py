@@ -21,6 +21,7 @@ from pt_core.testing import Killed, command, one_thread
 from pt_core.training import FitConfig, evaluate
 from pt_vl import CoOpConfig, demo, workbench
 from pt_vl.backbones import DualEncoder, load_backbone
+from pt_vl.data import read_image
 from pt_vl.method import FAMILY
 from pt_vl.workbench import Bench, Recipe, open_artifact
 
@@ -113,6 +114,20 @@ def test_targets_are_tested_with_the_classes_that_they_have(folder: Path) -> Non
     expected = evaluate(job.method.with_classes(("cat", "red car")), bench.targets()["pets"].train)["accuracy"]
     assert scores["accuracy/pets"] == expected
     assert scores["accuracy/others"] == pytest.approx((scores["accuracy/domain"] + scores["accuracy/pets"]) / 2)
+
+
+def test_of_a_target_only_the_images_that_are_tested_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
+    for split, part in (("train", "train"), ("val", "train"), ("test", "domain")):
+        rows[split] = [[f"{part}/{name}/{i}.png", label, name] for label, name in enumerate(NAMES) for i in range(2)]
+    (folder / "split.json").write_text(json.dumps(rows))
+    bench = Bench(made(folder, targets={"pets": {"split_file": str(folder / "split.json"), "images": str(folder)}}))
+    (folder / "train" / "cat" / "0.png").write_bytes(b"damaged")
+    read = list[Any]()
+    monkeypatch.setattr("pt_vl.data.read_image", lambda source: read.append(source) or read_image(source))
+    target = bench.targets()["pets"]
+    assert [path.parts[-3:] for path in read] == [("domain", name, f"{i}.png") for name in NAMES for i in range(2)]
+    assert target.train is None and target.validation is None and target.test is not None and len(target.test) == 8
 
 
 @pytest.mark.parametrize(

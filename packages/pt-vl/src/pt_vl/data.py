@@ -565,6 +565,7 @@ class ImageTask:
         crop_scale: tuple[float, float] = (0.08, 1.0),
         unreadable: Unreadable = "refuse",
         metrics: tuple[str, ...] = ("accuracy",),
+        test_only: bool = False,
     ) -> Self:
         """A task from listed images.
 
@@ -579,6 +580,7 @@ class ImageTask:
             crop_scale: area of such a crop.
             unreadable: what to do about images that cannot be read: refuse the task, or skip them with a warning.
             metrics: of all splits.
+            test_only: make one split, to test on: `test`, or what there is in its place. Of the others only labels are read.
 
         Raises:
             InputError: a label is not among the classes; a class has no image; two class names are one, or one does not fit
@@ -587,8 +589,10 @@ class ImageTask:
         if unknown := found.keys() - set(SPLITS):
             raise InputError(f"unknown splits {sorted(unknown)}", remedy=f"Splits are {', '.join(SPLITS)}")
         listed = {split: part for split, part in found.items() if len(part)}
+        used = [split for split in ("test", "train", "validation") if split in listed]
+        used = used[:1] if test_only else used
         if unreadable == "skip":  # before anything is drawn, so that draws are full
-            listed = {split: readable(part, unreadable) for split, part in listed.items()}
+            listed |= {split: readable(listed[split], unreadable) for split in used}
         first = next((listed[split] for split in SPLITS if split in listed), None)
         if first is None:
             raise InputError("there are no images")
@@ -618,7 +622,7 @@ class ImageTask:
         )
         labels = {split: _indices(part, keys, by_index) for split, part in listed.items()}
         _complete(labels, names, first.file)
-        chosen: dict[str, Sequence[int]] = {split: range(len(part)) for split, part in listed.items()}
+        chosen: dict[str, Sequence[int]] = {split: range(len(listed[split])) for split in used}
         if shots is not None:
             chosen |= draw(labels["train"], labels.get("validation"), names, shots, seed)
         task = cls(spec, listed=listed)

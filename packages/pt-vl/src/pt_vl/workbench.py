@@ -135,11 +135,12 @@ class Images(Settings):
         rest: dict[str, Any] = {"validation": self.validation, "test": self.test}
         options |= {"class_names": self.class_names}
         path = Path(str(first))
+        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+            return ImageTask.from_dataset(path, backbone, image=self.image, label=self.label, **rest, **options)
+        rest |= {} if self.train else {"test": None}  # these are the first already
         if path.is_file():
             options |= {"images": self.images, "path": self.path, "label": self.label}
             return ImageTask.from_files(path, backbone, **rest, **options)
-        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            return ImageTask.from_dataset(path, backbone, image=self.image, label=self.label, **rest, **options)
         return ImageTask.from_folder(path, backbone, **rest, **options)
 
 
@@ -265,7 +266,7 @@ class Bench:
             self._targets = {}
             for name, images in data.targets.items():
                 options = {"templates": images.templates or data.templates, "unreadable": data.unreadable}
-                self._targets[name] = images.task(self.backbone, **options)
+                self._targets[name] = images.task(self.backbone, test_only=True, **options)
         return self._targets
 
     def job(self, label: str, seed: int) -> tuple[Job, FitConfig]:
@@ -291,7 +292,7 @@ class Bench:
             assert new.test is not None
             others["new"] = (new.spec.class_names, new.test)
         for name, target in self.targets().items():
-            split = target.test or target.train  # its only one
+            split = target.test or target.train or target.validation  # its only one
             assert split is not None
             others[name] = (target.spec.class_names, split)
         method, test = self._method(chosen, task, seed), None
