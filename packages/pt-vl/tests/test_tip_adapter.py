@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from pt_core import FitConfig, InputError
@@ -66,6 +68,29 @@ def test_keys_are_the_normalised_mean_of_the_features_of_all_views(make_encoder:
     mean = torch.stack([method.backbone.image(pixels + shift) for shift in (0.0, 1.0, 2.0)]).mean(0)
     torch.testing.assert_close(method.keys, F.normalize(mean, dim=-1), rtol=1e-5, atol=1e-6)
     assert method.labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_pixels_of_one_batch_are_held_at_a_time(make_encoder: Callable[..., Any], fixed: bool) -> None:
+    rows, held, most = images(12, fixed=fixed), [0], [0]
+
+    class Watched(Stacked):
+        def __call__(self, chosen: list[Any]) -> dict[str, Any]:
+            batch = super().__call__(chosen)
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+            weakref.finalize(batch["pixels"], lambda: held.__setitem__(0, held[0] - 1))
+            return batch
+
+    rows.collate = Watched(fixed)
+    tip(make_encoder(), cache_size=12, views=2).fit(rows, None, RUN)
+    assert most[0] <= 2, "the last one is let go when the next one is there"
+
+
+@pytest.mark.parametrize("steps", [(0, 20), (200, -1)])
+def test_a_search_without_steps_is_refused(steps: tuple[int, int]) -> None:
+    with pytest.raises(ValidationError, match="greater than 0"):
+        TipAdapterConfig(class_names=NAMES, cache_size=4, search_steps=steps)
 
 
 def test_alpha_and_beta_are_the_best_of_the_grid_on_validation_rows(make_encoder: Callable[..., Any]) -> None:

@@ -110,10 +110,12 @@ class LinearProbe(VLMethod):
     def _read(self, split: Split, config: FitConfig) -> tuple[Array, Array]:
         """Features [n, d] in float64 and labels [n] of a split."""
         cached = cache_features(split, self.backbone, config.eval_batch_size)
-        read = [(batch, batch["labels"]) for batch in cached.batches(config.eval_batch_size)]
+        features, labels = [], []
         with torch.no_grad():
-            found = [self.image_features(_on(batch, self.backbone.device)).double().cpu() for batch, _ in read]
-        return torch.cat(found).numpy(), torch.cat([labels for _, labels in read]).numpy()
+            for batch in cached.batches(config.eval_batch_size):
+                features.append(self.image_features(_on(batch, self.backbone.device)).double().cpu())
+                labels.append(batch["labels"])
+        return torch.cat(features).numpy(), torch.cat(labels).numpy()
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import send_to_device
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,7 +36,7 @@ class TipAdapterConfig(VLConfig):
     search_scale: tuple[float, float] = Field(
         (7.0, 3.0), description="largest beta and alpha tried; configs/imagenet.yaml"
     )
-    search_steps: tuple[int, int] = Field(
+    search_steps: tuple[PositiveInt, PositiveInt] = Field(
         (200, 20), description="values of beta and alpha tried; Tip-Adapter, yaml files"
     )
 
@@ -124,18 +124,21 @@ class TipAdapter(VLMethod):
         with torch.random.fork_rng(devices=[]):  # views are drawn by the run's seed
             torch.manual_seed(config.seed)
             for _ in range(views):
-                batches = [send_to_device(b, self.backbone.device) for b in train.batches(config.eval_batch_size)]
-                total += torch.cat([self.image_features(batch).float() for batch in batches])
+                features, labels = self.read(train, config)
+                total += features.float()
         self.keys.data.copy_(F.normalize(total / views, dim=-1))
-        self.labels.copy_(torch.cat([batch["labels"] for batch in batches]))
+        self.labels.copy_(labels)
+
+    def read(self, split: Split, config: FitConfig) -> tuple[Tensor, Tensor]:
+        """Image features [n, d] and labels [n] of a split, one batch of images at a time."""
+        batches = (send_to_device(b, self.backbone.device) for b in split.batches(config.eval_batch_size))
+        found = [(self.image_features(batch), batch["labels"]) for batch in batches]
+        return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
 
     @torch.no_grad()
     def search(self, validation: Split, config: FitConfig) -> dict[str, float]:
         """Choose alpha and beta by accuracy on validation rows, and give its metrics."""
-        seen = cache_features(validation, self.backbone, config.eval_batch_size)
-        batches = [send_to_device(b, self.backbone.device) for b in seen.batches(config.eval_batch_size)]
-        features = torch.cat([self.image_features(batch) for batch in batches])
-        labels = torch.cat([batch["labels"] for batch in batches])
+        features, labels = self.read(cache_features(validation, self.backbone, config.eval_batch_size), config)
         known, affinity = self.backbone.similarity(features, self.text_features()).float(), self.affinity(features)
         (top_beta, top_alpha), (betas, alphas) = self.config.search_scale, self.config.search_steps
         best, logits = -1.0, known
