@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pt_core import InputError
+from pt_core import FitConfig, InputError
 from pt_vl.methods.ivlp import IVLP, IVLPConfig, words_and_start
 from pt_vl.methods.maple import MaPLe, MaPLeConfig
 
@@ -38,6 +38,17 @@ def test_parameter_counts(make_encoder: Callable[..., Any]) -> None:
     assert maple(make_encoder()).count() == 3 * 2 * 16 + 3 * (16 * 24 + 24)
     assert 9 * 2 * 512 + 9 * (512 * 768 + 768) == 3_555_072
     assert maple(make_encoder(), depth=1).count() == 2 * 16 + 16 * 24 + 24
+
+
+def test_without_image_prompts_images_pass_the_tower_once(
+    make_encoder: Callable[..., Any], make_images: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, passed = make_encoder(), list[int]()
+    method, image = ivlp(encoder, image_depth=0), encoder.image
+    monkeypatch.setattr(encoder, "image", lambda pixels, *rest: passed.append(len(pixels)) or image(pixels, *rest))
+    method.fit(make_images(6), None, FitConfig(epochs=3, batch_size=2, device="cpu", progress=False))
+    assert sum(passed) == 6
+    assert ivlp(encoder).trains_image and not method.trains_image
 
 
 def test_the_first_words_are_trained_and_the_others_stay_frozen(make_encoder: Callable[..., Any]) -> None:

@@ -85,6 +85,7 @@ class IVLP(VLMethod):
         self.deep = nn.Parameter(torch.randn(depth - 1, *context.shape, generator=self.generator) * 0.02)
         depth = backbone.image_layers if c.image_depth is None else c.image_depth
         self.visual = nn.Parameter(visual_start(backbone, depth, c.image_length, "normal", self.generator))
+        self.trains_image = depth > 0  # type: ignore[misc]
         self.sentences = Sentences(backbone, c.class_names, c.text_length, words=words)
 
     def encode_text(self) -> Tensor:
