@@ -253,6 +253,39 @@ def test_a_target_may_have_templates_of_its_own(folder: Path, method: str) -> No
     assert scores["accuracy/pets"] == evaluate(other, bench.targets()["pets"].train)["accuracy"]
 
 
+def test_templates_of_a_method_stand_above_those_of_a_target(folder: Path) -> None:
+    targets = {name: {"test": str(folder / "domain")} for name in ("same", "told")}
+    targets["told"]["templates"] = "X X X {} three"
+    for label, method in (
+        ("zero-shot", {"name": "zero-shot", "templates": "a photo of a {}."}),
+        ("vpt", {"name": "vpt"}),
+    ):
+        checked = made(folder, method, targets=targets)
+        if label == "vpt":  # as a label of a comparison
+            checked = Recipe.model_validate(
+                settings(folder, targets=targets) | {"compare": {"vpt": {"templates": "{}."}}}
+            )
+        job, _ = Bench(checked).job(label, 0)
+        assert job.test is not None
+        scores = evaluate(job.method, job.test)
+        assert scores["accuracy/told"] == scores["accuracy/same"]
+
+
+def test_features_in_memory_are_those_of_the_readers_precision(folder: Path) -> None:
+    bench = Bench(made(folder, {"name": "zero-shot"}))
+    job, _ = bench.job("zero-shot", 0)
+    assert job.test is not None
+
+    def read() -> torch.Tensor:
+        return torch.stack([row["image_features"] for row in job.test.rows])  # type: ignore[union-attr]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = read()
+    pixels = bench.task(0).test.batch(range(16))["pixels"]  # type: ignore[union-attr]
+    torch.testing.assert_close(read(), bench.backbone.image(pixels))
+    assert not torch.allclose(read(), coarse, rtol=1e-4, atol=1e-4)
+
+
 def test_the_cache_of_tip_adapter_is_as_large_as_the_data(folder: Path) -> None:
     job, config = Bench(made(folder, {"name": "tip-adapter"})).job("tip-adapter", 0)
     assert job.method.config.cache_size == 8

@@ -268,7 +268,7 @@ class VLMethod(Method):
             return self.encode_text()
         device = self.backbone.device
         values = self.trained_state() if self.trains_text else {}
-        key = (device, _autocast(device))
+        key = (device, autocast_dtype(device))
         if self._known is None or self._known[0] != key or not _equal(values, self._known[1]):
             with torch.no_grad():
                 self._known = (key, {name: tensor.clone() for name, tensor in values.items()}, self.encode_text())
@@ -388,7 +388,8 @@ class VLMethod(Method):
         return super().fit(train, validation, config, output_dir)
 
 
-def _autocast(device: torch.device) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in on a device at the moment; None where it is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
@@ -459,7 +460,7 @@ def cache_features(
     store = None
     if folder is not None:
         how = backbone.preprocessing.model_dump(mode="json")
-        if (dtype := _autocast(backbone.device)) is not None:
+        if (dtype := autocast_dtype(backbone.device)) is not None:
             how["autocast"] = str(dtype)
         weights = fingerprint(backbone, config=True)
         store = FeatureCache(Path(folder) / _hash(f"{weights} {how}".encode())[:16], weights, how)

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -39,7 +38,7 @@ from pt_vl.data import (
     readable,
 )
 from pt_vl.icons import IconChoice
-from pt_vl.method import Stacked, VLMethod, cache_features, check_templates, written
+from pt_vl.method import Stacked, VLMethod, autocast_dtype, cache_features, check_templates, written
 from pt_vl.methods.mvlpt import MVLPT
 from pt_vl.preprocessing import Preprocessing
 
@@ -87,7 +86,7 @@ class Images(Settings):
     templates: str | tuple[str, ...] | None = Field(
         None,
         description=f"with {{}} for the class name; or a name: {', '.join(TEMPLATES)}. Default, of a target or a task: those "
-        "of the data that it belongs to",
+        "of the data that it belongs to. A method with `templates` of its own keeps these",
     )
 
     @field_validator("train", "validation", "test", "split_file", "images")
@@ -298,7 +297,8 @@ class Bench:
         method, test = self._method(chosen, task, seed), None
         if task.test is not None:
             seen = {name: (classes, self._seen(method, split)) for name, (classes, split) in others.items()}
-            templates = {name: images.templates for name, images in data.targets.items() if images.templates}
+            own = "templates" in (chosen.method.model_extra or {})  # those of the method stand above those of data
+            templates = {name: t for name, images in data.targets.items() if (t := images.templates) and not own}
             test = tested(self._seen(method, task.test), seen, data.protocol, templates)
         return self._job(method, task, test), chosen.training.model_copy(update={"seed": seed})
 
@@ -437,10 +437,11 @@ def accuracy_among(method: VLMethod, split: Split, columns: Sequence[int], batch
 
 
 class _Featured(Sequence[dict[str, Any]]):
-    """The rows of `cache_features`, computed when the first one is read."""
+    """The rows of `cache_features`, computed when the first one is read; those of each dtype of autocast by themselves."""
 
     def __init__(self, split: Split, backbone: DualEncoder, batch_size: int, folder: Path | None) -> None:
         self.split, self.backbone, self.batch_size, self.folder = split, backbone, batch_size, folder
+        self._rows: dict[torch.dtype | None, Sequence[Any]] = {}
 
     def __len__(self) -> int:
         return len(self.split)
@@ -448,9 +449,12 @@ class _Featured(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
 
-    @cached_property
+    @property
     def rows(self) -> Sequence[Any]:
-        return cache_features(self.split, self.backbone, self.batch_size, self.folder).rows
+        dtype = autocast_dtype(self.backbone.device)
+        if dtype not in self._rows:
+            self._rows[dtype] = cache_features(self.split, self.backbone, self.batch_size, self.folder).rows
+        return self._rows[dtype]
 
 
 class Session:
