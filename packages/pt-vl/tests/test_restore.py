@@ -263,13 +263,14 @@ def test_the_shift_of_text_features_is_that_of_the_words_behind_the_blocks(make_
     with torch.no_grad():
         method.context.add_(0.5)  # trained: it is measured against the words that it started from
     text, _ = method.shifts(images().batch(range(3)))
+    assert len(set(method.sentences.eot.tolist())) > 1, "names must differ in length for this to mean anything"
     rows: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for prompted, found in rows.items():
 
         def keep(index: int, tokens: Tokens, found: list[torch.Tensor] = found) -> Tokens:
-            found.append(
-                tokens.hidden[:, [0, *range(3, tokens.hidden.shape[1])]]
-            )  # all but the two prompts behind [SOS]
+            # All but the two prompts behind [SOS], and what fills a sentence up behind its end.
+            ends = method.sentences.eot.tolist()
+            found.append(torch.cat([tokens.hidden[c, [0, *range(3, end + 1)]] for c, end in enumerate(ends)]))
             return tokens
 
         deep = dict(enumerate(method.deep, start=1)) if prompted else None

@@ -138,7 +138,10 @@ class RESTORE(MaPLe):
         first, n = self.backbone.text_tower.first, len(self.context)
 
         def words(tokens: Tokens) -> Tensor:
-            return torch.cat([tokens.hidden[:, :first], tokens.hidden[:, first + n :]], dim=1)
+            rows = torch.cat([tokens.hidden[:, :first], tokens.hidden[:, first + n :]], dim=1)
+            # What is behind the slot that is pooled only fills the row up to the longest class name.
+            read = torch.arange(rows.shape[1]) <= self.sentences.eot[:, None] - n
+            return rows[read.to(rows.device)]
 
         def run(after: Callable[[int, Tokens], Tokens], prompted: bool) -> None:
             deep = dict(enumerate(self.deep, start=1)) if prompted else None
