@@ -159,6 +159,33 @@ def test_what_does_not_fit_is_refused(make_model: Make, make_encoder: Make) -> N
         model.text_model(input_ids=ids, output_hidden_states=True)
 
 
+def test_a_mask_that_changes_what_is_read_is_refused(make_encoder: Make) -> None:
+    for family in ("clip", "siglip"):
+        backbone = make_encoder(family)
+        model, ids = backbone.model, backbone.tokenise(["a red car.", "dog."]).ids
+        padding = (torch.arange(ids.shape[1]) < torch.tensor([[6], [4]])).long()
+        attach(model, TowerPrompt(context=random(2, 16)))
+        plain = model.get_text_features(input_ids=ids).pooler_output
+        whole = model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids)).pooler_output
+        assert torch.equal(whole, plain)
+        if family == "clip":  # behind the end of a text nothing is read
+            assert torch.equal(model.get_text_features(input_ids=ids, attention_mask=padding).pooler_output, plain)
+            padding[1, 1] = 0
+        with pytest.raises(
+            InputError, match="field 'attention_mask': a mask that leaves tokens out does not go with a"
+        ):
+            model.get_text_features(input_ids=ids, attention_mask=padding)
+
+
+@pytest.mark.parametrize("positions", [torch.arange(6)[None], torch.zeros(1, 1, dtype=torch.long)])
+def test_positions_of_ones_own_are_refused_with_a_prompt(positions: Tensor, make_encoder: Make) -> None:
+    backbone = make_encoder()
+    ids = backbone.tokenise(["a red car."]).ids
+    attach(backbone.model, TowerPrompt(context=random(2, 16)))
+    with pytest.raises(InputError, match="position_ids does not go with a prompt"):
+        backbone.model.get_text_features(input_ids=ids, position_ids=positions)
+
+
 def test_prompts_that_are_more_than_rows_say_so(make_encoder: Make) -> None:
     backbone = make_encoder()
     for method in (

@@ -739,7 +739,8 @@ class DualEncoderFamily:
             handles = selected()
             if handles is None:
                 return original(*values, **options)
-            asked = [key for key, value in options.items() if value and key not in ("return_dict", "attention_mask")]
+            asked = [key for key, value in options.items() if value is not None and value is not False]
+            asked = [key for key in asked if key != "return_dict"]
             if asked:
                 raise InputError(
                     f"{', '.join(asked)} does not go with a prompt", remedy="Leave it out, or use off(model)"
@@ -792,6 +793,15 @@ class DualEncoderFamily:
                 ids, n = input_ids.view(-1, input_ids.shape[-1]), input_ids.shape[-1]
                 m = 0 if own.context is None else len(own.context)
                 eot = encoder._eot(ids).cpu()
+                # Behind the slot that is pooled a causal tower has no use for a mask.
+                if attention_mask is not None and bool(
+                    (attention_mask.cpu() == 0)[torch.arange(n) <= eot[:, None]].any()
+                ):
+                    raise InputError(
+                        "a mask that leaves tokens out does not go with a prompt",
+                        field="attention_mask",
+                        remedy="Leave it out, as SigLIP was trained, or use off(model)",
+                    )
                 # Text is padded to the whole context at times: prompts take the place of padding.
                 room = min(n, encoder.context - m)
                 if tower.causal and int(eot.max()) >= room:
