@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from pt_core.artifacts import load_artifact
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.training import FitConfig
-from pt_vl.data import TEMPLATES, ImageSpec, ImageTask, draw, read_image
+from pt_vl.data import SUFFIXES, TEMPLATES, ImageSpec, ImageTask, draw, list_folder, list_split_file, read_image
 from pt_vl.method import cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
@@ -52,6 +53,36 @@ def folder(tmp_path: Path) -> Path:
 def labels(split: Split | None) -> list[int]:
     assert split is not None
     return list(split.rows.labels)  # type: ignore[attr-defined]
+
+
+def test_a_split_file_may_begin_with_a_byte_order_mark_and_is_refused_where_it_cannot_be_read(folder: Path) -> None:
+    content: dict[str, Any] = {"train": [["cat/0.png", 0, "cat"], ["dog/0.png", 1, "dog"]], "val": [], "test": []}
+    (folder / "split.json").write_text(json.dumps(content), "utf-8-sig")
+    found, names = list_split_file(folder / "split.json", folder / "train")
+    assert names == ["cat", "dog"] and found["train"].ids == ["cat/0.png", "dog/0.png"]
+    (folder / "split.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"split\.json: is not JSON"):
+        list_split_file(folder / "split.json", folder / "train")
+
+
+def test_files_of_a_folder_that_are_no_images_are_counted_and_the_first_is_named(folder: Path) -> None:
+    for name, more in (("1.JFIF", "JPEG"), ("2.avif", "AVIF")):
+        if Path(name).suffix.lower() in SUFFIXES:
+            picture().save(folder / "test" / "cat" / name, more)
+    (folder / "test" / "cat" / "notes.txt").write_text("x")
+    (folder / "test" / "cat" / ".hidden.heic").write_bytes(b"x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = list_folder(folder / "test")
+    assert {Path(name).suffix.lower() for name in found.ids} == {".png", ".jfif"} | ({".avif"} & SUFFIXES)
+    for source in found.sources:
+        assert read_image(source).size == (16, 12)
+    for name in ("b.heic", "a.psd", "c.HEIC"):
+        (folder / "test" / "cat" / name).write_bytes(b"x")
+    with pytest.warns(
+        UserWarning, match=r"3 files of .*test ignored, the first is cat/a\.psd\. Images end in .*\.jfif"
+    ):
+        assert list_folder(folder / "test").ids == found.ids
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

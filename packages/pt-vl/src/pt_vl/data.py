@@ -59,7 +59,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a photo of the small {}.",
     ),
 }
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES &= Image.registered_extensions().keys()  # those that Pillow was built with
+BESIDE = {".txt", ".json", ".csv", ".md"}  # of files that are expected beside images
 SPLITS = ("train", "validation", "test")
 # Times the shorter side: resizing the latter to the model's makes gigabytes of an image of a few kilobytes.
 LONGEST = 100
@@ -223,6 +225,9 @@ def readable(listed: Listed, unreadable: Unreadable) -> Listed:
 def list_folder(folder: str | Path) -> Listed:
     """Images of a folder with one folder for each class.
 
+    Warns:
+        UserWarning: class folders have files that are taken for no images.
+
     Raises:
         InputError: there is no such folder, it has no class folders, or one of them has no images.
     """
@@ -232,16 +237,21 @@ def list_folder(folder: str | Path) -> Listed:
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise InputError("has no class folders", file=folder, remedy="Make one folder for each class, images in it")
-    found = Listed(file=folder)
+    found, others = Listed(file=folder), list[str]()
     for each in classes:
-        seen = (path for path in each.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        files = sorted(path for path in seen if not any(p.startswith(".") for p in path.relative_to(each).parts))
+        seen = sorted(path for path in each.rglob("*") if path.is_file())
+        seen = [path for path in seen if not any(p.startswith(".") for p in path.relative_to(each).parts)]
+        files = [path for path in seen if path.suffix.lower() in SUFFIXES]
+        others += [path.relative_to(folder).as_posix() for path in seen if path.suffix.lower() not in SUFFIXES | BESIDE]
         if not files:
             raise InputError(f"class {each.name!r} has no images", file=folder, remedy="Add some, or remove its folder")
         names = [path.relative_to(folder).as_posix() for path in files]
         found.sources += [inside(folder, name, folder) for name in names]
         found.labels += [each.name] * len(files)
         found.ids += names
+    if others:
+        what = f"{len(others)} file{'s' * (len(others) > 1)} of {folder} ignored, the first is {others[0]}"
+        warnings.warn(f"{what}. Images end in {', '.join(sorted(SUFFIXES))}", UserWarning, stacklevel=3)
     return found
 
 
@@ -272,8 +282,8 @@ def list_split_file(file: str | Path, images: str | Path) -> tuple[dict[str, Lis
     if not file.is_file():
         raise InputError("no such file", file=file)
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # the latter of brackets of thousands of levels
         raise InputError(f"is not JSON ({error})", file=file) from error
     if not isinstance(content, dict) or not {"train", "val", "test"} <= content.keys():
         raise InputError("is no split file", file=file, remedy='It has the keys "train", "val" and "test"')
@@ -393,7 +403,7 @@ def read_class_names(names: Any, labels: Sequence[str], file: Path | None) -> di
             names = json.loads(text) if path.suffix == ".json" else _lines(text, set(labels))
             if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in names):
                 raise ValueError("neither a list of names nor a mapping from labels to names")
-        except ValueError as error:  # bad UTF-8 and bad JSON
+        except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON
             raise InputError(f"cannot be read ({error})", file=path) from error
         file = path
     found = names if isinstance(names, Mapping) else {name: name for name in names}
