@@ -32,6 +32,14 @@ def test_the_count_is_that_of_the_card(make_encoder: Make) -> None:
     assert cocoop(make_encoder()).count() == 4 * d_t + d * h + h + h * d_t + d_t
 
 
+def test_there_are_no_class_features_without_an_image(make_encoder: Make) -> None:
+    with (
+        torch.no_grad(),
+        pytest.raises(InputError, match=r"every image has class features of its own. Use class_features"),
+    ):
+        cocoop(make_encoder()).text_features()
+
+
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_a_meta_net_that_ends_in_zeros_makes_it_coop(family: str, make_encoder: Make, make_images: Make) -> None:
     backbone = make_encoder(family)

@@ -57,6 +57,9 @@ class CoCoOp(VLMethod):
                 nn.Linear(backbone.width, hidden), nn.ReLU(), nn.Linear(hidden, backbone.text_width)
             )
 
+    def encode_text(self) -> Tensor:
+        raise InputError("every image has class features of its own", remedy="Use class_features(image features)")
+
     def class_features(self, features: Tensor) -> Tensor:
         """Class features [B, C, d] for each of the images, whose own are [B, d]."""
         shift = self.meta_net(F.normalize(features.float(), dim=-1))
