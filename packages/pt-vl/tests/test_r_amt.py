@@ -56,6 +56,9 @@ def test_the_masked_weights_and_their_count(make_encoder: Callable[..., Any]) ->
     assert ramt(make_encoder("open-clip")).count() == attention + patches
     assert ramt(make_encoder(), mask_patches=False).count() == attention
     assert ramt(make_encoder(), masked="all").count() == attention + mlp + patches
+    assert (
+        ramt(make_encoder("siglip"), masked="all").count() == attention + mlp + patches
+    )  # the head that pools stays whole
     assert ramt(make_encoder("open-clip"), masked="all").count() == attention + 2 * mlp + patches  # its MLPs are wider
     attention, patches = 12 * 4 * 768**2, 768 * 3 * 16 * 16  # of ViT-B/16
     assert f"attention {attention:,}, with the patch embedding (the default) {attention + patches:,}" in RAMT.__doc__

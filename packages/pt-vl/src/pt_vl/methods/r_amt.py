@@ -27,7 +27,7 @@ ATTENTION = re.compile(r"\.(self_attn\.[qkv]_proj|self_attn\.out_proj|attn\.in_p
 MLP = re.compile(r"\.mlp\.(fc1|fc2|c_fc|c_proj)\.weight$")
 QKV = re.compile(r"\.[qkv]_proj\.")
 PATCHES = re.compile(r"(patch_embedding|visual\.conv1)\.weight$")
-IMAGE = re.compile(r"^model\.(vision_model|visual)\.(?!attn_pool)")
+IMAGE = re.compile(r"^model\.(vision_model|visual)\.(?!attn_pool|head\.)")  # without the heads that pool
 
 
 class RAMTConfig(VLConfig):
