@@ -443,6 +443,24 @@ def test_a_prefix_is_not_shared_where_that_would_not_be_exact(make_encoder: Make
     assert not clip.shares_prefix(prefix), "hooks that move hidden states sit on whole blocks"
 
 
+def test_dropout_of_attention_in_a_tower_that_is_trained_is_not_left_out(make_encoder: Make, pixels: Tensor) -> None:
+    clip, prefix = make_encoder("clip"), random(4, 16)
+    words = clip.tokenise(TEXTS)
+    own = clip.embed_words(words.ids)[:, 1:]
+    for part in clip.model.modules():
+        if hasattr(part, "dropout"):
+            part.dropout = 0.5
+    assert clip.shares_prefix(prefix), "in eval mode nothing is dropped"
+    clip.train()
+    assert not clip.shares_prefix(prefix)
+    torch.manual_seed(0)
+    text, image = clip.text(own, words.eot + 3, prefix=prefix), clip.image(pixels)
+    torch.manual_seed(0)
+    assert torch.equal(clip.text(own, words.eot + 3, prefix=prefix, share=False), text)
+    same(library_image(clip.model, pixels), image)
+    assert not torch.allclose(clip.image(pixels), image, atol=1e-3), "drawn anew"
+
+
 @pytest.mark.parametrize("deep", [{}, {1: random(4, 16)}])
 def test_where_it_is_refused_the_plain_path_gives_the_right_numbers(deep: Any, make_encoder: Make) -> None:
     backbone = make_encoder("siglip")

@@ -34,8 +34,6 @@ class Tower:
 class HFBlocks(Tower):
     """Blocks of a CLIP or SigLIP tower in transformers."""
 
-    parts = True
-
     def __init__(self, tower: Any) -> None:
         self.tower = tower
         self.layers = tower.encoder.layers
@@ -45,6 +43,11 @@ class HFBlocks(Tower):
     @property
     def num_blocks(self) -> int:
         return len(self.layers)
+
+    @property
+    def parts(self) -> bool:  # type: ignore[override]
+        """Whether the parts make up the block: they have no dropout of attention, which a model that is trained may have."""
+        return not any(layer.self_attn.training and layer.self_attn.dropout for layer in self.layers)
 
     def block(self, index: int, hidden: Tensor, context: Any, cache: Any) -> Tensor:
         options = {"is_causal": True} if self.causal else {}
