@@ -18,6 +18,7 @@ from torch.nn.utils import vector_to_parameters
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel
 
+from pt_core import registry
 from pt_core.artifacts import CONFIG, load, load_artifact
 from pt_core.errors import InputError
 from pt_core.training import FitConfig
@@ -286,6 +287,22 @@ def test_a_backbone_that_prepares_images_otherwise_is_warned_of_and_refused_when
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(path, DualEncoder(backbone.model, backbone.tokeniser, squashed), strict=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["zero-shot", "linear-probe", "tip-adapter", "tip-adapter-f", "vpt", "restore", "r-amt"]
+)
+def test_a_backbone_in_float16_with_bf16_on_a_cpu_is_refused_before_it_runs(
+    name: str, make_encoder: Make, make_images: Make
+) -> None:
+    backbone, method = make_encoder().to(torch.float16), registry.find_method("vl", name)
+    settings = {"cache_size": 6} if name.startswith("tip") else {"depth": 2} if name == "restore" else {}
+    made: Any = method(backbone, method.config_class(class_names=CLASSES, **settings))
+    with pytest.raises(
+        InputError, match="field 'training.precision': a backbone in float16 does not go with bf16 on a CPU"
+    ):
+        made.fit(make_images(6), None, RUN.model_copy(update={"precision": "bf16"}))
+    assert made.fit(make_images(6), None, RUN.model_copy(update={"max_steps": 1, "epochs": None})) is not None
 
 
 def spoilt(backbone: DualEncoder, how: str) -> DualEncoder:

@@ -380,12 +380,28 @@ class VLMethod(Method):
             config: default: `published`.
         """
         config = config or self.published(train)
+        check_precision(self.backbone, config)
         if not self.trains_image:
             self.place(device_of(config))
             train = cache_features(train, self.backbone, config.eval_batch_size)
             if validation is not None:
                 validation = cache_features(validation, self.backbone, config.eval_batch_size)
         return super().fit(train, validation, config, output_dir)
+
+
+def check_precision(backbone: DualEncoder, config: FitConfig) -> None:
+    """Refuse what torch cannot compute: on a CPU its autocast to bfloat16 does not take weights in float16.
+
+    Raises:
+        InputError: the backbone is in float16, and the run on a CPU has precision bf16.
+    """
+    half = backbone.text_tower.words.weight.dtype == torch.float16
+    if half and config.precision == "bf16" and device_of(config).type == "cpu":
+        raise InputError(
+            "a backbone in float16 does not go with bf16 on a CPU",
+            field="training.precision",
+            remedy="Load it in float32 or bfloat16, or leave precision out",
+        )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from pt_core.method import Batch, MethodConfig, Output
 from pt_core.probe import Array, fit_probe, probe_metrics
 from pt_core.training import FitConfig, FitResult, device_of
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import VLConfig, VLMethod, cache_features, fixed_views
+from pt_vl.method import VLConfig, VLMethod, cache_features, check_precision, fixed_views
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -91,6 +91,7 @@ class LinearProbe(VLMethod):
             InputError: a class has no row in `train`, or its rows are augmented and have no fixed view.
         """
         config = config or FitConfig(epochs=1)
+        check_precision(self.backbone, config)
         self.place(device_of(config))
         features, labels = self._read(fixed_views(train), config)
         counts = np.bincount(labels, minlength=len(self.config.class_names))

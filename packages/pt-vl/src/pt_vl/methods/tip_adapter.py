@@ -16,7 +16,7 @@ from pt_core.method import Batch, MethodConfig, Output
 from pt_core.metrics import evaluate_logits
 from pt_core.training import FitConfig, FitResult, build_optimiser, device_of
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import VLConfig, VLMethod, cache_features
+from pt_vl.method import VLConfig, VLMethod, cache_features, check_precision
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -103,6 +103,7 @@ class TipAdapter(VLMethod):
             InputError: `train` has another number of rows than the configuration says.
         """
         config = config or self.published(train)
+        check_precision(self.backbone, config)
         self.place(device_of(config))
         self.build_cache(train, config)
         if validation is None:
@@ -205,6 +206,7 @@ class TipAdapterF(TipAdapter):
         output_dir: str | Path | None = None,
     ) -> FitResult:
         config = config or self.published(train)
+        check_precision(self.backbone, config)
         self.place(device_of(config))
         self.build_cache(train, config)
         result = VLMethod.fit(self, train, validation, config, output_dir)
