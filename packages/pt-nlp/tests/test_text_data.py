@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from tokenizers import normalizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from pt_core.errors import InputError
 from pt_nlp.data import Encoder, TaskSpec, TextTask, pad, read_rows, template_fields, tokenizer_hash
@@ -306,6 +309,37 @@ def test_a_long_text_is_cut_and_what_stands_around_it_is_kept(words) -> None:
         Encoder(spec.model_copy(update={"max_source_length": 6}), words).source(row)
 
 
+def bytes_of(words: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer in which these are one token each, and others are bytes."""
+    symbols = [*pre_tokenizers.ByteLevel.alphabet(), *words]
+    spelled = {"</s>": 0} | {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols), start=1)}
+    merges = []
+    for word in words:
+        for i in range(1, len(word)):
+            spelled.setdefault(word[: i + 1], len(spelled))
+            merges.append((word[:i], word[i]))
+    made = Tokenizer(models.BPE(spelled, list(dict.fromkeys(merges))))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w\s]+\n*|\s+"), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([made.pre_tokenizer, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+@pytest.mark.parametrize("template", ["{text}", "Say: {text}\nTopic:", "Say: {text} Topic:", "{text} Topic:"])
+def test_what_is_kept_of_a_cut_text_has_the_tokens_of_an_uncut_one(template: str) -> None:
+    tokenizer = bytes_of(["\u0120sun", "\u0120rain", "\u0120Topic", "Say", ".\u010a"])
+    text = "rain sun sun rain rain sun sun sun rain."
+    whole = ids(tokenizer, template.replace("{text}", text))
+    for length in range(len(whole), 16, -1):
+        cut = Encoder(TaskSpec(kind="text-to-text", template=template, max_source_length=length), tokenizer).source(
+            {"text": text}
+        )
+        assert len(cut) == length
+        after = ids(tokenizer, template.partition("{text}")[2])
+        kept = length - len(after) if length < len(whole) else length
+        assert cut[:kept] == whole[:kept]
+        assert length == len(whole) or not after or cut[kept:] == after  # a merged ".\n" is taken apart
+
+
 def test_special_tokens_stay_around_a_text_that_is_cut(words) -> None:
     import copy
 
@@ -456,6 +490,22 @@ def test_targets_of_an_encoder_decoder_stand_beside_their_source(words) -> None:
     assert batch["target_ids"].tolist() == [[*ids(words, "good news"), 1], [*ids(words, "bad"), 1, -100]]
 
 
+def test_targets_of_an_encoder_decoder_have_what_its_tokenizer_puts_around_text(words) -> None:
+    beginning = copy.deepcopy(words)  # as BART's
+    beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A </s>", special_tokens=[("<unk>", 2), ("</s>", 1)]
+    )
+    spec = TaskSpec(kind="text-to-text", backbone="seq2seq", max_target_length=4)
+    assert Encoder(spec, beginning).target("good film") == [2, *ids(words, "good film"), 1]
+    assert Encoder(spec, beginning).target("good film news") == [2, *ids(words, "good film"), 1]
+    assert Encoder(spec, words).target("good film") == [*ids(words, "good film"), 1]
+    assert verbalizer(beginning, "seq2seq", a="positive", b="negative").candidates() == [
+        [2, *ids(words, w), 1] for w in ("positive", "negative")
+    ]
+    causal = spec.model_copy(update={"backbone": "causal-lm"})
+    assert Encoder(causal, beginning).target("good film") == [*ids(words, "good film"), 1]
+
+
 def test_a_long_target_is_cut_and_closed(words) -> None:
     task = rows_to_text(words, max_target_length=2)
     assert task.train.rows[0]["target"] == [*ids(words, "good"), 1]
@@ -552,6 +602,37 @@ def test_predicted_text_is_what_the_prompted_model_writes(tiny: Build, words, ba
     assert metrics.keys() == {"exact-match", "token-f1"}
 
 
+@pytest.mark.parametrize("backbone", ["causal-lm", "seq2seq"])
+def test_greedy_is_greedy_whatever_a_checkpoint_says(tiny: Build, words, backbone: str) -> None:
+    task, made, _ = predicted(tiny, words, "text-to-text", backbone)
+    texts = ["the film was good", "red rain"]
+    before = task.predict(made, texts)
+    own = {"num_beams": 3, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_length": 30}
+    made.model.generation_config.update(**own)
+    assert task.predict(made, texts) == before
+    batch = task.encoder.batch(task.texts(texts), with_targets=False)
+    assert task.generate(made, batch, no_repeat_ngram_size=1) != [answer["text"] for answer in before]
+
+
+def test_inputs_that_are_not_one_value_for_each_text_are_refused(tiny: Build, words) -> None:
+    made = PromptTuning(tiny("Llama"), PromptTuningConfig(prompt_length=2, init="random"))
+    rows = {"train": [{"text": "sun", "label": label, "about": "news"} for label in ("good", "bad")]}
+    task = TextTask.from_rows(rows, words, kind="verbalizer", template="{about} : {text} Topic :")
+    for texts, fields, problem in [
+        ("sun", {"about": ["news"] * 3}, "field 'text': one text is given. Give a list"),
+        (["sun", None], {"about": ["news"] * 2}, "row 2, field 'text': the text is missing or not text"),
+        ([math.nan], {"about": ["news"]}, "row 1, field 'text': the text is missing or not text"),
+        (["sun", " "], {"about": ["news"] * 2}, "row 2: the text is empty"),
+        (["sun"], {"about": ["news", "film"]}, "field 'about': 2 values for 1 texts"),
+        (["sun", "rain"], {"about": ["news"]}, "field 'about': 1 values for 2 texts"),
+        (["sun"], {"about": [None]}, "row 1, field 'about': the about is missing"),
+        (["sun"], {"about": ["news"], "by": ["film"]}, "field 'by': the template does not name it"),
+        (["sun"], {"about": ["news"], "batch_size": 0}, "field 'batch_size': the batch size is 0"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(problem)):
+            task.predict(made, texts, **fields)
+
+
 def test_predictions_fill_the_other_fields_of_the_template(tiny: Build, words) -> None:
     rows = [row | {"about": "film"} for row in LABELLED]
     task = TextTask.from_rows({"train": rows}, words, kind="verbalizer", template="{about} : {text} Topic :")
@@ -564,5 +645,7 @@ def test_predictions_fill_the_other_fields_of_the_template(tiny: Build, words) -
 
 def test_a_text_without_tokens_is_refused(tiny: Build, words) -> None:
     task, made, _ = predicted(tiny, words, "verbalizer", "causal-lm")
-    with pytest.raises(InputError, match="the text has no tokens"):
+    with pytest.raises(InputError, match="row 2: the text is empty"):
         task.predict(made, ["sun", ""])
+    with pytest.raises(InputError, match="the text has no tokens"):
+        task.encoder.source({"text": ""})

@@ -170,6 +170,18 @@ def test_a_bad_row_is_refused_by_its_place_in_the_file_before_the_backbone_is_lo
         Bench(made(folder, data={"kind": kind}, backbone={"name": "nowhere"}))
 
 
+def test_a_row_without_a_label_is_refused_where_labels_are_written_before_any_method_trains(folder: Path) -> None:
+    rows = sets_of_labels(folder)
+    rows[38] = rows[38] | {"label": []}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bench = Bench(made(folder, data={"kind": "multilabel", "shots": None}, compare={"trie-search": {}}))
+    with pytest.raises(
+        InputError, match=r"compare\.trie-search: .*rows\.jsonl, row 39, field 'label': the row has no label"
+    ):
+        runs.compare_recipe(bench, ["prompt-tuning", "trie-search"], [0], folder / "runs")
+    assert not (folder / "runs" / "cells").exists()
+
+
 def test_a_bad_test_row_is_refused_by_its_place_in_the_file(folder: Path) -> None:
     rows = [dict(ROWS[i % 48]) for i in range(100)]
     rows[96]["label"] = "neutral"

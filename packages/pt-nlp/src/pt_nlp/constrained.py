@@ -31,7 +31,7 @@ from transformers import LogitsProcessorList
 from pt_core.data import Split, encode_multilabels
 from pt_core.errors import InputError
 from pt_core.metrics import evaluate_logits
-from pt_nlp.data import TextTask
+from pt_nlp.data import GREEDY, TextTask
 
 SEPARATOR = "; "
 
@@ -86,6 +86,8 @@ def label_ids(task: TextTask, labels: Sequence[str]) -> tuple[tuple[tuple[int, .
         raise InputError("the tokenizer has no end-of-sequence token", remedy="Set its eos_token")
     sign = SEPARATOR.strip()
 
+    start = tuple(task.encoder.target_head)  # of an encoder-decoder
+
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(f"{task.encoder.target_prefix}{text}", add_special_tokens=False)["input_ids"])
 
@@ -102,7 +104,8 @@ def label_ids(task: TextTask, labels: Sequence[str]) -> tuple[tuple[tuple[int, .
         return tokens[len(ahead) :]
 
     return tuple(
-        (ids(f"{label}{sign}"), (*ids(label), end), follow(f"{label}{sign}"), (*follow(label), end)) for label in labels
+        ((*start, *ids(f"{label}{sign}")), (*start, *ids(label), end), follow(f"{label}{sign}"), (*follow(label), end))
+        for label in labels
     )
 
 
@@ -297,12 +300,7 @@ def _written(
             found += [parse_labels(text, labels) for text in task.generate(method, batch)]
             continue
         source = batch["input_ids"].shape[1] if task.spec.backbone == "causal-lm" else 1  # the decoder's start token
-        settings = {
-            "max_new_tokens": tree.longest,
-            "do_sample": False,
-            "eos_token_id": tree.end,
-            "pad_token_id": tree.pad,
-        }
+        settings = GREEDY | {"max_new_tokens": tree.longest, "eos_token_id": tree.end, "pad_token_id": tree.pad}
         tokens = method.generate(batch, logits_processor=tree.constrain(source), **settings | dict(options or {}))
         found += [[labels[i] for i in tree.read(row)] for row in tokens[:, source:].tolist()]
     return found

@@ -109,6 +109,13 @@ class TaskSpec(Settings):
         return [self.verbalizer.get(label, label) for label in self.labels]
 
 
+GREEDY = {
+    **{"do_sample": False, "num_beams": 1, "min_length": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0},
+    **{"encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0},
+}
+"""Options of `generate` that leave nothing of a checkpoint's own: the likeliest token at every step."""
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """Hash of a tokenizer's vocabulary and special tokens."""
     content = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_ids))]
@@ -134,8 +141,16 @@ class Encoder:
                 remedy="Use a tokenizer of text",
             )
         self.head, self.tail = full[:at], full[at + len(plain) :]
+        self.target_head, self.target_tail = list[int](), list[int]()
         if spec.backbone == "causal-lm":
             self.tail = []  # the model writes on from here
+        if spec.backbone == "seq2seq":  # BART's decoder begins with <s>, mBART's targets end with their language
+            full = tokenizer(text_target="a")["input_ids"]
+            at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+            self.target_head, self.target_tail = full[:at], full[at + len(plain) :]
+        closed = spec.kind == "text-to-text" or spec.backbone == "seq2seq"
+        if closed and tokenizer.eos_token_id not in self.target_tail:
+            self.target_tail = [*self.target_tail, tokenizer.eos_token_id]
         self.target_prefix = spec.target_prefix
         if self.target_prefix is None:
             self.target_prefix = " " if spec.backbone == "causal-lm" else ""
@@ -150,37 +165,47 @@ class Encoder:
         before, _, after = self.spec.template.partition("{text}")
         fields = {k: v for k, v in row.items() if k != "text"}
         parts = [_fill(before, fields), str(row["text"]), _fill(after, fields)]
-        whole = "".join(parts)
+        whole, room = "".join(parts), self.spec.max_source_length - len(self.head) - len(self.tail)
         try:
             whole.encode()
         except UnicodeEncodeError as error:
             problem = f"holds {whole[error.start]!r}, which is half of a character"
             raise InputError(problem, file=file, row=number, field="text", remedy="Give text in UTF-8") from error
         ids = self._ids(whole)
-        room = self.spec.max_source_length - len(self.head) - len(self.tail)
         if len(ids) > room:
-            first, text, last = (self._ids(part) for part in parts)
-            if len(first) + len(last) >= room:
+            first, last = self._around(whole, ids, parts)
+            if first + len(last) >= room:
                 raise InputError(
-                    f"the template alone takes {len(first) + len(last)} of {room} tokens",
+                    f"the template alone takes {first + len(last)} of {room} tokens",
                     file=file,
                     row=number,
                     field="max_source_length",
                     remedy="Raise max_source_length or shorten the template",
                 )
-            ids = first + text[: room - len(first) - len(last)] + last
+            ids = ids[: room - len(last)] + last
         if not ids:
             raise InputError("the text has no tokens", file=file, row=number, field="text")
         return self.head + ids + self.tail
 
+    def _around(self, whole: str, ids: list[int], parts: Sequence[str]) -> tuple[int, list[int]]:
+        """How many tokens stand before the text in `whole`, and the tokens behind it, as they are where nothing is cut."""
+        before, text, after = parts
+        if not getattr(self.tokenizer, "is_fast", False):  # it does not tell where tokens stand
+            return len(self._ids(before)), self._ids(after)
+        spans = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        end = len(before) + len(text)
+        behind = next((i for i, (start, stop) in enumerate(spans) if stop > end), len(ids))
+        merged = behind < len(ids) and spans[behind][0] < end  # the last of the text and what follows are one token
+        return sum(start < len(before) for start, _ in spans), self._ids(after) if merged else ids[behind:]
+
     def target(self, text: str) -> list[int]:
-        """Token ids of a target, with the end-of-sequence token where the model shall stop there."""
-        ids = self._ids(f"{self.target_prefix}{text}")
-        closed = self.spec.kind == "text-to-text" or self.spec.backbone == "seq2seq"
-        if closed and self.tokenizer.eos_token_id is None:
+        """Token ids of a target, with the end-of-sequence token where the model shall stop there, and what else the tokenizer
+        of an encoder-decoder puts around targets."""
+        if None in self.target_tail:
             raise InputError("the tokenizer has no end-of-sequence token", remedy="Set its eos_token")
-        limit = self.spec.max_target_length - closed
-        return ids[:limit] + [self.tokenizer.eos_token_id] * closed
+        limit = self.spec.max_target_length - len(self.target_head) - len(self.target_tail)
+        ids = self._ids(f"{self.target_prefix}{text}")[: max(limit, 0)]
+        return self.target_head + ids + self.target_tail
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -426,8 +451,23 @@ class TextTask:
         )
 
     def texts(self, texts: Sequence[str], **fields: Sequence[str]) -> list[dict[str, Any]]:
-        """Encoded rows for prediction, without labels."""
+        """Encoded rows for prediction, without labels.
+
+        Raises:
+            InputError: a text is missing or no text; a field is none of the template's, or has not one value for each text.
+        """
+        needed = template_fields(self.spec.template)
+        for name, values in {"text": texts, **fields}.items():
+            if name not in needed:
+                raise InputError("the template does not name it", field=name, remedy="Leave it out")
+            if isinstance(values, str) or len(values) != len(texts):
+                given = "one text" if isinstance(values, str) else f"{len(values)} values for {len(texts)} texts"
+                raise InputError(f"{given} is given", field=name, remedy="Give a list with one value for each text")
         rows = [{"text": t} | {k: v[i] for k, v in fields.items()} for i, t in enumerate(texts)]
+        for number, row in enumerate(rows, start=1):
+            for name in needed:
+                if name in row and (row[name] is None or (name == "text" and not isinstance(row[name], str))):
+                    raise InputError(f"the {name} is missing or not text", row=number, field=name)
         return [{"id": i, "source": self.encoder.source(row, number=i + 1)} for i, row in enumerate(rows)]
 
     @torch.no_grad()
@@ -441,7 +481,14 @@ class TextTask:
             texts: what stands for `{text}` in the template.
             batch_size: texts of a forward pass.
             fields: the template's other fields, one value for each text.
+
+        Raises:
+            InputError: as `texts` does; a text is empty, or the batch size is below 1.
         """
+        if batch_size < 1:
+            raise InputError(f"the batch size is {batch_size}", remedy="Use 1 or more", field="batch_size")
+        if blank := [i for i, text in enumerate(texts, start=1) if isinstance(text, str) and not text.strip()]:
+            raise InputError("the text is empty", row=blank[0])
         rows, answers = self.texts(texts, **fields), list[dict[str, Any]]()
         device = next(method.backbone.parameters()).device
         method.eval()
@@ -463,8 +510,12 @@ class TextTask:
         return answers
 
     def generate(self, method: Any, batch: Mapping[str, Any], **options: Any) -> list[str]:
-        """Greedy continuations of a batch of sources, as text, stripped."""
-        options = {"max_new_tokens": self.spec.max_target_length, "do_sample": False} | options
+        """Greedy continuations of a batch of sources, as text, stripped.
+
+        Args:
+            options: of the backbone's `generate`; they stand above `GREEDY`.
+        """
+        options = GREEDY | {"max_new_tokens": self.spec.max_target_length} | options
         tokens = method.generate(batch, pad_token_id=self.encoder.pad, **options)
         if self.spec.backbone == "causal-lm":
             tokens = tokens[:, batch["input_ids"].shape[1] :]
@@ -583,7 +634,8 @@ def check_rows(
     """
     files = files or {}
     for name, part in rows.items():
-        _check_texts(part, kind, template_fields(template), files.get(name))
+        texts = ("text", "label") if kind == "text-to-text" else ("text",)
+        _check_texts(part, ("text", "label", *template_fields(template)), texts, files.get(name))
     if kind == "text-to-text":
         return list(labels or ())
     given = {name: [row["label"] for row in part] for name, part in rows.items()}
@@ -605,13 +657,15 @@ def check_rows(
     return list(labels)
 
 
-def _check_texts(rows: Sequence[Mapping[str, Any]], kind: Kind, fields: Iterable[str], file: str | Path | None) -> None:
-    """Every row has a text, a label and the template's other fields; a reference text is text."""
+def _check_texts(
+    rows: Sequence[Mapping[str, Any]], fields: Iterable[str], texts: Sequence[str], file: str | Path | None
+) -> None:
+    """Every row has these fields, and text in those that are texts."""
     for number, row in enumerate(rows, start=1):
-        for field in ("text", "label", *fields):
+        for field in fields:
             if row.get(field) is None:
                 raise InputError(f"the row has no {field}", file=file, row=number, field=field)
-        for field in ("text", "label") if kind == "text-to-text" else ("text",):
+        for field in texts:
             if not isinstance(row[field], str) or not row[field].strip():
                 raise InputError(f"the {field} is empty or not text", file=file, row=number, field=field)
 

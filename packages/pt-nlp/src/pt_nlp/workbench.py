@@ -266,8 +266,18 @@ class Bench:
 
     def job(self, label: str, seed: int) -> tuple[Job, FitConfig]:
         """The run of one method with one seed."""
-        chosen = self.recipe.with_method(label)
-        task = self.recipe.data.task(self.rows, self.tokenizer, self.recipe.backbone.kind, seed)
+        chosen, data = self.recipe.with_method(label), self.recipe.data
+        if chosen.method.name == "trie-search":  # which learns to write them
+            for number, row in enumerate(self.rows["train"], start=1):
+                if not row["label"]:
+                    raise InputError(
+                        "the row has no label",
+                        file=data.files.get("train"),
+                        row=number,
+                        field="label",
+                        remedy="Text needs something to write: add a label such as none",
+                    )
+        task = data.task(self.rows, self.tokenizer, self.recipe.backbone.kind, seed)
         assert task.train is not None
         config = chosen.config(seed=seed, **_known_to_task(chosen, task))
         method = registry.find_method("nlp", chosen.method.name)(self.backbone, config)
@@ -298,8 +308,6 @@ class Session:
     def predict(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """One answer for each text or row; see `TextTask.predict`."""
         rows = [{"text": item} if isinstance(item, str) else item for item in inputs]
-        if blank := [i for i, row in enumerate(rows, start=1) if not row["text"].strip()]:
-            raise InputError("the text is empty", row=blank[0])
         columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
         return self.task.predict(self.method, columns.pop("text"), **columns)
 

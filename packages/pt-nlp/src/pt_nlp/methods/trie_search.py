@@ -14,7 +14,7 @@ from pt_core.errors import InputError
 from pt_core.method import Loss, Output
 from pt_core.prompts import SoftPrompt
 from pt_nlp.constrained import LabelTree
-from pt_nlp.data import pad
+from pt_nlp.data import GREEDY, pad
 from pt_nlp.method import written_out
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 from pt_nlp.models import is_causal
@@ -148,9 +148,9 @@ class TrieSearch(PromptTuning):
             batch,
             logits_processor=self.tree.constrain(source),
             max_new_tokens=self.tree.longest,
-            do_sample=False,
             eos_token_id=self.tree.end,
             pad_token_id=self.tree.pad,
+            **GREEDY,
         )
         logits = torch.full((len(tokens), len(self.order)), -SURE)
         for row, written in enumerate(tokens[:, source:].tolist()):
