@@ -221,7 +221,7 @@ class Cell:
 
     def gradient(self) -> Tensor:
         """Gradients of all that is trained, in one row."""
-        return torch.cat([p.grad.flatten().double() for p in self.trained if p.grad is not None])
+        return torch.cat([p.grad.flatten().cpu().double() for p in self.trained if p.grad is not None])
 
     def needs(self, kind: str) -> tuple[int, int]:
         """Operations of a step, and the bytes that autograd holds between its forward and backward, weights left out."""

@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
+from pt_core import FitConfig, fit
 from pt_core.elsewhere import elsewhere
+from pt_core.testing import tiny, tiny_split
 
 
 def test_a_step_there_has_the_values_and_gradients_of_the_cpu() -> None:
@@ -50,6 +52,25 @@ def test_tensors_on_two_devices_are_refused(mix) -> None:
     here = torch.ones(3, 3)
     with elsewhere(), pytest.raises(AssertionError, match="tensors on two devices"):
         mix(here.to("meta"), here)
+
+
+def test_doubles_are_refused_as_by_a_mac() -> None:
+    with elsewhere():
+        there = torch.ones(3, 3).to("meta")
+        for widen in (there.double, lambda: torch.ones(3, dtype=torch.float64).to("meta")):
+            with pytest.raises(AssertionError, match=r"torch\.float64, which not every accelerator has"):
+                widen()
+        assert there.cpu().double().dtype == there.to("cpu", torch.float64).dtype == torch.float64
+
+
+def test_a_run_with_a_folder_is_made_and_resumed_there(tmp_path) -> None:
+    for steps in (2, 0):
+        _, method = tiny()
+        made = []
+        with elsewhere():
+            run = FitConfig(max_steps=2, progress=False)
+            fit(method, tiny_split(8), tiny_split(4, 1), run, tmp_path, after_step=made.append)
+        assert len(made) == steps
 
 
 def test_what_a_gpu_takes_from_the_cpu_is_taken() -> None:

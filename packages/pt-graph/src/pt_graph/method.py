@@ -204,6 +204,6 @@ class ReadOnceMethod(GraphMethod):
                 field="labels",
                 remedy="Add rows, or leave the class out",
             )
-        members = (F.one_hot(labels, outputs) if multiclass else labels == of).double()
-        means = members.T @ features.double() / members.sum(0)[:, None].clamp(min=1)
-        return means.to(features.dtype)
+        members = (F.one_hot(labels, outputs) if multiclass else labels == of).cpu().double()
+        means = members.T @ features.cpu().double() / members.sum(0)[:, None].clamp(min=1)
+        return means.to(features)

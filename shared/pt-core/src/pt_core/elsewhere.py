@@ -6,7 +6,7 @@
 Tensors on the pretended device have the device `meta` to everybody who asks, and values on the CPU: a run goes through all of
 its code and comes to the CPU's numbers (up to the order of sums: composite operations may be taken apart otherwise). An
 operation on tensors of two devices fails, as it does on a GPU; indices and tensors without dimensions may be on the CPU.
-Kernels, streams and memory are not tried out.
+Doubles fail, as they do on a Mac. Kernels, streams and memory are not tried out.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = func(*args_here, **here)
     if not goes:
         return result
+    wide = [
+        x.dtype for x in tree_leaves(result) if isinstance(x, Tensor) and x.dtype in (torch.float64, torch.complex128)
+    ]
+    assert not wide, f"{func}: {wide[0]}, which not every accelerator has"
     result = tree_map_only(Tensor, _There, result)
     return return_and_correct_aliasing(func, args, kwargs, result) if any(there) else result  # type: ignore[no-untyped-call]
 

@@ -34,7 +34,7 @@ def _accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """Share of rows whose label is among the k largest logits; of equal logits the first counts as the largest."""
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    return (((logits > own) | ((logits == own) & earlier)).sum(1) < k).double().mean()
+    return (((logits > own) | ((logits == own) & earlier)).sum(1) < k).cpu().double().mean()
 
 
 def _balanced_accuracy(logits: Tensor, labels: Tensor) -> Tensor:

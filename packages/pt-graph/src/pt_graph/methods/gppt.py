@@ -147,12 +147,12 @@ def cluster(z: Tensor, count: int, start: Tensor | int) -> Tensor | None:
     Args:
         start: centres to start from, or the seed of a k-means++ start.
     """
-    rows = z.double().cpu().numpy()
+    rows = z.cpu().double().numpy()
     if len(np.unique(rows, axis=0)) < count:
         return None
     if isinstance(start, int):
         means = KMeans(count, random_state=start, n_init=10)
     else:
-        means = KMeans(count, init=start.double().cpu().numpy(), n_init=1)
+        means = KMeans(count, init=start.cpu().double().numpy(), n_init=1)
     with threadpool_limits(1):  # threads add up in any order, and a resumed run must get the same bits
         return torch.from_numpy(means.fit(rows).cluster_centers_).float()

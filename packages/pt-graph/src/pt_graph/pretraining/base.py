@@ -105,8 +105,8 @@ def links(graphs: Any) -> tuple[Tensor, Tensor]:
 def draw_nodes(graphs: Any, of: Tensor) -> Tensor:
     """A uniformly drawn node of each graph whose number is in `of`, [m]."""
     start, size = graphs.ptr[of], graphs.ptr[of + 1] - graphs.ptr[of]
-    drawn = (torch.rand(len(of), device=of.device, dtype=torch.float64) * size).long()
-    return cast(Tensor, start + drawn)
+    drawn = (torch.rand(len(of), dtype=torch.float64) * size.cpu()).long()
+    return cast(Tensor, start + drawn.to(start.device))
 
 
 def draw_unlinked(graphs: Any, of: Tensor, first: Tensor | None = None, tries: int = 50) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ class LinearProbe(TextMethod):
     def _read(self, split: Split, config: FitConfig) -> tuple[Array, Array]:
         """Features [n, d] in float64 and labels [n] or [n, C] of a split."""
         batches = on_run_device(self, config, split.batches(config.eval_batch_size))
-        read = [(self.features(batch).double().cpu(), torch.as_tensor(batch["labels"]).cpu()) for batch in batches]
+        read = [(self.features(batch).cpu().double(), torch.as_tensor(batch["labels"]).cpu()) for batch in batches]
         return torch.cat([f for f, _ in read]).numpy(), torch.cat([y for _, y in read]).numpy()
 
     def _check(self, labels: Array) -> None:

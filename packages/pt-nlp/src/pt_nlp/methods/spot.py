@@ -162,7 +162,7 @@ def similarities(a: Tensor, b: Tensor) -> dict[str, float]:
     """
     if a.shape != b.shape or a.ndim != 2:
         raise InputError(f"prompts of shapes {list(a.shape)} and {list(b.shape)}", remedy="Compare [l, d] with [l, d]")
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    a, b = a.detach().cpu().double(), b.detach().double().cpu()
     pairs = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
     found = {
         "cosine-concat": F.cosine_similarity(a.flatten(), b.flatten(), dim=0),

@@ -114,7 +114,7 @@ class LinearProbe(VLMethod):
         features, labels = [], []
         with torch.no_grad():
             for batch in cached.batches(config.eval_batch_size):
-                features.append(self.image_features(_on(batch, self.backbone.device)).double().cpu())
+                features.append(self.image_features(_on(batch, self.backbone.device)).cpu().double())
                 labels.append(batch["labels"])
         return torch.cat(features).numpy(), torch.cat(labels).numpy()
 

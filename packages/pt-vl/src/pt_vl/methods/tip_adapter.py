@@ -149,7 +149,7 @@ class TipAdapter(VLMethod):
             for j in range(alphas):
                 alpha = j * (top_alpha - 0.1) / alphas + 0.1
                 scores = known + alpha * cached
-                accuracy = float((scores.argmax(1) == labels).double().mean())
+                accuracy = int((scores.argmax(1) == labels).sum()) / len(labels)
                 if accuracy > best:
                     best, logits = accuracy, scores
                     self.strength.copy_(torch.tensor([alpha, beta]))

@@ -124,7 +124,7 @@ class RELIEF(GraphMethod):
 
     def _prompts(self, graphs: Any, uniform: Tensor) -> Tensor:
         x = self.embed(graphs)
-        return build_prompts(Episodes(self.encode, x, graphs, self._walk), self.policies, uniform.to(x.device))
+        return build_prompts(Episodes(self.encode, x, graphs, self._walk), self.policies, _moved(uniform, x.device))
 
     def _logits(self, x: Tensor, graphs: Any) -> tuple[Tensor, Tensor]:
         features = self.backbone.readout(self.encode(x, graphs), graphs)
@@ -330,7 +330,7 @@ class RELIEF(GraphMethod):
             members,
             std,
             losses,
-            _uniform(graphs).to(x.device),
+            _moved(_uniform(graphs), x.device),
             noise.to(x.device),
             c.clamp_content,
         )
@@ -494,6 +494,11 @@ def _draws(seed: int, sample_id: Any, size: int) -> Tensor:
     """Uniform draws of one graph, by seed and sample id."""
     number = int.from_bytes(hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()[:7])
     return torch.rand(size, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+
+
+def _moved(uniform: Tensor, device: torch.device) -> Tensor:
+    """Draws on a device, as doubles if it has them."""
+    return uniform.to(device, uniform.dtype if device.type in ("cpu", "cuda") else torch.float32)
 
 
 def _uniform(graphs: Any) -> Tensor:

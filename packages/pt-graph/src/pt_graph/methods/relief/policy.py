@@ -106,10 +106,10 @@ def joint_policy(members: Tensor) -> Tensor:
 
 
 def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """An index for each row of [b, N], by inverting the distribution function at `uniform` [b]."""
-    reached = probabilities.double().cumsum(-1)
+    """An index for each row of [b, N], by inverting the distribution function at `uniform` [b], in the dtype of the latter."""
+    reached = probabilities.to(uniform.dtype).cumsum(-1)
     last = (probabilities > 0).sum(-1) - 1  # nodes stand in front, padding has no probability
-    chosen = (reached <= (uniform.double() * reached[:, -1])[:, None]).sum(-1)
+    chosen = (reached <= (uniform * reached[:, -1])[:, None]).sum(-1)
     return torch.minimum(chosen, last)
 
 
