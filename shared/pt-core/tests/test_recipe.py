@@ -211,11 +211,12 @@ def test_true_is_no_number_at_any_depth_and_a_truth_value_where_one_is_meant() -
         share: float | None = None
         pair: tuple[float, float] = (0.0, 1.0)
         deep: list[tuple[int, ...]] | None = None
+        named: dict[str, int] | None = None
         flag: bool = False
         either: bool | int = 0
         text: str = ""
 
-    for given in ({"share": True}, {"pair": [False, 1.0]}, {"deep": [[1], [2, True]]}):
+    for given in ({"share": True}, {"pair": [False, 1.0]}, {"deep": [[1], [2, True]]}, {"named": {"a": True}}):
         with pytest.raises(ValidationError, match="true and false are no value of this setting"):
             Some.model_validate(given)
     with pytest.raises(ValidationError, match="valid string"):  # whose remedy is to quote it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -28,4 +29,6 @@ def _types(annotation: Any) -> set[Any]:
 
 
 def _holds_bool(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
     return any(map(_holds_bool, value)) if isinstance(value, list | tuple) else isinstance(value, bool)

@@ -163,7 +163,7 @@ def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | Non
     return 1.0
 
 
-def build_optimiser(groups: list[dict[str, Any]], config: FitConfig, default_lr: float = 1e-3) -> torch.optim.Optimizer:
+def build_optimiser(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:
     """Optimiser over named groups. A group's own `lr`, `weight_decay` or `schedule` wins over the run's.
 
     Raises:
@@ -182,7 +182,7 @@ def build_optimiser(groups: list[dict[str, Any]], config: FitConfig, default_lr:
         "adafactor": torch.optim.Adafactor,
         "sgd": partial(torch.optim.SGD, momentum=config.momentum),
     }
-    lr = config.lr if config.lr is not None else default_lr
+    lr = config.lr if config.lr is not None else 1e-3
     return kinds[config.optimiser](groups, lr=lr, weight_decay=config.weight_decay)
 
 
