@@ -33,7 +33,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from pt_core.data import Split, few_shot
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_graph.backbones import ChemConfig, GraphBackbone, NodeGINConfig, load_backbone
 from pt_graph.data import collate, few_shot_relief, node_subgraphs, read_nodes, read_smiles, scaffold_split
 from pt_graph.methods.relief import RELIEF, RELIEFConfig, setting

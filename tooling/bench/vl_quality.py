@@ -31,9 +31,10 @@ from typing import Any, cast
 from rich.console import Console
 
 from pt_core import artifacts, cli, recipe, report, runs
+from pt_core.evaluation import evaluate
+from pt_core.plan import FitConfig
 from pt_core.report import Result
 from pt_core.runs import Job, Outcome
-from pt_core.training import FitConfig, evaluate
 from pt_vl import MVLPTConfig, average, union
 from pt_vl.icons import IconChoice, shipped
 from pt_vl.method import VLMethod

@@ -17,7 +17,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn import functional as F
 
 from pt_core.data import Split
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_graph.backbones import dropping
 from pt_graph.methods.relief import RELIEF
 from pt_graph.methods.relief.policy import ExactCritic

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch_geometric.data import Batch, Data
 
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_graph import AllInOne, AllInOneConfig, ChemGNN
 from pt_graph.methods.all_in_one import TokenGraph
 

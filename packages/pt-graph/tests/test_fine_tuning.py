@@ -13,7 +13,7 @@ from torch_geometric.data import Batch
 
 from pt_core import InputError, attach
 from pt_core.frozen import snapshot
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_graph import ChemGNN, FineTuning, FineTuningConfig
 from pt_graph.method import label_loss
 from pt_graph.methods.gpf import GPFPrompt

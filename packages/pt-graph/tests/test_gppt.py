@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from torch_geometric.data import Batch, Data
 
 from pt_core import InputError
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_graph import GPPT, ChemGNN, GPPTConfig
 from pt_graph.methods.gppt import cluster
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pt_core import InputError
 from pt_core.metrics import evaluate_logits
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_graph import GPF, GPFConfig
 from pt_graph.method import Head, label_loss
 

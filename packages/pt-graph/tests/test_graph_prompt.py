@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pt_core import InputError
 from pt_core.method import Method
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_graph import ChemGNN, GraphPrompt, GraphPromptConfig
 
 RUN = FitConfig(epochs=4, batch_size=4, device="cpu", progress=False)

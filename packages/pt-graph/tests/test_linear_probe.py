@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pt_core.method import Method
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_graph import ChemGNN, LinearProbe, LinearProbeConfig
 
 RUN = FitConfig(epochs=6, batch_size=4, device="cpu", progress=False, eval_batch_size=3, log_every=1)

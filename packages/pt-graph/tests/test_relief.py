@@ -11,7 +11,8 @@ from torch_geometric.data import Batch, Data
 
 from pt_core import InputError
 from pt_core.frozen import assert_unchanged, snapshot
-from pt_core.training import FitConfig, Loop
+from pt_core.plan import FitConfig
+from pt_core.training import Loop
 from pt_graph.backbones import ChemGNN
 from pt_graph.methods.relief import RELIEF, RELIEFConfig, prompt_metrics, setting, settings
 from pt_graph.methods.relief.method import reward_loss

@@ -15,8 +15,10 @@ from torch_geometric.data import Batch, Data
 
 from pt_core import InputError
 from pt_core.data import Split
+from pt_core.evaluation import evaluate
 from pt_core.frozen import assert_unchanged, snapshot
-from pt_core.training import FitConfig, Loop, NotLearning, evaluate
+from pt_core.plan import FitConfig
+from pt_core.training import Loop, NotLearning
 from pt_graph.methods.relief import RELIEF, RELIEFConfig, with_prompt_metrics
 from pt_graph.methods.relief.method import reward_loss
 from pt_graph.methods.relief.policy import ExactCritic

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from pt_core.errors import InputError
-from pt_core.training import FitConfig, evaluate
+from pt_core.evaluation import evaluate
+from pt_core.plan import FitConfig
 from pt_nlp.constrained import LabelTree, constrained_labels, labels_as_text, parse_labels, score_labels
 from pt_nlp.data import TextTask
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig

@@ -28,8 +28,8 @@ from transformers import (
 from pt_core.attachment import attach, route
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.plan import FitConfig
 from pt_core.prompts import LowRankOffset, SoftPrompt
-from pt_core.training import FitConfig
 from pt_nlp.carried import source_tokens
 from pt_nlp.data import TextTask
 from pt_nlp.methods.dept import RELEASED_INIT_TEXT, DecomposedPrompt, DePT, DePTConfig

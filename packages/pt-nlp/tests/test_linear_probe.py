@@ -12,10 +12,11 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from pt_core.artifacts import load_artifact
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.evaluation import evaluate
 from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.plan import FitConfig
 from pt_core.probe import agreement, regression
 from pt_core.testing import one_thread
-from pt_core.training import FitConfig, evaluate
 from pt_nlp.data import pad
 from pt_nlp.methods.linear_probe import LinearProbe, LinearProbeConfig
 

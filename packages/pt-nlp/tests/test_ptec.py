@@ -22,7 +22,8 @@ from transformers import (
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.metrics import evaluate_logits
-from pt_core.training import FitConfig, Loop, fit, lr_factor
+from pt_core.plan import FitConfig, lr_factor
+from pt_core.training import Loop, fit
 from pt_nlp.data import TextTask
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 from pt_nlp.methods.ptec import PTEC, PTECConfig, positive_weights, prompt_ids

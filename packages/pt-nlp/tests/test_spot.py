@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pt_core.artifacts import load
 from pt_core.errors import InputError
+from pt_core.plan import FitConfig
 from pt_core.testing import one_thread
-from pt_core.training import FitConfig
 from pt_nlp.data import TextTask
 from pt_nlp.interop import export_peft, import_peft
 from pt_nlp.methods.prefix_tuning import PrefixTuning

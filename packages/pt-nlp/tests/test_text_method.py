@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.plan import FitConfig
 from pt_core.prompts import KeyValuePrompt
 from pt_core.registry import find_method
-from pt_core.training import FitConfig
 from pt_nlp import backbones, models
 from pt_nlp import method as text_method
 from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod, _decoder_ids

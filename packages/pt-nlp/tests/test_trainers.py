@@ -13,8 +13,9 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from pt_core.attachment import attach
 from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.plan import FitConfig
 from pt_core.prompts import KeyValuePrompt, SoftPrompt
-from pt_core.training import FitConfig, fit
+from pt_core.training import fit
 from pt_nlp.data import TextTask
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 

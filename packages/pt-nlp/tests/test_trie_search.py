@@ -13,8 +13,9 @@ from torch import nn
 
 from pt_core import artifacts, runs
 from pt_core.errors import InputError
+from pt_core.evaluation import evaluate
+from pt_core.plan import FitConfig
 from pt_core.testing import one_thread
-from pt_core.training import FitConfig, evaluate
 from pt_nlp.constrained import constrained_labels, label_ids, labels_as_text
 from pt_nlp.data import TextTask
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig

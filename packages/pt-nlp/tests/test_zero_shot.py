@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.plan import FitConfig
 from pt_core.testing import one_thread
-from pt_core.training import FitConfig
 from pt_nlp.data import TextTask
 from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
 

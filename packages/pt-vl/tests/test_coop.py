@@ -154,7 +154,7 @@ def test_words_to_start_from_must_have_the_contexts_length(make_encoder: Make) -
 
 
 def test_it_learns_to_tell_patterns_apart(make_encoder: Make, make_images: Make) -> None:
-    from pt_core.training import FitConfig
+    from pt_core.plan import FitConfig
 
     method = coop(make_encoder(), prompt_length=4, lr=0.1)
     train = make_images(24)

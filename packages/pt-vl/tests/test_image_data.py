@@ -19,7 +19,7 @@ from tokenizers import normalizers
 from pt_core.artifacts import load_artifact
 from pt_core.data import Split
 from pt_core.errors import InputError
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_vl.data import SUFFIXES, TEMPLATES, ImageSpec, ImageTask, draw, list_folder, list_split_file, read_image
 from pt_vl.method import cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from pt_core.data import Split
 from pt_core.errors import InputError
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_vl.data import ImageTask
 from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
 

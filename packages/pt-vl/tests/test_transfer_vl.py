@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pt_core import InputError, runs
+from pt_core.evaluation import evaluate
 from pt_core.testing import Command, command
-from pt_core.training import evaluate
 from pt_vl.backbones import DualEncoder
 from pt_vl.methods.coop import CoOp
 from pt_vl.methods.upt import UPT

@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPModel
 from pt_core import registry
 from pt_core.artifacts import CONFIG, load, load_artifact
 from pt_core.errors import InputError
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.method import VLConfig, cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig

@@ -16,9 +16,10 @@ import yaml
 from PIL import Image
 
 from pt_core import InputError, artifacts, cli, recipe, registry, runs
+from pt_core.evaluation import evaluate
 from pt_core.metrics import harmonic_mean
+from pt_core.plan import FitConfig
 from pt_core.testing import Killed, command, one_thread
-from pt_core.training import FitConfig, evaluate
 from pt_vl import CoOpConfig, demo, workbench
 from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.data import read_image

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from pt_core import packing
 from pt_core.data import Split
 from pt_core.method import Loss, Method, MethodConfig, Output
+from pt_core.plan import BatchPlan
 from pt_core.prompts import SoftPrompt
 from pt_core.testing import SHORT, Case, TinyLM, TinyPrompt, contract_checks, one_thread, tiny, tiny_split
-from pt_core.training import BatchPlan, Loop
+from pt_core.training import Loop
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,9 @@ from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, Method, Output
 from pt_core.packing import packed
+from pt_core.plan import FitConfig
 from pt_core.prompts import SoftPrompt
-from pt_core.training import FitConfig, fit
+from pt_core.training import fit
 
 needs_kernels = pytest.mark.skipif(not packing._dtypes(), reason="this torch has no oneDNN kernels for packed weights")
 WIDE = 512  # 512 x 512 elements are the smallest weight that is packed

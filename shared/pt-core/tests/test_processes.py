@@ -25,8 +25,9 @@ from torch import nn
 
 from pt_core.errors import InputError
 from pt_core.method import Loss
+from pt_core.plan import FitConfig
 from pt_core.testing import SHORT, Killed, TinyLM, TinyPrompt, TinyPromptConfig, one_thread, stopped_after, tiny_split
-from pt_core.training import FitConfig, NonFiniteLoss
+from pt_core.training import NonFiniteLoss
 
 RUNS: dict[str, dict[str, Any]] = {
     "even": {"batch_size": 4},

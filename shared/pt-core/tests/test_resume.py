@@ -1,7 +1,7 @@
 """Killed at any moment, a run goes on to the same result.
 
 Run as a program, this file imports torch once and then forks a child for every run it is asked for; a child can be told to
-kill itself (SIGKILL) at the n-th line that it executes of a function of `pt_core.training`.
+kill itself (SIGKILL) at the n-th line that it executes of a function of `pt_core.training` or `pt_core.evaluation`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pt_core import training
+from pt_core import evaluation, training
 from pt_core.errors import InputError
 from pt_core.method import Loss
+from pt_core.plan import FitConfig
 from pt_core.testing import (
     SHORT,
     Case,
@@ -40,7 +41,7 @@ from pt_core.testing import (
     tiny,
     tiny_split,
 )
-from pt_core.training import FitConfig, fit
+from pt_core.training import fit
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +67,12 @@ def train(name: str, folder: Path, **changes):
 
 # --- the program ----------------------------------------------------------------------------------------------------
 def kill_at(function: str, line: int) -> None:
-    """Die at the `line`-th executed line of `function` ("": of any function) of pt_core.training."""
-    left = line
+    """Die at the `line`-th executed line of `function` ("": of any function) of pt_core.training or pt_core.evaluation."""
+    left, files = line, (training.__file__, evaluation.__file__)
 
     def trace(frame, event, _):
         nonlocal left
-        if frame.f_code.co_filename != training.__file__ or function not in ("", frame.f_code.co_name):
+        if frame.f_code.co_filename not in files or function not in ("", frame.f_code.co_name):
             return None
         if event == "line":
             left -= 1

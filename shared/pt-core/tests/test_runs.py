@@ -16,9 +16,9 @@ from pt_core import files, report, runs
 from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
+from pt_core.plan import FitConfig
 from pt_core.runs import Job
 from pt_core.testing import TinyLM, TinyPrompt, TinyPromptConfig, one_thread, tiny_split
-from pt_core.training import FitConfig
 
 RUN: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "evaluate_every": 2, "log_every": 2, "progress": False}
 

@@ -17,12 +17,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from pt_core import metrics, training
+from pt_core import evaluation, metrics, training
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.evaluation import evaluate
 from pt_core.method import Loss, Method, Output
+from pt_core.plan import BatchPlan, FitConfig, lr_factor
 from pt_core.testing import SHORT, Killed, TinyPrompt, TinyPromptConfig, one_thread, tiny, tiny_split
-from pt_core.training import BatchPlan, FitConfig, Loop, NonFiniteLoss, NotLearning, evaluate, fit, lr_factor
+from pt_core.training import Loop, NonFiniteLoss, NotLearning, fit
 
 
 @pytest.fixture(autouse=True)
@@ -516,7 +518,7 @@ def test_evaluation_is_over_the_whole_split_and_its_terms():
 
 def test_evaluation_puts_the_mode_back_and_passes_missing_labels_on(monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "evaluate_logits", lambda *a: seen.append(a) or {"accuracy": 0.25})
+    monkeypatch.setattr(evaluation, "evaluate_logits", lambda *a: seen.append(a) or {"accuracy": 0.25})
     method = line().train()
     split = pairs([1.0, 2.0, 3.0], [1.0, 0.0, 1.0], metrics=("mae",), missing=-9)
     assert evaluate(method, split, batch_size=2) == {"loss": pytest.approx(2 / 3), "accuracy": 0.25}

@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 
 from pt_core import InputError, transfer
 from pt_core.errors import NonFiniteLoss
+from pt_core.evaluation import evaluate
+from pt_core.plan import FitConfig
 from pt_core.runs import Job
 from pt_core.testing import Killed, TinyBench, TinyPrompt, one_thread, stopped_after
-from pt_core.training import FitConfig, evaluate
 from pt_core.transfer import Cell, Study, grid
 
 TASKS = TinyBench.task_names

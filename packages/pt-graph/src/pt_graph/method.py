@@ -20,7 +20,8 @@ from pt_core.attachment import attach
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
-from pt_core.training import FitConfig, FitResult, device_of
+from pt_core.plan import FitConfig, device_of
+from pt_core.training import FitResult
 from pt_graph.backbones import FeaturePrompt, GraphBackbone, dropping
 
 

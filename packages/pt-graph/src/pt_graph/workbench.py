@@ -16,11 +16,12 @@ from pydantic import Field, field_validator, model_validator
 from pt_core import artifacts, recipe, registry
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.evaluation import evaluate
 from pt_core.frozen import fingerprint
 from pt_core.method import Method
+from pt_core.plan import FitConfig
 from pt_core.runs import Job
 from pt_core.settings import Settings
-from pt_core.training import FitConfig, evaluate
 from pt_graph import assets
 from pt_graph.backbones import GraphBackbone, backbone_config, load_backbone
 from pt_graph.data import (

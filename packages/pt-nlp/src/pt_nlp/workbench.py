@@ -14,10 +14,11 @@ from torch import nn
 
 from pt_core import artifacts, doctor, frozen, metrics, recipe, registry
 from pt_core.errors import InputError
+from pt_core.evaluation import evaluate
 from pt_core.method import Method, MethodConfig
+from pt_core.plan import FitConfig
 from pt_core.runs import Job
 from pt_core.settings import Settings
-from pt_core.training import FitConfig, evaluate
 from pt_nlp import assets, interop
 from pt_nlp.backbones import load_backbone
 from pt_nlp.constrained import label_ids

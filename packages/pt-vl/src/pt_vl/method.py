@@ -30,8 +30,8 @@ from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
 from pt_core.frozen import FeatureCache, fingerprint
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
+from pt_core.plan import FitConfig, device_of
 from pt_core.recipe import explain
-from pt_core.training import FitConfig, device_of
 from pt_vl.backbones import After, DualEncoder, TowerPrompt
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from pt_core import artifacts, doctor, recipe, registry
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.evaluation import evaluate
 from pt_core.frozen import fingerprint
 from pt_core.method import MethodConfig
 from pt_core.metrics import harmonic_mean
+from pt_core.plan import FitConfig
 from pt_core.runs import Job
 from pt_core.settings import Settings
-from pt_core.training import FitConfig, evaluate
 from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.data import (
     TEMPLATES,

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from pt_core.attachment import Handle, attach, off, route
     from pt_core.data import Split, base_to_new, few_shot
     from pt_core.errors import InputError
+    from pt_core.evaluation import evaluate
     from pt_core.frozen import FeatureCache, fingerprint, freeze
     from pt_core.method import Loss, Method, MethodConfig, Output
     from pt_core.packing import packed
+    from pt_core.plan import FitConfig
     from pt_core.prompts import DeepPrompt, KeyValuePrompt, LowRankOffset, Prompt, SoftPrompt
-    from pt_core.training import FitConfig, FitResult, Loop, evaluate, fit
+    from pt_core.training import FitResult, Loop, fit
 
 __all__ = [
     "DeepPrompt",
@@ -53,11 +55,13 @@ _ROOMS = {
     "attachment": ("Handle", "attach", "off", "route"),
     "data": ("Split", "base_to_new", "few_shot"),
     "errors": ("InputError",),
+    "evaluation": ("evaluate",),
     "frozen": ("FeatureCache", "fingerprint", "freeze"),
     "method": ("Loss", "Method", "MethodConfig", "Output"),
     "packing": ("packed",),
     "prompts": ("DeepPrompt", "KeyValuePrompt", "LowRankOffset", "Prompt", "SoftPrompt"),
-    "training": ("FitConfig", "FitResult", "Loop", "evaluate", "fit"),
+    "plan": ("FitConfig",),
+    "training": ("FitResult", "Loop", "fit"),
 }
 _WHERE = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -19,7 +19,8 @@ from pt_core.settings import Settings
 if TYPE_CHECKING:
     from pt_core.attachment import Handle
     from pt_core.data import Split
-    from pt_core.training import FitConfig, FitResult
+    from pt_core.plan import FitConfig
+    from pt_core.training import FitResult
 
 Batch = Mapping[str, Any]
 
@@ -137,7 +138,7 @@ class Method(nn.Module):
 
     def optimisers(self, config: FitConfig) -> dict[str, torch.optim.Optimizer]:
         """Optimisers by name. Plain methods have one over `parameter_groups()`; groups of one optimiser are disjoint."""
-        from pt_core.training import build_optimiser
+        from pt_core.plan import build_optimiser
 
         return {"main": build_optimiser(self.parameter_groups(), config)}
 

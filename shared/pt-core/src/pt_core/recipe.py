@@ -14,8 +14,8 @@ from pt_core import registry
 from pt_core.artifacts import CONFIG, Artifact
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
+from pt_core.plan import FitConfig
 from pt_core.settings import Settings
-from pt_core.training import FitConfig
 
 T = TypeVar("T", bound=BaseModel)
 # Beside its own errors, those of bytes, dates, numbers of thousands of digits, and brackets of thousands of levels.

@@ -24,10 +24,12 @@ import torch
 from pt_core.artifacts import TENSORS, check_replaceable
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.evaluation import evaluate
 from pt_core.files import check_folder, write
 from pt_core.method import Method
+from pt_core.plan import MAY_CHANGE_ON_RESUME, FitConfig, check_groups
 from pt_core.report import Result
-from pt_core.training import MAY_CHANGE_ON_RESUME, FitConfig, FitResult, check_groups, evaluate, flat, seed_all
+from pt_core.training import FitResult, flat, seed_all
 
 
 @dataclass

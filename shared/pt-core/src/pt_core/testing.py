@@ -38,9 +38,10 @@ from pt_core.elsewhere import elsewhere
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
+from pt_core.plan import FitConfig
 from pt_core.prompts import Prompt, SoftPrompt
 from pt_core.runs import Job
-from pt_core.training import FitConfig, FitResult, Loop, NotLearning
+from pt_core.training import FitResult, Loop, NotLearning
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 

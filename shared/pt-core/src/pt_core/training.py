@@ -22,7 +22,6 @@ Loops of another shape are written out of the same parts:
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -32,17 +31,15 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -51,171 +48,17 @@ from torch import Tensor
 
 from pt_core.data import Split
 from pt_core.errors import InputError, NonFiniteLoss
+from pt_core.evaluation import autocast, evaluate, part_of
 from pt_core.files import sync, write
 from pt_core.frozen import fingerprint
 from pt_core.method import Batch, Loss, Method
-from pt_core.metrics import evaluate_logits, higher_is_better
+from pt_core.metrics import higher_is_better
 from pt_core.packing import packed
-from pt_core.settings import Settings
-
-Schedule = Literal["constant", "linear", "cosine", "exponential", "epoch-cosine", "epoch-cosine-plain"]
-BY_EPOCHS = ("epoch-cosine", "epoch-cosine-plain")  # schedules that count epochs
+from pt_core.plan import MAY_CHANGE_ON_RESUME, BatchPlan, FitConfig, check_groups, device_of, lr_factor
 
 
 class NotLearning(UserWarning):
     """Nothing is being learned: no gradient reaches the prompt, or the loss stays where it began."""
-
-
-class FitConfig(Settings):
-    """How a run is trained. Unknown keys are refused."""
-
-    max_steps: int | None = Field(default=None, ge=1, description="optimiser steps; give this or `epochs`")
-    epochs: int | None = Field(default=None, ge=1, description="passes over the rows; give this or `max_steps`")
-    batch_size: int = Field(default=8, ge=1, description="rows of a step, over all processes and micro-batches")
-    micro_batch_size: int | None = Field(default=None, ge=1, description="rows of one pass; default: all at once")
-    optimiser: Literal["adamw", "adam", "adafactor", "sgd"] = Field(
-        default="adamw",
-        description="adafactor: torch's; steps scale with a parameter's RMS, rates are at most 1/sqrt(step)",
-    )
-    lr: float | None = Field(default=None, gt=0, description="rate of groups that name none; default: 1e-3")
-    weight_decay: float = Field(default=0.0, ge=0)
-    momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
-    schedule: Schedule = Field(default="constant", description="of groups that name none")
-    warmup_steps: int = Field(default=0, ge=0, description="linear warm-up before the schedule")
-    final_factor: float = Field(default=0.01, gt=0, le=1, description="share that `exponential` ends at (PTEC)")
-    max_grad_norm: float | None = Field(default=1.0, gt=0, description="an update's global norm is cut to this")
-    evaluate_every: int | None = Field(default=None, ge=1, description="in steps; default: once an epoch")
-    eval_batch_size: int = Field(default=32, ge=1)
-    monitor: str | None = Field(
-        default=None,
-        description="validation metric that picks the best step and stops early; default: the loss, or (of a method "
-        "without one) the first metric",
-    )
-    larger_is_better: bool | None = Field(
-        default=None, description="of the monitored metric; default: by its name (`pt_core.metrics.higher_is_better`)"
-    )
-    patience: int | None = Field(default=None, ge=1, description="evaluations without gain before the run stops")
-    min_delta: float = Field(
-        default=0.0, ge=0, description="gain of the monitored metric that counts as one: more than this"
-    )
-    interrupt_below: float | None = Field(
-        default=None, description="the run stops at once if the monitored metric is worse than this (PTEC)"
-    )
-    keep_best: bool = Field(default=True, description="end with the best step's prompt rather than the last one's")
-    checkpoint_every: int | None = Field(default=None, ge=1, description="in steps; default: evaluate_every or 100")
-    log_every: int = Field(default=10, ge=1)
-    precision: Literal["float32", "bf16"] = Field(default="float32", description="autocast; prompts stay float32")
-    device: Literal["auto", "cpu"] = Field(default="auto", description="`auto`: what accelerate finds")
-    packed_gib: float = Field(
-        default=0.0,
-        ge=0,
-        description="on a CPU, memory for copies of frozen weights in the order of its matrix kernels; 0: none (`packing`)",
-    )
-    bucket_by_length: bool = Field(default=False, description="batches of rows of like length: less padding")
-    seed: int = Field(default=0, ge=0, description="of the batches and of all random numbers of the run")
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    progress: bool = True
-
-    @model_validator(mode="after")
-    def _one_length(self) -> FitConfig:
-        if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of max_steps and epochs")
-        if self.momentum and self.optimiser != "sgd":
-            raise ValueError("momentum is a setting of sgd")
-        if self.schedule in BY_EPOCHS and self.epochs is None:
-            raise ValueError(f"the schedule {self.schedule} needs epochs, not max_steps")
-        return self
-
-
-MAY_CHANGE_ON_RESUME = {"progress", "trackers", "checkpoint_every", "device"}
-
-
-def lr_factor(config: FitConfig, step: int, total: int, schedule: Schedule | None = None, lr: float = 1.0) -> float:
-    """Factor on the learning rate `lr` of step `step` (0-based) of `total`, under `schedule` (default: the run's).
-
-    A function of the step alone, so that a resumed run needs no scheduler state. `exponential` multiplies by
-    gamma = final_factor^(1 / (total - 1)) each step and ends at `final_factor`. The run's warm-up precedes all schedules.
-
-    `epoch-cosine` is constant within an epoch: a rate of 1e-5 in the first one, whatever `lr` is, then
-    (1 + cos(pi (e - 1) / E)) / 2 of `lr` in epoch e = 1 .. E - 1 (CoOp, released code: the cosine counts from the end of
-    its warm-up epoch and keeps its period E, so it does not reach zero). `epoch-cosine-plain` has no such first epoch:
-    (1 + cos(pi e / E)) / 2 in epoch e = 0 .. E - 1 (R-AMT, released code).
-    """
-    schedule = schedule or config.schedule
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    left = max(total - config.warmup_steps, 1)
-    at = step - config.warmup_steps
-    if schedule == "linear":
-        return max(0.0, 1 - at / left)
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * at / left))
-    if schedule in BY_EPOCHS:
-        epochs = config.epochs or 1
-        epoch = step * epochs // total
-        if schedule == "epoch-cosine":
-            if epoch == 0:
-                return 1e-5 / lr if lr else 0.0
-            epoch -= 1
-        return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-    if schedule == "exponential":
-        return float(config.final_factor ** (at / max(left - 1, 1)))
-    return 1.0
-
-
-def build_optimiser(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:
-    """Optimiser over named groups. A group's own `lr`, `weight_decay` or `schedule` wins over the run's.
-
-    Raises:
-        InputError: a parameter is in two groups, or twice in one.
-    """
-    owner: dict[int, str] = {}
-    for group in groups:
-        for parameter in group["params"]:
-            if id(parameter) in owner:
-                names = f"{owner[id(parameter)]!r} and {group['name']!r}"
-                raise InputError(f"a parameter is twice in the groups of one optimiser: {names}")
-            owner[id(parameter)] = group["name"]
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adamw": torch.optim.AdamW,
-        "adam": torch.optim.Adam,
-        "adafactor": torch.optim.Adafactor,
-        "sgd": partial(torch.optim.SGD, momentum=config.momentum),
-    }
-    lr = config.lr if config.lr is not None else 1e-3
-    return kinds[config.optimiser](groups, lr=lr, weight_decay=config.weight_decay)
-
-
-class BatchPlan:
-    """Which rows make up the global batch of each step: a function of seed and step, so nothing has to be restored.
-
-    Every epoch is a fresh permutation; its last batch may be short; no row is repeated within an epoch. With `lengths`,
-    each stretch of 50 batches is sorted by length and its batches are shuffled again.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, lengths: list[int] | None = None) -> None:
-        if rows == 0:
-            raise InputError("there are no training rows", remedy="Check the training split")
-        self.rows, self.batch_size, self.seed, self.lengths = rows, min(batch_size, rows), seed, lengths
-        self.per_epoch = math.ceil(rows / self.batch_size)
-        self._epoch, self._batches = -1, list[list[int]]()
-
-    def batch(self, step: int) -> list[int]:
-        """Rows of 0-based step `step`."""
-        epoch, at = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            generator = np.random.default_rng((self.seed, epoch))
-            order = generator.permutation(self.rows)
-            if self.lengths is not None:
-                stretch = 50 * self.batch_size
-                lengths = np.asarray(self.lengths)
-                parts = [order[i : i + stretch] for i in range(0, self.rows, stretch)]
-                order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
-            batches = [order[i : i + self.batch_size].tolist() for i in range(0, self.rows, self.batch_size)]
-            if self.lengths is not None:
-                batches = [batches[i] for i in generator.permutation(len(batches))]
-            self._epoch, self._batches = epoch, batches
-        return self._batches[at]
 
 
 @dataclass
@@ -362,7 +205,7 @@ class Loop:
     @contextmanager
     def passes(self) -> Iterator[None]:
         """Context of the passes: bf16 autocast if the run asks for it, and packed frozen weights."""
-        with _autocast(self.config.precision, self.device), self._packed:
+        with autocast(self.config.precision, self.device), self._packed:
             yield
 
     def to_device(self, batch: Any) -> Any:
@@ -371,7 +214,7 @@ class Loop:
 
     def share(self, rows: list[int]) -> list[list[int]]:
         """This process's part of a global batch, cut into micro-batches. No row is repeated or dropped."""
-        mine = _part(rows, self.accelerator)
+        mine = part_of(rows, self.accelerator)
         size = self.config.micro_batch_size or max(len(mine), 1)
         return [mine[i : i + size] for i in range(0, len(mine), size)]
 
@@ -805,11 +648,6 @@ def _whole(path: Path) -> Iterator[None]:
         ) from error
 
 
-def device_of(config: FitConfig) -> torch.device:
-    """Where a run of this configuration computes."""
-    return torch.device("cpu") if config.device == "cpu" else torch.device(Accelerator().device)
-
-
 def _accelerator(config: FitConfig, folder: Path | None) -> tuple[Accelerator, torch.device]:
     """Processes and trackers, and the device of this process.
 
@@ -848,11 +686,6 @@ def _alike(theirs: Any, ours: Any) -> bool:
     return bool(theirs == ours)
 
 
-def _part(rows: list[int], accelerator: Accelerator) -> list[int]:
-    """This process's contiguous part of `rows`."""
-    return [int(i) for i in np.array_split(np.asarray(rows), accelerator.num_processes)[accelerator.process_index]]
-
-
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"config": {"lr": 1}} -> {"config.lr": 1}."""
     found: dict[str, Any] = {}
@@ -863,77 +696,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write(path, save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
-
-
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-@torch.no_grad()
-def evaluate(
-    method: Method,
-    split: Split,
-    batch_size: int = 32,
-    device: torch.device | None = None,
-    accelerator: Accelerator | None = None,
-    precision: Literal["float32", "bf16"] = "float32",
-) -> dict[str, float]:
-    """Metrics of a method on a split: the split's own scorer if it has one, else its metrics on the logits, and the loss.
-
-    Args:
-        method: in whatever mode; it is evaluated in eval mode and put back.
-        split: labelled rows.
-        batch_size: rows of a forward pass, and what a scorer is given.
-        device: where the batches go; default: where the method is.
-        accelerator: of several processes. Each computes its share of the rows, all get the same numbers. A scorer is
-            not split: all processes run it, and the main one's numbers count.
-        precision: of the passes; bf16 by autocast, as in a run.
-
-    Returns:
-        Metric name -> value; `loss` is the mean over the loss's own terms (over batches, if the loss couples rows).
-
-    Raises:
-        NonFiniteLoss: the logits of a row are NaN.
-    """
-    if device is None:
-        tensors = itertools.chain(method.parameters(), method.backbone.parameters())
-        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    was_training = method.training
-    on_logits = bool(split.metrics) and split.scorer is None
-    source = method.loss_comes_from()
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    total, count = 0.0, 0.0
-    with ExitStack() as context:
-        context.callback(method.train, was_training)
-        context.enter_context(_autocast(precision, device))
-        method.eval()
-        rows = list(range(len(split)))
-        for batch in split.batches(batch_size, rows if accelerator is None else _part(rows, accelerator)):
-            batch = send_to_device(batch, device)
-            output = method(batch) if on_logits else None
-            if source is not None:
-                loss = method.loss_of(output, batch) if source == "output" and output is not None else None
-                loss = method.loss(batch) if loss is None else loss
-                total, count = total + float(loss.total), count + float(loss.count)
-            if output is not None:
-                if output.logits is None:
-                    raise InputError(f"{method.name} gives no logits for the metrics {', '.join(split.metrics)}")
-                logits.append(output.logits.float().cpu())
-                labels.append(torch.as_tensor(batch["labels"]).cpu())
-        scores = split.scorer(method, split, batch_size) if split.scorer is not None else {}
-    if accelerator is not None and accelerator.num_processes > 1:
-        gathered = gather_object([(total, count, logits, labels, scores)])
-        totals, counts, all_logits, all_labels, all_scores = zip(*gathered, strict=True)
-        total, count, scores = sum(totals), sum(counts), all_scores[0]
-        logits, labels = list(itertools.chain(*all_logits)), list(itertools.chain(*all_labels))
-    results = {"loss": total / count} if count else {}
-    if on_logits:
-        found = torch.cat(logits)
-        if len(bad := found.isnan().nonzero()):
-            raise NonFiniteLoss(f"evaluation, row {int(bad[0, 0]) + 1}: the logits are NaN")
-        results |= evaluate_logits(split.metrics, split.task, found, torch.cat(labels), split.missing)
-    return results | {name: float(value) for name, value in scores.items()}
 
 
 def fit(
@@ -1030,45 +792,4 @@ def check_fit(method: Method, train: Split, validation: Split | None, config: Fi
             f"the run monitors {config.monitor!r}, which is not among the validation metrics",
             remedy=f"Choose one of: {', '.join(sorted(known))}",
             field="monitor",
-        )
-
-
-def check_groups(
-    method: Method, config: FitConfig, optimisers: Mapping[str, torch.optim.Optimizer] | None = None
-) -> None:
-    """Refuse settings of the run that no group of the optimisers follows, and schedules that cannot be followed.
-
-    Args:
-        optimisers: default: what the method makes for this run.
-    """
-    optimisers = method.optimisers(config) if optimisers is None else optimisers
-    groups = [group for optimiser in optimisers.values() for group in optimiser.param_groups]
-    named = {group["schedule"] for group in groups if group.get("schedule")}
-    if unknown := sorted(named - set(get_args(Schedule))):
-        raise InputError(
-            f"{method.name} names the schedule {unknown[0]!r} for a group",
-            remedy=f"Choose one of: {', '.join(get_args(Schedule))}",
-            field="schedule",
-        )
-    if (counting := sorted(named & {*BY_EPOCHS})) and config.epochs is None:
-        raise InputError(
-            f"{method.name} names the schedule {counting[0]!r}, which counts epochs",
-            remedy="Give epochs, not max_steps",
-            field="epochs",
-        )
-    used = {group.get("schedule") or config.schedule for group in groups}
-    idle = {
-        "lr": config.lr is not None and all(group["lr"] != config.lr for group in groups),
-        "weight_decay": config.weight_decay != 0 and all(g["weight_decay"] != config.weight_decay for g in groups),
-        "schedule": config.schedule not in {"constant", *used},
-    }
-    if field := next((field for field, idles in idle.items() if idles), None):
-        raise InputError(
-            f"{method.name} names the {field} of all its groups, so the run's has no effect",
-            remedy="Leave it out, or set the method's own",
-            field=field,
-        )
-    if config.final_factor != FitConfig.model_fields["final_factor"].default and "exponential" not in used:
-        raise InputError(
-            "no schedule of this run ends at a factor", remedy="Set schedule: exponential", field="final_factor"
         )

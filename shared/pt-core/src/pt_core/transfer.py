@@ -42,10 +42,12 @@ from safetensors.torch import save
 
 from pt_core import report, runs
 from pt_core.errors import InputError, NonFiniteLoss
+from pt_core.evaluation import evaluate
 from pt_core.files import check_folder, write
 from pt_core.metrics import higher_is_better, mean_spread
+from pt_core.plan import FitConfig, device_of
 from pt_core.report import Grid
-from pt_core.training import FitConfig, device_of, evaluate, seed_all
+from pt_core.training import seed_all
 
 STATE = "state.safetensors"
 """What is transferred, in the folder of a cell from scratch: the method's `trained_state`."""

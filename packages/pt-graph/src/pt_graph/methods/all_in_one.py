@@ -13,7 +13,8 @@ from torch_geometric.data import Batch as Graphs
 
 from pt_core.data import Split
 from pt_core.method import MethodConfig
-from pt_core.training import FitConfig, FitResult, Loop, backward, build_optimiser, fit
+from pt_core.plan import FitConfig, build_optimiser
+from pt_core.training import FitResult, Loop, backward, fit
 from pt_graph.backbones import GraphBackbone, dropping
 from pt_graph.method import GraphConfig, GraphMethod
 

@@ -16,7 +16,8 @@ from torch_geometric.utils import scatter
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, MethodConfig, Output
-from pt_core.training import FitConfig, FitResult, Loop, backward, fit
+from pt_core.plan import FitConfig
+from pt_core.training import FitResult, Loop, backward, fit
 from pt_graph.backbones import GraphBackbone
 from pt_graph.method import GraphConfig, ReadOnceMethod
 from pt_graph.methods.gpf import glorot

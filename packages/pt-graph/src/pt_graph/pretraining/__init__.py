@@ -15,7 +15,8 @@ from torch_geometric.data import Batch, Data
 
 from pt_core.data import Split
 from pt_core.errors import InputError
-from pt_core.training import FitConfig, FitResult, fit
+from pt_core.plan import FitConfig
+from pt_core.training import FitResult, fit
 from pt_graph.backbones import GraphBackbone
 from pt_graph.pretraining.attribute_masking import AttributeMasking, AttributeMaskingConfig
 from pt_graph.pretraining.base import Pretraining, PretrainingConfig

@@ -18,7 +18,8 @@ from pt_nlp.models import RELATIVE_POSITIONS, base_of, shape_of
 
 if TYPE_CHECKING:
     from pt_core.data import Split
-    from pt_core.training import FitConfig, FitResult
+    from pt_core.plan import FitConfig
+    from pt_core.training import FitResult
 
 RELEASED_INIT_TEXT = (
     "Classify this text is postive or not:"  # sic; the released code starts every task's prompt from it

@@ -21,7 +21,8 @@ from pt_nlp.models import device_of, is_causal
 
 if TYPE_CHECKING:
     from pt_core.data import Split
-    from pt_core.training import FitConfig, FitResult
+    from pt_core.plan import FitConfig
+    from pt_core.training import FitResult
 
 
 class InContextConfig(ZeroShotConfig):

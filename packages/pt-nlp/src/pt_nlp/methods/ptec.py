@@ -20,7 +20,8 @@ from pt_nlp.models import shape_of
 
 if TYPE_CHECKING:
     from pt_core.data import Split
-    from pt_core.training import FitConfig, FitResult
+    from pt_core.plan import FitConfig
+    from pt_core.training import FitResult
 
 FIRST_FILL_ID = 1000
 
@@ -199,7 +200,7 @@ class PTEC(TextMethod):
         Args:
             changes: fields of `FitConfig` that differ.
         """
-        from pt_core.training import FitConfig
+        from pt_core.plan import FitConfig
 
         run: dict[str, Any] = {"batch_size": 32, "weight_decay": 0.01, "max_grad_norm": 1.0}
         run |= {"schedule": "exponential", "final_factor": 0.01}

@@ -18,7 +18,8 @@ from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 if TYPE_CHECKING:
     from pt_core.data import Split
-    from pt_core.training import FitConfig, FitResult
+    from pt_core.plan import FitConfig
+    from pt_core.training import FitResult
 
 
 class SPoTConfig(PromptTuningConfig):

@@ -21,7 +21,8 @@ from pt_nlp.models import is_causal
 
 if TYPE_CHECKING:
     from pt_core.data import Split
-    from pt_core.training import FitConfig, FitResult
+    from pt_core.plan import FitConfig
+    from pt_core.training import FitResult
 
 SURE = 30.0  # logit of a label that was written, and of the others with a minus: there are no scores between
 

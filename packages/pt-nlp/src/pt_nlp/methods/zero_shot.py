@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pt_core.errors import InputError
 from pt_core.method import Loss, Output
+from pt_core.plan import FitConfig, device_of
 from pt_core.prompts import Prompt
-from pt_core.training import FitConfig, device_of
 from pt_nlp.data import pad
 from pt_nlp.method import TextConfig, TextMethod
 from pt_nlp.methods.prompt_tuning import check_ids

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.method import MethodConfig
-from pt_core.training import FitConfig
+from pt_core.plan import FitConfig
 from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.method import Position, Sentences, VLConfig, VLMethod
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pt_core.errors import InputError
 from pt_core.method import Batch, MethodConfig, Output
+from pt_core.plan import FitConfig, device_of
 from pt_core.probe import Array, fit_probe, probe_metrics
-from pt_core.training import FitConfig, FitResult, device_of
+from pt_core.training import FitResult
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import VLConfig, VLMethod, cache_features, check_precision, fixed_views
 

@@ -17,7 +17,8 @@ from torch.utils.data import ConcatDataset, Dataset
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, MethodConfig, Output
-from pt_core.training import FitConfig, FitResult
+from pt_core.plan import FitConfig
+from pt_core.training import FitResult
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import Position, Stacked, VLConfig, VLMethod, written
 from pt_vl.methods.coop import CoOp, CoOpConfig

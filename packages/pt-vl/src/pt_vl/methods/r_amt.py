@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, MethodConfig, Output
-from pt_core.training import FitConfig, FitResult, Loop, device_of, fit
+from pt_core.plan import FitConfig, device_of
+from pt_core.training import FitResult, Loop, fit
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import VLConfig, VLMethod, cache_features, check_precision, template_features, written
 

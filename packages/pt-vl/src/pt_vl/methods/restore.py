@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pt_core.method import Batch, Loss, MethodConfig, Output
+from pt_core.plan import FitConfig
 from pt_core.tokens import Tokens, real
-from pt_core.training import FitConfig, FitResult, fit
+from pt_core.training import FitResult, fit
 from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.method import VLMethod, check_precision
 from pt_vl.methods.maple import MaPLe, MaPLeConfig

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from pt_core.errors import InputError
 from pt_core.method import Batch, MethodConfig, Output
 from pt_core.metrics import evaluate_logits
-from pt_core.training import FitConfig, FitResult, build_optimiser, device_of
+from pt_core.plan import FitConfig, build_optimiser, device_of
+from pt_core.training import FitResult
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import VLConfig, VLMethod, cache_features, check_precision
 

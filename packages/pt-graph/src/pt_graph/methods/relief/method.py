@@ -18,7 +18,8 @@ from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
 from pt_core.metrics import evaluate_logits
-from pt_core.training import FitConfig, FitResult, Loop, NotLearning, check_fit, described
+from pt_core.plan import FitConfig
+from pt_core.training import FitResult, Loop, NotLearning, check_fit, described
 from pt_graph.backbones import GraphBackbone, dropping
 from pt_graph.method import GraphMethod, label_loss
 from pt_graph.methods.relief.config import RELIEFConfig
