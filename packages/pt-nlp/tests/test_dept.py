@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -440,6 +440,37 @@ def test_beam_search_repeats_the_source_for_every_beam():
     method, batch = dept(backbone), sources([7, 5], 7, "left")
     options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(method.generate(batch, **options), method.generate(batch, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("path", ["shared", "plain"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_source_that_is_read_in_several_calls_gets_the_offset_of_its_positions(kind, path):
+    backbone = build(kind)
+    method, batch = dept(backbone), sources([7, 2, 5], 7, "left")
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with plain_path() if path == "plain" else nullcontext():
+        written = method.generate(batch, **options)
+        for size in (3, 6):
+            assert torch.equal(method.generate(batch, prefill_chunk_size=size, **options), written)
+        with torch.no_grad(), method.active(), source_tokens(torch.ones_like(batch["input_ids"])):
+            start = {name: part[:, :4] for name, part in batch.items()}
+            cache = backbone(**start, use_cache=True).past_key_values
+        assert torch.equal(method.generate(batch, past_key_values=cache, **options), written)
+
+
+def test_several_tokens_behind_a_cache_are_refused_unless_it_is_said_which_are_source():
+    backbone = build("llama")
+    method, batch = dept(backbone), sources([7, 5], 7, "left")
+    start = {name: part[:, :4] for name, part in batch.items()}
+    rest = {"input_ids": batch["input_ids"][:, 4:], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad(), method.active():
+        whole = backbone(**batch).logits[:, 4:]
+        for labels in (None, rest["input_ids"]):  # those of a call say nothing of the positions of the whole text
+            cache = backbone(**start, use_cache=True).past_key_values
+            with pytest.raises(InputError, match="3 tokens behind a cache: the prompt has an offset"):
+                backbone(**rest, past_key_values=cache, labels=labels)
+        with source_tokens(batch["attention_mask"]):
+            torch.testing.assert_close(backbone(**rest, past_key_values=cache).logits, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_generation_without_prompt_rows():

@@ -87,23 +87,28 @@ def inside(cache: Any) -> Iterator[None]:
         cache.pt_inside = False
 
 
+def seen(cache: Any) -> int:
+    """Real tokens in a cache (for a recurrent model without attention: whether there are any)."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # states have no length
+        return int(cache.has_previous_state())
+
+
 def seen_in(cache: Any, carried: Carried) -> int:
-    """Real tokens in a cache (for a recurrent model without attention: whether there are any).
+    """Real tokens in a cache of these prompts (see `seen`).
 
     Raises:
         InputError: they were read without these prompts.
     """
-    if cache is None:
-        return 0
-    try:
-        seen = int(cache.get_seq_length())
-    except ValueError:  # states have no length
-        seen = int(cache.has_previous_state())
-    if seen and getattr(cache, "pt_owner", None) != carried.owner:
+    past = seen(cache)
+    if past and getattr(cache, "pt_owner", None) != carried.owner:
         raise InputError(
             "the cache was filled without this prompt, or under another one", remedy="Start from an empty cache"
         )
-    return seen
+    return past
 
 
 def prefix_layers(

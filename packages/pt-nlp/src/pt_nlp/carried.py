@@ -85,14 +85,19 @@ class Carried:
         return stacked if self.index is None else stacked[self.index.to(stacked.device)]
 
     def offset(self, embeds: Tensor, source: Tensor) -> Tensor:
-        """Add each row's offset to the embeddings of its source tokens ([b, n] mask)."""
-        position = (source.long().cumsum(-1) - 1).clamp(min=0)
+        """Add each row's offset to the embeddings [b, n, d] of its source tokens.
+
+        Args:
+            embeds: of this call's tokens.
+            source: [b, past + n] mask; what is in a cache counts for the positions.
+        """
+        n, position = embeds.shape[1], (source.long().cumsum(-1) - 1).clamp(min=0)
         for i, handle in enumerate(self.handles):
             own = position if self.index is None else position * (self.index == i)[:, None]  # others may be longer
             delta = None if handle is None else handle.prompt.offset(own)
             if delta is not None:
                 rows = source.bool() if self.index is None else source.bool() & (self.index == i)[:, None]
-                embeds = embeds + torch.where(rows[..., None], delta.to(embeds), 0)
+                embeds = embeds + torch.where(rows[:, -n:, None], delta[:, -n:].to(embeds), 0)
         return embeds
 
     @property
@@ -109,7 +114,8 @@ SOURCE: ContextVar[Tensor | None] = ContextVar("pt_nlp_source", default=None)
 def source_tokens(mask: Tensor | None) -> Iterator[None]:
     """In this context the input tokens in `mask` ([b, n], 1 = source) are source; the others are targets.
 
-    A call of k times as many rows repeats each row k times (beams, label words); tokens behind the mask are targets.
+    A call of k times as many rows repeats each row k times (beams, label words); tokens behind the mask are targets. Tokens in
+    a cache count: the mask is that of the whole text, in however many calls it is read.
     """
     token = SOURCE.set(mask)
     try:

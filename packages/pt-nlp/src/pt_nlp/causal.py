@@ -37,6 +37,7 @@ from pt_nlp.caches import (
     key_values_of,
     mark,
     prefix_layers,
+    seen,
     seen_in,
 )
 from pt_nlp.carried import (
@@ -112,14 +113,21 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
             mark(output.past_key_values, carried)
             output.past_key_values.pt_prefix = deep[0].size if 0 in deep else 0  # a cache's length is that of block 0
         return output
+    if past and carried.has_offset and n > 1 and (slot == "cache_params" or SOURCE.get() is None):
+        raise InputError(
+            f"{n} tokens behind a cache: the prompt has an offset for source tokens, and nothing says whether these are",
+            remedy="Use the method's own `generate`, say it with `pt_nlp.carried.source_tokens`, or read the text in one call",
+        )
     if past and slot == "cache_params":
         return original(**arguments)  # the prompt is in the state; there is no mask to widen
     if mask is None:
         mask = torch.ones(batch, past + n, dtype=torch.long, device=device)
         if positions is None:
             positions = torch.arange(past, past + n, device=device)[None]
-    if not past and carried.has_offset:
-        arguments["inputs_embeds"] = carried.offset(take_embeds(base, arguments), source_among(mask))
+    if carried.has_offset:
+        source = SOURCE.get()
+        if past < (1 if source is None else source.shape[1]):
+            arguments["inputs_embeds"] = carried.offset(take_embeds(base, arguments), source_among(mask))
     if carried.longest == 0:
         output = original(**arguments)
         if output.get(slot) is not None:
@@ -297,6 +305,8 @@ def labels_are_targets(selected: Callable[[], Rows | None]) -> Callable[[Forward
         def forward(*args: Any, **arguments: Any) -> Any:
             labels = arguments.get("labels")
             if labels is None or selected() is None or SOURCE.get() is not None:
+                return original(*args, **arguments)
+            if seen(arguments.get("past_key_values")):  # labels are of this call's tokens, not of the whole text
                 return original(*args, **arguments)
             with source_tokens((labels == -100).long()):
                 return original(*args, **arguments)
