@@ -174,6 +174,31 @@ def test_padding_in_front_of_the_prompt_shows_in_no_state_and_no_step(tiny: Buil
         assert gap(rest.logits[i], alone.logits[0, -2:]) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+def test_padding_that_goes_on_behind_the_first_call_is_refused_where_it_would_be_distance(
+    tiny: Build, kind: str
+) -> None:
+    model, batch = tiny(kind, **COUNT_SLOTS[kind]), texts("left")  # padded by at most 4
+    attach(model, soft(1, 5))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(**batch, **options)
+    for size in (4, 5):
+        assert torch.equal(model.generate(**batch, **options, prefill_chunk_size=size), written)
+    for size in (1, 3):
+        with pytest.raises(InputError, match=f"padding on the left goes on behind the first {size} tokens"):
+            model.generate(**batch, **options, prefill_chunk_size=size)
+
+
+def test_padding_of_a_later_call_is_read_as_long_as_the_window_sees_everything(tiny: Build) -> None:
+    model, batch = tiny("Mistral", sliding_window=16), texts("left")
+    attach(model, soft(1, 5))
+    options = {"do_sample": False, "pad_token_id": 0}
+    written = model.generate(**batch, **options, max_new_tokens=4)  # reads 5 + 7 + 3
+    assert torch.equal(model.generate(**batch, **options, max_new_tokens=4, prefill_chunk_size=2), written)
+    with pytest.raises(InputError, match="padding on the left goes on behind the first 2 tokens"):
+        model.generate(**batch, **options, max_new_tokens=8, prefill_chunk_size=2)
+
+
 @pytest.mark.parametrize("what", ["mixed", "rows only"])
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "T5"])
 def test_rows_of_encoders_and_encoder_decoders_get_what_they_get_alone(tiny: Build, kind: str, what: str) -> None:

@@ -145,6 +145,7 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
         arguments["position_ids"] = own
     if past:
         if cache.pt_ahead:
+            _check_padding_ends(base, carried, mask, cache.pt_ahead)
             slots = slots_of(carried, mask, cache.pt_ahead)
             arguments["attention_mask"] = arguments["attention_mask"].gather(1, slots)
         with inside(cache):
@@ -287,6 +288,18 @@ def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: 
         if name in arguments:
             arguments[name] = arguments[name].gather(1, order)
     return order
+
+
+def _check_padding_ends(base: Model, carried: Carried, mask: Tensor, ahead: int) -> None:
+    """Padding of the first call stands in front of the prompt; what a later one brings would be distance behind it."""
+    window = window_of(base)
+    if window is not None and carried.longest + mask.shape[1] <= window:
+        return  # everything is seen, wherever it stands
+    if bool((mask[:, : ahead + 1].sum(1) == 0).any()):
+        raise InputError(
+            f"padding on the left goes on behind the first {ahead} tokens, where a {type(base).__name__} takes it for text",
+            remedy="Read more tokens in the first call (`prefill_chunk_size`), or pass texts of one length",
+        )
 
 
 def _check_distances(base: Model, mask: Tensor) -> None:
