@@ -1192,6 +1192,21 @@ def test_distances_in_slots_refuse_padding_between_trained_keys_and_the_text(tin
         model(**texts("left"))
 
 
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_states_of_an_encoder_without_the_prompts_rows_are_refused(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts()
+    handle = attach(model, soft())
+    words = {"decoder_input_ids": batch["input_ids"][:, :4], "attention_mask": batch["attention_mask"]}
+    whole = model(**words, input_ids=batch["input_ids"])
+    with pytest.raises(InputError, match="the encoder's states have 9 rows, as many as the mask"):
+        model(**words, encoder_outputs=(whole.encoder_last_hidden_state,))
+    memory = model.get_encoder()(**batch)
+    assert gap(model(**words, encoder_outputs=memory).logits, whole.logits) < 1e-6
+    handle.enabled(False)
+    plain = model(**words, input_ids=batch["input_ids"])
+    assert torch.equal(model(**words, encoder_outputs=(plain.encoder_last_hidden_state,)).logits, plain.logits)
+
+
 def test_recurrent_models_take_no_keys_and_values_and_no_padding_on_the_left(tiny: Build) -> None:
     model = tiny("Mamba")
     with pytest.raises(InputError, match="no cache of keys and values"):

@@ -143,6 +143,13 @@ def around_text_decoder(decoder: Model, selected: Callable[[], Rows | None]) -> 
         mask = arguments.get("encoder_attention_mask")
         if mask is None:
             mask = torch.ones(batch, memory.shape[1] - soft.longest, dtype=torch.long, device=memory.device)
+        if soft.longest and memory.shape[1] == mask.shape[1]:
+            raise InputError(
+                f"the encoder's states have {memory.shape[1]} rows, as many as the mask: those of the prompt are not in them, "
+                "or the mask counts them",
+                remedy="Pass what `get_encoder()` gives under the prompt (`encoder_last_hidden_state` leaves its rows out), "
+                "and the mask of the text alone",
+            )
         if memory.shape[1] == mask.shape[1] + soft.longest:
             arguments["encoder_attention_mask"] = torch.cat([soft.mask(batch, mask), mask], dim=1)
         if keys.longest:
