@@ -1362,6 +1362,29 @@ def test_a_model_of_peft_says_where_the_prompt_belongs(tiny: Build) -> None:
         attach(model, soft())
 
 
+@pytest.mark.parametrize("what", ["tokens", "keys and values"])
+@pytest.mark.parametrize("kind", ["Llama", "OPT"])
+def test_rows_may_have_adapters_of_their_own_under_a_prompt(tiny: Build, kind: str, what: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed: the extra `peft` of pt-nlp")
+    lora = partial(peft.LoraConfig, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    model = tiny(kind)
+    adapted, batch = peft.get_peft_model(model, lora(task_type="CAUSAL_LM")).eval(), texts("left")
+    adapted.add_adapter("other", lora())
+    attach(model, soft() if what == "tokens" else keys(model))
+    names = ["default", "other", "default"]
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad(), carried.reads(batch["attention_mask"].bool()):
+        for cached in (True, False):
+            together = adapted(**batch, adapter_names=names, use_cache=cached).logits
+            written = adapted.generate(**batch, adapter_names=names, use_cache=cached, **options)
+            for i, name in enumerate(names):
+                adapted.set_adapter(name)
+                real = batch["attention_mask"][i].bool()
+                assert gap(together[i][real], adapted(**alone(model, batch, i), use_cache=cached).logits[0]) < 1e-4
+                row = adapted.generate(**alone(model, batch, i), use_cache=cached, **options)
+                assert torch.equal(written[i, -4:], row[0, -4:])
+
+
 @pytest.mark.parametrize("what", ["hook", "pre-hook", "buffer"])
 def test_stored_keys_and_values_follow_hooks_and_buffers(tiny: Build, what: str) -> None:
     model, batch = tiny("Llama"), texts("left")

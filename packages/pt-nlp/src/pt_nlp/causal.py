@@ -57,6 +57,7 @@ from pt_nlp.carried import (
 from pt_nlp.models import (
     ATTENTION_LAYERS,
     Model,
+    adapters_by_row,
     check_length,
     checkpoints_blocks,
     decoder_blocks,
@@ -193,6 +194,8 @@ def _announce(base: Model, reason: str) -> None:
 def _may_be_one_row(base: Model, arguments: dict[str, Any], carried: Carried) -> bool:
     """Whether this call may pass the model as one row (pt_nlp.one_row), as far as one can tell before."""
     if carried.index is not None or base.config._attn_implementation != "sdpa" or base in _NOT_ONE_ROW:
+        return False
+    if adapters_by_row(base):
         return False
     inner = {"output_hidden_states", "output_attentions"}
     asked = any(arguments.get(name) or getattr(base.config, name, False) for name in inner)

@@ -162,6 +162,12 @@ def _dropout_active(base: Model) -> bool:
     return inside or any(getattr(base.config, name, 0) or 0 for name in names)
 
 
+def adapters_by_row(base: Model) -> bool:
+    """Whether hooks of peft give each row an adapter of its own in this call (`adapter_names`)."""
+    hooks = (hook for module in base.modules() for hook in module._forward_pre_hooks.values())
+    return any({"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())) for hook in hooks)
+
+
 def shortcut_refused(base: Model) -> str | None:
     """Why the shared prefix must not be used on this causal model right now; None where it is exact."""
     config = base.config
@@ -177,6 +183,8 @@ def shortcut_refused(base: Model) -> str | None:
         return "gradient checkpointing is on"
     if _dropout_active(base):
         return "dropout is active in the backbone"
+    if adapters_by_row(base):
+        return "rows have adapters of their own"
     return None
 
 
