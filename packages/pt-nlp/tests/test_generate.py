@@ -147,6 +147,17 @@ def test_prompt_lookup_decoding_writes_the_greedy_text(tiny: Build, kind: str) -
     assert torch.equal(write(model, batch, max_new_tokens=16, prompt_lookup_num_tokens=3), greedy)
 
 
+@pytest.mark.parametrize("what", ["tokens", "keys and values"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma"])  # GPT-2, OPT and others always run all blocks
+def test_a_model_that_drafts_with_its_first_block_writes_the_greedy_text(tiny: Build, kind: str, what: str) -> None:
+    model, batch = tiny(kind), {name: part[:1] for name, part in texts().items()}
+    attach(model, soft() if what == "tokens" else keys(model))
+    drafted = [write(model, batch, assistant_early_exit=1) for _ in range(2)]
+    written = write(model, batch)
+    assert torch.equal(drafted[0], written) and torch.equal(drafted[1], written)
+    assert len(models.decoder_blocks(models.base_of(model))) == model.config.num_hidden_layers == 2
+
+
 @pytest.mark.parametrize("path", ["shared", "plain", "block 0", "block 1"])
 def test_a_conversation_goes_on_from_its_cache(tiny: Build, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "plain":

@@ -121,6 +121,8 @@ class _TextFamily:
             )
         if backbone.config.is_encoder_decoder and not hasattr(backbone.get_encoder(), "get_input_embeddings"):
             raise InputError(f"the encoder of {name_of(backbone)} does not show its input embeddings")
+        if causal and key_values is not None:
+            decoder_blocks(base_of(backbone))  # found here, while the configuration counts all of them
         caches = {"past_key_values", "cache_params"} & parameters
         if causal and (not caches or (key_values is not None and "past_key_values" not in caches)):
             raise InputError(

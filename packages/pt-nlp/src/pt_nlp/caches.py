@@ -147,7 +147,7 @@ def key_values_of(
     if direct is not None:
         return [
             (k.to(device_of(block), dtype), v.to(device_of(block), dtype))
-            for block, (k, v) in zip(blocks, (kv.unbind(0) for kv in direct), strict=True)
+            for block, (k, v) in zip(blocks, (kv.unbind(0) for kv in direct[: len(blocks)]), strict=True)
         ]
     rows = handle.prompt.tokens()
     if rows is None or len(rows) == 0:
@@ -156,7 +156,7 @@ def key_values_of(
     state = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type), rows.device, _state(base))
     if not torch.is_grad_enabled():
         stored = handle.store.get("key_values")
-        if stored is not None and stored[0] == state and torch.equal(stored[1], rows):
+        if stored is not None and stored[0] == state and torch.equal(stored[1], rows) and len(stored[2]) >= len(blocks):
             found: list[tuple[Tensor, Tensor]] = stored[2]
             return found
     cache: Any = DynamicCache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +40,24 @@ def base_of(backbone: Model) -> Model:
     return inner if isinstance(inner, PreTrainedModel) and not backbone.config.is_encoder_decoder else base
 
 
+_BLOCKS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # the name of each tower's list of blocks
+
+
 def decoder_blocks(base: Model) -> nn.ModuleList:
-    """The list of transformer blocks of a tower, first block first."""
+    """The list of transformer blocks that a tower runs, first block first.
+
+    It is looked for once, where a prompt is attached: `generate` lowers the number of layers in the configuration while a
+    model drafts for itself (`assistant_early_exit`), and then it is the first of them.
+    """
     layers = base.config.get_text_config().num_hidden_layers
-    for module in base.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return module
-    raise InputError(f"no list of {layers} blocks was found in a {type(base).__name__}")
+    if base not in _BLOCKS:
+        lists = ((name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList))
+        found = next((name for name, module in lists if len(module) == layers), None)
+        if found is None:
+            raise InputError(f"no list of {layers} blocks was found in a {type(base).__name__}")
+        _BLOCKS[base] = found
+    blocks: nn.ModuleList = base.get_submodule(_BLOCKS[base])
+    return blocks if len(blocks) == layers else blocks[:layers]
 
 
 @dataclass(frozen=True)
