@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from threading import Thread
 
@@ -176,6 +178,18 @@ def test_a_conversation_goes_on_from_its_cache(tiny: Build, path: str, monkeypat
     assert torch.equal(write(model, dialogue, past_key_values=first.past_key_values), expected)
     assert kept.get_seq_length() == 14
     assert torch.equal(write(model, dialogue, past_key_values=kept), expected)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "OPT", "T5"])
+def test_a_cache_that_was_filled_under_a_prompt_is_not_pickled(tiny: Build, kind: str) -> None:
+    model, batch = tiny(kind), texts()
+    handle = attach(model, keys(model))
+    cache = write(model, batch, return_dict_in_generate=True).past_key_values
+    for save in (pickle.dumps, lambda made: torch.save(made, io.BytesIO())):
+        with pytest.raises(InputError, match="cannot be pickled.*Save the prompt's artifact"):
+            save(cache)
+    handle.enabled(False)
+    pickle.dumps(write(model, batch, return_dict_in_generate=True).past_key_values)  # others are
 
 
 def test_text_of_embeddings_is_that_of_their_tokens(tiny: Build) -> None:

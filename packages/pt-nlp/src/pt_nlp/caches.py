@@ -7,12 +7,13 @@ v2) are taken as they are. To the outside a cache's length counts real tokens on
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,18 @@ def _hiding(kind: type[Cache]) -> type[Cache]:
                     layer.keys = layer.values = None
                     layer.is_initialized = False
             self.pt_prefix = 0
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            copied: Any = object.__new__(type(self))
+            memo[id(self)] = copied
+            vars(copied).update(copy.deepcopy(vars(self), memo))
+            return copied
+
+        def __reduce__(self) -> NoReturn:
+            raise InputError(
+                "a cache that was filled under a prompt cannot be pickled: which prompt it was, this process alone knows",
+                remedy="Save the prompt's artifact, and fill a cache under it where it is needed",
+            )
 
     Hiding.__name__ = kind.__name__
     return Hiding
