@@ -1157,6 +1157,15 @@ def test_masks_of_four_dimensions_are_refused(tiny: Build) -> None:
         model(input_ids=batch["input_ids"], attention_mask=torch.ones(3, 1, 9, 9))
 
 
+@pytest.mark.parametrize("make", [soft, keys])
+@pytest.mark.parametrize("kind", ["Llama", "OPT", "Bert", "T5"])
+def test_a_batch_without_rows_is_refused(tiny: Build, kind: str, make: Callable[..., Prompt]) -> None:
+    model = tiny(kind)
+    attach(model, soft() if make is soft else keys(model))
+    with pytest.raises(InputError, match="the batch has no rows"):
+        outputs(model, {name: part[:0] for name, part in texts().items()})
+
+
 def test_packed_sequences_are_refused(tiny: Build) -> None:
     model, ids = tiny("Llama"), texts()["input_ids"][:1]
     attach(model, soft())

@@ -41,7 +41,13 @@ class Carried:
 
     @classmethod
     def of(cls, rows: Rows, batch: int, device: torch.device, what: str = "") -> Carried:
-        """Spread `rows` over a batch. With `what` only prompts that offer it take positions."""
+        """Spread `rows` over a batch. With `what` only prompts that offer it take positions.
+
+        Raises:
+            InputError: the batch is empty, or not of as many rows as prompts or a multiple of it.
+        """
+        if not batch:
+            raise InputError("the batch has no rows", remedy="Leave out calls without texts")
         if len(rows) == 1 or all(h is rows[0] for h in rows):
             rows, handles, index = rows[:1], [rows[0]], None
         else:
