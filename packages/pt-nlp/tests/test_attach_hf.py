@@ -735,6 +735,10 @@ def _weights_written(prompt: SoftPrompt, model: nn.Module) -> None:
     next(iter(models.decoder_blocks(model.base_model).parameters())).mul_(1.5)
 
 
+def _weights_written_by_data(prompt: SoftPrompt, model: nn.Module) -> None:
+    next(iter(models.decoder_blocks(model.base_model).parameters())).data.mul_(1.5)
+
+
 def _weights_replaced(prompt: SoftPrompt, model: nn.Module) -> None:
     model.load_state_dict({n: p * 1.1 for n, p in model.state_dict().items()}, assign=True)
 
@@ -768,7 +772,7 @@ def test_stored_keys_and_values_follow_the_adapters_of_the_backbone(
 
 @pytest.mark.parametrize(
     "change",
-    [_in_place, _by_data, _by_load, _by_optimiser, _weights_written, _weights_replaced],
+    [_in_place, _by_data, _by_load, _by_optimiser, _weights_written, _weights_written_by_data, _weights_replaced],
     ids=lambda f: f.__name__,
 )
 def test_stored_keys_and_values_follow_the_prompt_and_the_weights(
@@ -784,6 +788,20 @@ def test_stored_keys_and_values_follow_the_prompt_and_the_weights(
         plain_only(monkeypatch)
         assert gap(after, model(**batch).logits) < 1e-5
         assert gap(after, before) > 1e-2
+
+
+def test_what_is_stored_can_be_cleared(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny("Llama"), texts()
+    handle = attach(model, soft())
+    with torch.no_grad():
+        model(**batch)
+        models.decoder_blocks(model.base_model)[0].mlp.up_proj.weight.data[1:] *= 1.5  # not the first value
+        assert prefills(model, lambda: model(**batch)) == 0
+        handle.store.clear()
+        assert prefills(model, lambda: model(**batch)) == 1
+        after = model(**batch).logits
+        plain_only(monkeypatch)
+        assert gap(after, model(**batch).logits) < 1e-5
 
 
 def test_inference_mode_and_no_grad_share_what_is_stored(tiny: Build) -> None:

@@ -166,8 +166,9 @@ def key_values_of(
     if rows is None or len(rows) == 0:
         return None
     device = device_of(base.get_input_embeddings())
-    state = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type), rows.device, _state(base))
     if not torch.is_grad_enabled():
+        autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        state = (*autocast, rows.device, _state(base))
         stored = handle.store.get("key_values")
         if stored is not None and stored[0] == state and torch.equal(stored[1], rows) and len(stored[2]) >= len(blocks):
             found: list[tuple[Tensor, Tensor]] = stored[2]
@@ -184,15 +185,26 @@ def key_values_of(
     return computed
 
 
+@torch.compiler.disable  # where a tensor lies and what is in it is no part of a graph
 def _state(base: Model) -> int:
-    """A number that changes when a weight or buffer of the model is replaced or written to (but not through `.data`), a hook
-    is registered or removed, or an adapter of peft's is switched, merged or scaled."""
+    """A number that changes when a weight or buffer of the model is replaced or written to, a hook is registered or removed, or
+    an adapter of peft's is switched, merged or scaled.
+
+    What is written through `.data` leaves no trace but the values: of each tensor the first is read, where that waits for no
+    device.
+    """
     tensors = itertools.chain(base.parameters(), base.buffers())
-    weights = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
+    weights = tuple((x.data_ptr(), 0 if x.is_inference() else x._version, _first(x)) for x in tensors)
     hooks = tuple(key for module in base.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks))
     tuners = (vars(module) for module in base.modules() if "_disable_adapters" in vars(module))
     names = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
     return hash((weights, hooks, tuple(str(tuner.get(name)) for tuner in tuners for name in names)))
+
+
+def _first(x: Tensor) -> float | None:
+    """The first value of a tensor in this machine's memory; None of others, and of those that libraries pack."""
+    plain = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and x.numel() > 0
+    return x.as_strided((), ()).item() if plain else None
 
 
 def cache_refused(cache: Any) -> str | None:

@@ -38,7 +38,9 @@ class Handle:
         self.prompt = prompt
         self.always = always
         self.name = name  # of the submodule of the backbone, if registered there
-        self.store: dict[str, Any] = {}  # what the family keeps for inference; valid only while the prompt's values are
+        # What the family keeps for inference; valid only while the prompt's values and the backbone's are. Weights that are
+        # written through `.data` may go unnoticed: `handle.store.clear()`.
+        self.store: dict[str, Any] = {}
         self._on = True
 
     def enabled(self, on: bool = True) -> None:
