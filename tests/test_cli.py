@@ -71,6 +71,15 @@ def test_list_takes_under_a_second() -> None:
     assert seconds(MAIN, "list") < max(1.0, 2 * libraries)
 
 
+def test_the_module_runs_as_the_command() -> None:
+    def run(*how: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *how], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    assert run("-m", "pt_core.cli", "list").stdout == run("-c", MAIN, "list").stdout != ""
+    refused = run("-m", "pt_core.cli", "train", "nlp/nothing")
+    assert refused.returncode == 2 and refused.stderr.startswith("pt: no recipe")
+
+
 def test_list_shows_every_field_of_every_method_whole_at_100_columns(pt: Command) -> None:
     code, out, _ = pt("list")
     assert code == 0

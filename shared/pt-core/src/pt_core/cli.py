@@ -318,3 +318,7 @@ def main() -> None:
 def _end(error: Exception, code: int) -> NoReturn:
     typer.secho(f"pt: {' '.join(str(error).split())}", fg="red", err=True)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
