@@ -314,6 +314,13 @@ def test_an_unknown_backbone_lists_the_families(monkeypatch):
     assert "register_family" in str(refusal.value)
 
 
+def test_what_compiles_a_backbone_is_not_what_a_prompt_is_attached_to():
+    with pytest.raises(
+        InputError, match=r"what `torch\.compile` returns\. Attach the prompt to the model, then compile it"
+    ):
+        attach(torch.compile(model()), prompt(0))
+
+
 def test_a_prompt_that_does_not_fit_changes_nothing():
     backbone = model()
     for wrong in (SoftPrompt(3, 7), Prompt()):

@@ -299,6 +299,71 @@ def test_other_shapes_are_refused_and_named() -> None:
         compare(saved, deeper)
 
 
+def test_a_larger_vocabulary_warns_and_says_so() -> None:
+    def grown(trunk: Trunk, rows: int, tied: bool = True) -> Trunk:
+        more = torch.cat([trunk.embed.weight.detach(), torch.randn(max(rows - 11, 0), 16)])[:rows]
+        trunk.embed = nn.Embedding(rows, 16, _weight=more)
+        trunk.head = nn.Linear(16, rows, bias=False)
+        trunk.head.weight = trunk.embed.weight if tied else nn.Parameter(torch.cat([trunk.head.weight, more])[:rows])
+        return trunk
+
+    saved = identity(Trunk(), "org/tiny", full=True)
+    with pytest.warns(UserWarning, match=r"its vocabulary is larger, 13 rows of embed\.weight for 11\. Load org/tiny"):
+        compare(saved, grown(Trunk(), 13))
+    with pytest.raises(InputError, match="not bit for bit org/tiny: its vocabulary is larger"):
+        compare(saved, grown(Trunk(), 13), strict=True)
+    with pytest.warns(
+        UserWarning, match=r"larger, 13 rows .*; weights differ in \d+ of \d+ sampled tensors, first layers"
+    ):
+        compare(saved, grown(Trunk(seed=1), 13))
+    untied = identity(grown(Trunk(), 11, tied=False))
+    with pytest.warns(UserWarning, match=r"its vocabulary is larger, 13 rows of embed\.weight for 11\. Load"):
+        compare(untied, grown(Trunk(), 13, tied=False))
+    with pytest.raises(InputError, match=r"embed\.weight is 1 x \[9, 16\], was 1 x \[11, 16\]"):
+        compare(saved, grown(Trunk(), 9))
+    uneven = grown(Trunk(), 13)
+    uneven.layers[0][0] = nn.Linear(16, 18)
+    with pytest.raises(InputError, match="shapes differ"):
+        compare(saved, uneven)
+    head = Trunk()
+    head.head = nn.Linear(16, 13)
+    with pytest.raises(InputError, match="shapes differ"):  # more classes are no vocabulary
+        compare(identity(Trunk()), head)
+    of_classes = nn.Linear(16, 3)
+    with pytest.raises(InputError, match=r"weight is 1 x \[5, 16\], was 1 x \[3, 16\]"):
+        compare(identity(of_classes), nn.Linear(16, 5))
+
+
+def test_a_compiled_backbone_is_the_backbone() -> None:
+    trunk = Trunk()
+    saved = identity(trunk, full=True)
+    silent(saved, torch.compile(trunk), strict=True)
+    silent(identity(torch.compile(trunk), full=True), trunk, strict=True)
+    parts = copy.deepcopy(trunk)
+    parts.layers[0] = torch.compile(parts.layers[0])
+    silent(saved, parts, strict=True)
+
+
+def test_adapters_of_peft_are_named_as_the_cause() -> None:
+    def adapted() -> Trunk:  # as peft names what it puts in
+        trunk = Trunk()
+        layer = nn.Module()
+        layer.base_layer, layer.lora_A = trunk.layers[0][0], nn.ModuleDict({"default": nn.Linear(16, 2, bias=False)})
+        trunk.layers[0][0] = layer
+        return trunk
+
+    plain, with_adapters = identity(Trunk(), "org/tiny"), identity(adapted(), "org/tiny")
+    with pytest.raises(
+        InputError, match=r"peft has put adapters into this backbone.*`unload\(\)`.*`merge_and_unload\(\)`"
+    ):
+        compare(plain, adapted())
+    with pytest.raises(
+        InputError, match=r"org/tiny with adapters of peft in it, this backbone has none.*`get_base_model"
+    ):
+        compare(with_adapters, Trunk())
+    silent(with_adapters, adapted())
+
+
 def test_strict_refuses_any_difference_and_wants_a_full_hash() -> None:
     trunk = Trunk()
     saved = identity(trunk, "org/tiny", full=True)

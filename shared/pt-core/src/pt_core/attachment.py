@@ -175,6 +175,11 @@ def _family(backbone: nn.Module) -> Family:
     for family in _FAMILIES:
         if family.matches(backbone):
             return family
+    if "_orig_mod" in backbone._modules:
+        raise InputError(
+            "prompts are not attached to what `torch.compile` returns",
+            remedy="Attach the prompt to the model, then compile it",
+        )
     known = ", ".join(f.name for f in _FAMILIES) or "none"
     raise InputError(
         f"no installed package knows how prompts enter a {type(backbone).__name__} (families: {known})",

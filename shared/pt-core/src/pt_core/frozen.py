@@ -84,11 +84,11 @@ def assert_unchanged(module: nn.Module, before: str) -> None:
 
 
 def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The module and its submodules by name prefix, without the prompts that are attached to it."""
+    """The module and its submodules by name prefix, without the prompts that are attached, and as before `torch.compile`."""
     yield prefix, module
     for name, child in module._modules.items():
         if child is not None and not getattr(child, "is_prompt", False):
-            yield from _parts(child, f"{prefix}{name}.")
+            yield from _parts(child, prefix if name == "_orig_mod" else f"{prefix}{name}.")
 
 
 def _tensors(module: nn.Module, persistent: bool = True) -> dict[str, Tensor]:
@@ -205,8 +205,8 @@ def identity(
 def compare(saved: BackboneIdentity, module: nn.Module, strict: bool = False) -> None:
     """Check that `module` is the backbone that `saved` describes.
 
-    The same model passes in silence, in another dtype or quantised too. Quantised weights are not comparable: such a
-    model is judged by name, configuration and the values that quantisation leaves alone.
+    The same model passes in silence, in another dtype, compiled or quantised too. Quantised weights are not comparable: such
+    a model is judged by name, configuration and the values that quantisation leaves alone.
 
     Args:
         saved: from the artifact.
@@ -214,7 +214,7 @@ def compare(saved: BackboneIdentity, module: nn.Module, strict: bool = False) ->
         strict: refuse any difference in weights, persistent buffers or dtype, by full hash, and all that is warned of.
 
     Warns:
-        UserWarning: weights or configuration differ; the message says which.
+        UserWarning: weights or configuration differ, or the vocabulary has grown; the message says which.
 
     Raises:
         InputError: shapes differ, naming the first tensors; or with `strict`, anything does.
@@ -224,16 +224,23 @@ def compare(saved: BackboneIdentity, module: nn.Module, strict: bool = False) ->
     source = saved.name or "an unnamed backbone"
     remedy = f"Load {saved.name or 'that one'}" + (f" at revision {saved.revision}" if saved.revision else "")
 
-    shapes = _different_shapes(saved, now, quantised)
-    if shapes:
+    differ = _different_shapes(saved, now, quantised)
+    grown = _grown_vocabulary(module, differ)
+    if differ and grown is None:
+        _check_adapters(saved, now)
+        shapes = [
+            f"{p} is {', '.join(here) or 'absent'}, was {', '.join(was) or 'absent'}"
+            for p, (was, here) in differ.items()
+        ]
         raise InputError(
             f"this is not the backbone that the prompt was trained on ({source}); shapes differ: "
             + "; ".join(shapes[:3])
             + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""),
             remedy=remedy,
         )
-    here = _sample(module, quantised, saved.sample)
-    doubts = _doubts(saved, now, here, quantised)
+    here = _sample(module, quantised, {n: values for n, values in saved.sample.items() if _pattern(n) not in differ})
+    doubts = [grown] if grown else []
+    doubts += _doubts(saved, now, here, quantised)
     if strict:
         if saved.full_hash is None:
             raise InputError(
@@ -252,16 +259,52 @@ def compare(saved: BackboneIdentity, module: nn.Module, strict: bool = False) ->
         )
 
 
-def _different_shapes(saved: BackboneIdentity, now: BackboneIdentity, quantised: bool) -> list[str]:
+def _different_shapes(
+    saved: BackboneIdentity, now: BackboneIdentity, quantised: bool
+) -> dict[str, tuple[list[str], list[str]]]:
+    """Name patterns of parameters whose shapes differ, with those that they had and those that they have."""
     before, here = saved.shapes, now.shapes
     if quantised:
         before, here = ({p: [s for s in of[p] if "," not in s] for p in of} for of in (before, here))
         before, here = ({p: of[p] for p in of if before.get(p) and here.get(p)} for of in (before, here))
-    return [
-        f"{p} is {', '.join(here.get(p, ['absent']))}, was {', '.join(before.get(p, ['absent']))}"
+    return {
+        p: (before.get(p, []), here.get(p, []))
         for p in sorted(before.keys() | here.keys())
         if before.get(p) != here.get(p)
-    ]
+    }
+
+
+def _grown_vocabulary(module: nn.Module, differ: Mapping[str, tuple[list[str], list[str]]]) -> str | None:
+    """What to say where a table of embeddings got more rows, what has a row for each of them (a head) as well, and nothing
+    else differs; None elsewhere."""
+    rows = set()
+    for was, here in differ.values():
+        a, b = (re.fullmatch(r"(\d+) x \[(\d+)([\d, ]*)\]", "; ".join(shapes)) for shapes in (was, here))
+        if a is None or b is None or (a[1], a[3]) != (b[1], b[3]):
+            return None
+        rows.add((int(a[2]), int(b[2])))
+    if len(rows) != 1:
+        return None
+    ((before, now),) = rows
+    tables = {id(part.weight) for _, part in _parts(module) if isinstance(part, nn.Embedding)}
+    names = [n for n, tensor in _tensors(module).items() if _pattern(n) in differ and id(tensor) in tables]
+    return f"its vocabulary is larger, {now} rows of {names[0]} for {before}" if names and now > before else None
+
+
+def _check_adapters(saved: BackboneIdentity, now: BackboneIdentity) -> None:
+    """Where peft has put adapters into one of two backbones, that is why their parameters have other names."""
+    source = saved.name or "an unnamed backbone"
+    then, here = (any(re.search(r"\.(base_layer|lora_\w+)\.", p) for p in of.shapes) for of in (saved, now))
+    if here and not then:
+        raise InputError(
+            f"peft has put adapters into this backbone, the prompt was trained on {source} without",
+            remedy="Pass what `unload()` of the peft model gives, or `merge_and_unload()` if it was trained on merged weights",
+        )
+    if then and not here:
+        raise InputError(
+            f"the prompt was trained on {source} with adapters of peft in it, this backbone has none",
+            remedy="Load them with peft, and pass `get_base_model()`",
+        )
 
 
 def _doubts(
@@ -322,8 +365,12 @@ def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Shapes by name pattern, numbers in names replaced: a model of 300 parameters has about 20 patterns."""
     counts: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
     for name, tensor in parameters.items():
-        counts[".".join("*" if part.isdigit() else part for part in name.split("."))][tuple(tensor.shape)] += 1
+        counts[_pattern(name)][tuple(tensor.shape)] += 1
     return {p: [f"{n} x {list(shape)}" for shape, n in sorted(found.items())] for p, found in sorted(counts.items())}
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _quantised(module: nn.Module) -> bool:
