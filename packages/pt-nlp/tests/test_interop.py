@@ -22,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -212,6 +213,19 @@ def test_a_head_in_the_adapter_is_refused_rather_than_dropped(adapter: Path) -> 
     save_file(load_file(file) | {"base_model.score.weight": torch.ones(2, WIDTH)}, file)
     with pytest.raises(InputError, match=r"adapter_model.safetensors.*holds base_model.score.weight.*modules_to_save"):
         import_peft(adapter, small("llama"))
+
+
+def test_the_head_that_peft_adds_for_classes_is_named_with_what_can_be_done(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, num_labels=3)
+    backbone = LlamaForSequenceClassification(config).eval()
+    theirs = get_peft_model(backbone, PeftPrompt(task_type="SEQ_CLS", num_virtual_tokens=LENGTH))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="score.*peft adds a head for SEQ_CLS by itself.*prompt_embeddings alone"):
+        import_peft(tmp_path, backbone)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": load_file(file)["prompt_embeddings"]}, file)
+    ours = import_peft(tmp_path, backbone)
+    assert torch.equal(ours.prompt.weight, theirs.prompt_encoder["default"].embedding.weight)
 
 
 def test_missing_and_damaged_files_are_named(adapter: Path, tmp_path: Path) -> None:

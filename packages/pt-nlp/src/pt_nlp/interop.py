@@ -27,6 +27,7 @@ from pt_nlp.models import Model, base_of, is_causal, shape_of
 
 CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
 READ = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which peft trains and saves a head, unasked
 WRITTEN = ("prompt-tuning", "p-tuning", "prefix-tuning", "spot")
 
 
@@ -164,10 +165,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], Tensor]:
     except SafetensorError as error:
         raise InputError(f"is damaged ({error})", file=folder / TENSORS, remedy="Get the file again") from error
     if tensors.keys() != {"prompt_embeddings"}:
+        remedy = "Save the adapter without modules_to_save: a head belongs to peft's own model class"
+        if config.get("task_type") in HEADS:  # nobody named it in modules_to_save
+            remedy = f"peft adds a head for {config['task_type']} by itself: use the adapter with peft, or write "
+            remedy += "prompt_embeddings alone into the file and train a head here"
         raise InputError(
             f"holds {', '.join(sorted(tensors)) or 'nothing'}; prompt_embeddings alone can be read",
             file=folder / TENSORS,
-            remedy="Save the adapter without modules_to_save: a head belongs to peft's own model class",
+            remedy=remedy,
         )
     rows = tensors["prompt_embeddings"].float()
     if not bool(torch.isfinite(rows).all()):
