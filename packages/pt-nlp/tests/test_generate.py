@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from contextvars import copy_context
 from threading import Thread
 
 import pytest
@@ -230,6 +231,27 @@ def test_streamed_text_is_the_text(tiny: Build, words, capsys: pytest.CaptureFix
     thread.join()
     assert len(pieces) > 1
     assert "".join(pieces).strip() == text.strip()
+
+
+def test_a_thread_that_is_given_the_context_streams_under_its_prompt(tiny: Build, words) -> None:
+    model = tiny("Llama")
+    handle = attach(model, soft(), always=False)
+    batch = dict(words(["the film was good"], return_tensors="pt"))
+    options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+
+    def streamed(target: Callable, *args: Callable) -> str:
+        streamer = TextIteratorStreamer(words, skip_prompt=True)
+        thread = Thread(target=target, args=args, kwargs=batch | options | {"streamer": streamer})
+        thread.start()
+        text = "".join(streamer).strip()
+        thread.join()
+        return text
+
+    unprompted = words.decode(write(model, batch)[0, 4:]).strip()
+    with handle.active():
+        prompted = words.decode(write(model, batch)[0, 4:]).strip()
+        assert streamed(copy_context().run, model.generate) == prompted
+        assert streamed(model.generate) == unprompted != prompted
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])

@@ -49,7 +49,7 @@ class Handle:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """In this context (this thread, this task) the backbone carries this prompt."""
+        """In this context (this thread, this task) the backbone carries this prompt. Threads that begin in it: see `route`."""
         with route(self.backbone, [self]):
             yield
 
@@ -221,6 +221,9 @@ def attach(backbone: nn.Module, prompt: Prompt, *, always: bool = True) -> Handl
 @contextmanager
 def route(backbone: nn.Module, handles: Rows) -> Iterator[None]:
     """In this context row i of a batch carries `handles[i]` (None: no prompt); a single entry serves all rows.
+
+    A new thread has a context of its own, without the choice made here: give it this one, by
+    `Thread(target=contextvars.copy_context().run, args=(model.generate,))`, or attach with `always=True`.
 
     Raises:
         InputError: a handle belongs to another backbone or was removed.
