@@ -506,6 +506,37 @@ def test_targets_of_an_encoder_decoder_have_what_its_tokenizer_puts_around_text(
     assert Encoder(causal, beginning).target("good film") == [*ids(words, "good film"), 1]
 
 
+def test_targets_have_the_tokens_of_their_own_vocabulary_where_there_are_two(words) -> None:
+    class Two:
+        """As Marian's: texts are words, targets letters."""
+
+        pad_token_id, eos_token_id, all_special_ids, is_fast = 0, 1, (0, 1), False
+
+        def get_vocab(self) -> dict[str, int]:
+            return words.get_vocab()
+
+        def __call__(self, text=None, text_target=None, add_special_tokens=True) -> dict[str, list[int]]:
+            found = ids(words, text) if text_target is None else [ord(letter) for letter in text_target]
+            return {"input_ids": found + [1] * add_special_tokens}
+
+    class NoTarget(Two):
+        """As M2M-100's before its tgt_lang is set."""
+
+        def __call__(self, text=None, text_target=None, add_special_tokens=True) -> dict[str, list[int]]:
+            return (
+                {}[None]
+                if text_target and add_special_tokens
+                else super().__call__(text, text_target, add_special_tokens)
+            )
+
+    spec = TaskSpec(kind="text-to-text", backbone="seq2seq")
+    made = Encoder(spec, Two())
+    assert made.source({"text": "good film"}) == [*ids(words, "good film"), 1]
+    assert made.target("good") == [*map(ord, "good"), 1]
+    with pytest.raises(InputError, match="no target language. Set its tgt_lang"):
+        Encoder(spec, NoTarget())
+
+
 def test_a_long_target_is_cut_and_closed(words) -> None:
     task = rows_to_text(words, max_target_length=2)
     assert task.train.rows[0]["target"] == [*ids(words, "good"), 1]
@@ -631,6 +662,7 @@ def test_inputs_that_are_not_one_value_for_each_text_are_refused(tiny: Build, wo
     ]:
         with pytest.raises(InputError, match=re.escape(problem)):
             task.predict(made, texts, **fields)
+    assert len(task.predict(made, (text for text in ("sun", "rain")), about=["news", "film"])) == 2
 
 
 def test_predictions_fill_the_other_fields_of_the_template(tiny: Build, words) -> None:

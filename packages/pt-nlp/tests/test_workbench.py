@@ -468,6 +468,8 @@ def test_an_artifact_predicts_as_the_method_that_was_trained(
     else:
         right = sum(a["label"] == row["label"] for a, row in zip(answers, ROWS, strict=True))
         assert scores["accuracy"] == pytest.approx(right / 48)
+    more = [{"text": row["text"], "topic": row["topic"], "id": i} for i, row in enumerate(ROWS)]
+    assert session.predict(more) == answers  # columns that the template does not name are left aside
     with pytest.raises(InputError, match="the template names 'topic'"):
         session.predict(["good news"])
     with pytest.raises(InputError, match="row 2: the text is empty"):

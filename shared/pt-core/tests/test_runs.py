@@ -338,7 +338,7 @@ def test_settings_that_a_label_would_not_follow_are_refused_before_any_has_train
             return job, config.model_copy(update={"lr": 0.2})
 
     make = Named()
-    with pytest.raises(InputError, match=r"^compare\.named: field 'lr': .* so the run's has no effect"):
+    with pytest.raises(InputError, match=r"^compare\.named: field 'lr': .* so the run's rate has no effect"):
         runs.compare(make, ["tiny", "named"], [0], tmp_path, announce=lambda line: None)
     assert make.made == make.removed == [("named", 0)] and not (tmp_path / "cells").exists()
 

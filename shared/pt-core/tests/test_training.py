@@ -221,30 +221,10 @@ def test_a_schedule_that_is_none_is_refused_before_the_first_step():
         Loop(Scheduled(nn.Identity()), config(), total_steps=1)
 
 
-@pytest.mark.parametrize("own", [{"lr": 0.1}, {"weight_decay": 0.2}, {"schedule": "linear"}])
-def test_a_setting_that_every_group_names_for_itself_is_refused(own):
-    class Named(Line):
-        def parameter_groups(self):
-            groups = [{"name": "w", "params": [self.w]}, {"name": "b", "params": [self.b]}]
-            return [group | own for group in groups[: self.naming]] + groups[self.naming :]
-
-    field = next(iter(own))
-    given = config(
-        **{"lr": {"lr": 0.3}, "weight_decay": {"weight_decay": 0.1}, "schedule": {"schedule": "cosine"}}[field]
-    )
-    method = Named(nn.Identity())
-    method.naming = 1  # the other group follows the run
-    Loop(method, given, total_steps=1)
-    method.naming = 2
-    with pytest.raises(InputError, match=f"{field}'.*names the {field} of all its groups.*no effect.*Leave it out"):
-        Loop(method, given, total_steps=1)
-    Loop(method, config(**own), total_steps=1)  # what the groups say anyway
-
-
-def test_a_factor_to_end_at_needs_a_schedule_that_ends_there():
-    with pytest.raises(InputError, match=r"final_factor'.*schedule: exponential"):
-        Loop(line(), config(schedule="linear", final_factor=0.1), total_steps=1)
-    Loop(line(), config(schedule="exponential", final_factor=0.1), total_steps=1)
+def test_a_rate_without_effect_is_refused():
+    _, method = tiny()
+    with pytest.raises(InputError, match=r"names the rates of all its groups.*method's configuration"):
+        fit(method, tiny_split(4), config=config(lr=0.3))
 
 
 def test_a_parameter_in_two_groups_is_refused():

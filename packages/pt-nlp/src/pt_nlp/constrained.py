@@ -78,18 +78,22 @@ def label_ids(task: TextTask, labels: Sequence[str]) -> tuple[tuple[tuple[int, .
     need not have any token in common.
 
     Raises:
-        InputError: labels that are not distinct as text, or that hold the separator.
+        InputError: labels that are not distinct as text, or that hold the separator; the tokenizer ends targets otherwise.
     """
     _check(labels)
-    tokenizer, end = task.tokenizer, task.tokenizer.eos_token_id
+    end = task.tokenizer.eos_token_id
     if end is None:
         raise InputError("the tokenizer has no end-of-sequence token", remedy="Set its eos_token")
+    if task.encoder.target_tail not in ([], [end]):  # mBART's, by their language
+        raise InputError(
+            "targets of this tokenizer do not end with end-of-sequence", remedy="Decode freely: parse_labels"
+        )
     sign = SEPARATOR.strip()
 
     start = tuple(task.encoder.target_head)  # of an encoder-decoder
 
     def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(f"{task.encoder.target_prefix}{text}", add_special_tokens=False)["input_ids"])
+        return tuple(task.encoder.ids(f"{task.encoder.target_prefix}{text}", target=True))
 
     ahead = ids(f"a{sign}")  # stands for the labels before
 

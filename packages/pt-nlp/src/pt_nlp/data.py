@@ -110,8 +110,8 @@ class TaskSpec(Settings):
 
 
 GREEDY = {
-    **{"do_sample": False, "num_beams": 1, "min_length": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0},
-    **{"encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0},
+    **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "min_new_tokens": 0, "no_repeat_ngram_size": 0},
+    **{"encoder_no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0},
 }
 """Options of `generate` that leave nothing of a checkpoint's own: the likeliest token at every step."""
 
@@ -145,9 +145,14 @@ class Encoder:
         if spec.backbone == "causal-lm":
             self.tail = []  # the model writes on from here
         if spec.backbone == "seq2seq":  # BART's decoder begins with <s>, mBART's targets end with their language
-            full = tokenizer(text_target="a")["input_ids"]
-            at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
-            self.target_head, self.target_tail = full[:at], full[at + len(plain) :]
+            plain = self.ids("a", target=True)
+            try:
+                full = tokenizer(text_target="a")["input_ids"]
+            except KeyError as error:  # M2M-100
+                raise InputError("the tokenizer has no target language", remedy="Set its tgt_lang") from error
+            at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), None)
+            if at is not None:
+                self.target_head, self.target_tail = full[:at], full[at + len(plain) :]
         closed = spec.kind == "text-to-text" or spec.backbone == "seq2seq"
         if closed and tokenizer.eos_token_id not in self.target_tail:
             self.target_tail = [*self.target_tail, tokenizer.eos_token_id]
@@ -171,7 +176,7 @@ class Encoder:
         except UnicodeEncodeError as error:
             problem = f"holds {whole[error.start]!r}, which is half of a character"
             raise InputError(problem, file=file, row=number, field="text", remedy="Give text in UTF-8") from error
-        ids = self._ids(whole)
+        ids = self.ids(whole)
         if len(ids) > room:
             first, last = self._around(whole, ids, parts)
             if first + len(last) >= room:
@@ -191,12 +196,12 @@ class Encoder:
         """How many tokens stand before the text in `whole`, and the tokens behind it, as they are where nothing is cut."""
         before, text, after = parts
         if not getattr(self.tokenizer, "is_fast", False):  # it does not tell where tokens stand
-            return len(self._ids(before)), self._ids(after)
+            return len(self.ids(before)), self.ids(after)
         spans = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         end = len(before) + len(text)
         behind = next((i for i, (start, stop) in enumerate(spans) if stop > end), len(ids))
         merged = behind < len(ids) and spans[behind][0] < end  # the last of the text and what follows are one token
-        return sum(start < len(before) for start, _ in spans), self._ids(after) if merged else ids[behind:]
+        return sum(start < len(before) for start, _ in spans), self.ids(after) if merged else ids[behind:]
 
     def target(self, text: str) -> list[int]:
         """Token ids of a target, with the end-of-sequence token where the model shall stop there, and what else the tokenizer
@@ -204,11 +209,13 @@ class Encoder:
         if None in self.target_tail:
             raise InputError("the tokenizer has no end-of-sequence token", remedy="Set its eos_token")
         limit = self.spec.max_target_length - len(self.target_head) - len(self.target_tail)
-        ids = self._ids(f"{self.target_prefix}{text}")[: max(limit, 0)]
+        ids = self.ids(f"{self.target_prefix}{text}", target=True)[: max(limit, 0)]
         return self.target_head + ids + self.target_tail
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def ids(self, text: str, target: bool = False) -> list[int]:
+        """Token ids of a text; some encoder-decoders (Marian) have others for targets."""
+        given = {"text_target" if target and self.spec.backbone == "seq2seq" else "text": text}
+        return list(self.tokenizer(**given, add_special_tokens=False)["input_ids"]) if text else []
 
     def candidates(self) -> list[list[int]]:
         """Token ids of every label word.
@@ -461,8 +468,8 @@ class TextTask:
             if name not in needed:
                 raise InputError("the template does not name it", field=name, remedy="Leave it out")
             if isinstance(values, str) or len(values) != len(texts):
-                given = "one text" if isinstance(values, str) else f"{len(values)} values for {len(texts)} texts"
-                raise InputError(f"{given} is given", field=name, remedy="Give a list with one value for each text")
+                given = "one text is" if isinstance(values, str) else f"{len(values)} values for {len(texts)} texts are"
+                raise InputError(f"{given} given", field=name, remedy="Give a list with one value for each text")
         rows = [{"text": t} | {k: v[i] for k, v in fields.items()} for i, t in enumerate(texts)]
         for number, row in enumerate(rows, start=1):
             for name in needed:
@@ -487,6 +494,7 @@ class TextTask:
         """
         if batch_size < 1:
             raise InputError(f"the batch size is {batch_size}", remedy="Use 1 or more", field="batch_size")
+        texts = texts if isinstance(texts, str) else list(texts)
         if blank := [i for i, text in enumerate(texts, start=1) if isinstance(text, str) and not text.strip()]:
             raise InputError("the text is empty", row=blank[0])
         rows, answers = self.texts(texts, **fields), list[dict[str, Any]]()

@@ -309,8 +309,8 @@ class Session:
     def predict(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """One answer for each text or row; see `TextTask.predict`."""
         rows = [{"text": item} if isinstance(item, str) else item for item in inputs]
-        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
-        return self.task.predict(self.method, columns.pop("text"), **columns)
+        columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in self.fields if name in rows[0]}
+        return self.task.predict(self.method, [row["text"] for row in rows], **columns)
 
     def evaluate(self, file: Path, text: str = "text", label: str = "label") -> dict[str, float]:
         """Metrics on a file with labelled rows."""

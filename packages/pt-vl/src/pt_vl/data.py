@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import v2
 
 from pt_core.data import Split, base_to_new, class_names, encode_labels, few_shot_split, read_table
 from pt_core.errors import InputError
+from pt_core.files import FILE_BROWSERS
 from pt_core.settings import Settings
 from pt_vl.backbones import DualEncoder
 from pt_vl.method import Stacked, alike, check_templates, written
@@ -59,8 +60,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a photo of the small {}.",
     ),
 }
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
-SUFFIXES &= Image.registered_extensions().keys()  # those that Pillow was built with
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES |= {".avif"} if features.check("avif") else set()
 BESIDE = {".txt", ".json", ".csv", ".md"}  # of files that are expected beside images
 SPLITS = ("train", "validation", "test")
 # Times the shorter side: resizing the latter to the model's makes gigabytes of an image of a few kilobytes.
@@ -242,7 +243,8 @@ def list_folder(folder: str | Path) -> Listed:
         seen = sorted(path for path in each.rglob("*") if path.is_file())
         seen = [path for path in seen if not any(p.startswith(".") for p in path.relative_to(each).parts)]
         files = [path for path in seen if path.suffix.lower() in SUFFIXES]
-        others += [path.relative_to(folder).as_posix() for path in seen if path.suffix.lower() not in SUFFIXES | BESIDE]
+        strange = [path for path in seen if path.suffix.lower() not in SUFFIXES | BESIDE]
+        others += [path.relative_to(folder).as_posix() for path in strange if path.name not in FILE_BROWSERS]
         if not files:
             raise InputError(f"class {each.name!r} has no images", file=folder, remedy="Add some, or remove its folder")
         names = [path.relative_to(folder).as_posix() for path in files]

@@ -35,7 +35,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from pt_core.errors import InputError
-from pt_core.files import sync
+from pt_core.files import FILE_BROWSERS, sync
 from pt_core.frozen import BackboneIdentity, write_at
 
 if TYPE_CHECKING:
@@ -125,18 +125,7 @@ def load_artifact(source: str | Path, revision: str | None = None) -> Artifact:
         return _read(_download(str(source), revision))
     if revision is not None:
         raise InputError(f"is a folder, which has no revision {revision!r}", file=folder, remedy="Leave it out")
-    for _ in range(1000):
-        before = _state(folder)
-        try:
-            found = _read(folder)
-        except (InputError, OSError):
-            if before is not None and _state(folder) == before:
-                raise
-        else:
-            if _state(folder) == before:  # else its files may be of two saves
-                return found
-        recover_folder(folder)
-    raise InputError("is replaced faster than it can be read", file=folder, remedy="Stop what writes there")
+    return _read(folder)
 
 
 def load(source: str | Path, backbone: nn.Module, strict: bool = False, revision: str | None = None) -> Method:
@@ -272,20 +261,34 @@ def _libraries(package: str) -> dict[str, str]:
 
 
 def _read(folder: Path) -> Artifact:
-    for name in (CONFIG, TENSORS):
-        if not (folder / name).is_file():
-            raise InputError("is missing", file=folder / name, remedy="Is this the folder of a trained prompt?")
+    text, values = _of_one_save(folder)
     try:
-        content = json.loads((folder / CONFIG).read_text("utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON ({error})", file=folder / CONFIG, remedy="Get the file again") from error
     config = _checked(content, folder / CONFIG)
     try:
-        tensors = tensors_from_bytes((folder / TENSORS).read_bytes())
+        tensors = tensors_from_bytes(values)
     except SafetensorError as error:
         raise InputError(f"is damaged ({error})", file=folder / TENSORS, remedy="Get the file again") from error
     _check_finite(tensors, folder / TENSORS)
     return Artifact(config, tensors, folder)
+
+
+def _of_one_save(folder: Path) -> tuple[bytes, bytes]:
+    """Configuration and tensors, where another process may be saving: between two looks at the same configuration the tensors
+    are those that belong to it."""
+    for _ in range(20):
+        try:
+            text, values = (folder / CONFIG).read_bytes(), (folder / TENSORS).read_bytes()
+            if (folder / CONFIG).read_bytes() == text:
+                return text, values
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            recover_folder(folder)
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            raise InputError("is missing", file=folder / name, remedy="Is this the folder of a trained prompt?")
+    raise InputError("is replaced faster than it can be read", file=folder, remedy="Stop what writes there")
 
 
 def _checked(content: Any, file: str | Path) -> ArtifactConfig:
@@ -377,7 +380,7 @@ def check_replaceable(folder: Path, files: Collection[str] = FILES) -> None:
     folder = _resolved(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError("is a file", file=folder, remedy="Choose a new folder")
-    known = {*files, ".DS_Store", "Thumbs.db", "desktop.ini"}  # the last are file browsers'
+    known = {*files, *FILE_BROWSERS}
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in known) if folder.exists() else []
     if others:
         raise InputError(f"holds other files ({others[0]})", file=folder, remedy="Choose a new folder")
@@ -402,15 +405,6 @@ def recover_folder(folder: Path) -> bool:
                 if not folder.exists():
                     raise
     return False
-
-
-def _state(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one of its name (numbers of deleted ones are used again); None: there is none."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
 
 
 def _resolved(folder: Path) -> Path:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from pt_core.errors import InputError
 
+FILE_BROWSERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+"""Files that desktops leave in folders."""
+
 
 def write(path: str | Path, content: str | bytes) -> None:
     """Write a file beside its place, then rename it: a kill at any moment leaves the old one or the new one.
@@ -31,6 +34,8 @@ def sync(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError:  # some network disks have no such thing for folders
+            pass
         finally:
             os.close(handle)
 

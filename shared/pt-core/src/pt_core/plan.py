@@ -177,7 +177,7 @@ class BatchPlan:
 def check_groups(
     method: Method, config: FitConfig, optimisers: Mapping[str, torch.optim.Optimizer] | None = None
 ) -> None:
-    """Refuse settings of the run that no group of the optimisers follows, and schedules that cannot be followed.
+    """Refuse a rate that no group of the optimisers follows, and schedules that cannot be followed.
 
     Args:
         optimisers: default: what the method makes for this run.
@@ -197,21 +197,11 @@ def check_groups(
             remedy="Give epochs, not max_steps",
             field="epochs",
         )
-    used = {group.get("schedule") or config.schedule for group in groups}
-    idle = {
-        "lr": config.lr is not None and all(group["lr"] != config.lr for group in groups),
-        "weight_decay": config.weight_decay != 0 and all(g["weight_decay"] != config.weight_decay for g in groups),
-        "schedule": config.schedule not in {"constant", *used},
-    }
-    if field := next((field for field, idles in idle.items() if idles), None):
+    if config.lr is not None and all(group["lr"] != config.lr for group in groups):
         raise InputError(
-            f"{method.name} names the {field} of all its groups, so the run's has no effect",
-            remedy="Leave it out, or set the method's own",
-            field=field,
-        )
-    if config.final_factor != FitConfig.model_fields["final_factor"].default and "exponential" not in used:
-        raise InputError(
-            "no schedule of this run ends at a factor", remedy="Set schedule: exponential", field="final_factor"
+            f"{method.name} names the rates of all its groups, so the run's rate has no effect",
+            remedy="Set the rates in the method's configuration",
+            field="lr",
         )
 
 

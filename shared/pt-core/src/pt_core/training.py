@@ -556,7 +556,7 @@ class Loop:
             _write_tensors(beside / "state.safetensors", tensors)
             write(beside / "state.json", json.dumps(content))
             if log.exists():
-                with log.open("rb") as file:
+                with log.open("ab") as file:
                     os.fsync(file.fileno())  # what the checkpoint counts must be there after a power cut, too
             sync(beside)
             os.rename(beside, target)
@@ -786,7 +786,7 @@ def check_fit(method: Method, train: Split, validation: Split | None, config: Fi
     if config.monitor not in known and validation.scorer is not None:  # a scorer's names are known by trying
         device = device_of(config)
         method.place(device)
-        known |= evaluate(method, validation.subset([0]), 1, device).keys()
+        known |= evaluate(method, validation.subset([0]), 1, device, precision=config.precision).keys()
     if config.monitor not in known:
         raise InputError(
             f"the run monitors {config.monitor!r}, which is not among the validation metrics",

@@ -64,7 +64,8 @@ def best(scores: Tensor, batch: Tensor, ratio: float) -> Tensor:
     order = scores.argsort(dim=0, descending=True, stable=True)
     order = order.gather(0, batch[order].argsort(dim=0, stable=True))  # graph by graph, best first
     rank = torch.arange(len(batch), device=batch.device) - (sizes.cumsum(0) - sizes)[batch]
-    wanted = (ratio * sizes.cpu().double() - 1e-9).ceil().to(sizes)  # not every accelerator has doubles
+    wide = sizes if sizes.device.type in ("cpu", "cuda") else sizes.cpu()  # not every accelerator has doubles
+    wanted = (ratio * wide.double() - 1e-9).ceil().to(sizes)
     among = rank < wanted[batch]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(0, order, among[:, None].expand_as(order))
 

@@ -105,8 +105,9 @@ def links(graphs: Any) -> tuple[Tensor, Tensor]:
 def draw_nodes(graphs: Any, of: Tensor) -> Tensor:
     """A uniformly drawn node of each graph whose number is in `of`, [m]."""
     start, size = graphs.ptr[of], graphs.ptr[of + 1] - graphs.ptr[of]
-    drawn = (torch.rand(len(of), dtype=torch.float64) * size.cpu()).long()
-    return cast(Tensor, start + drawn.to(start.device))
+    wide = torch.float64 if of.device.type in ("cpu", "cuda") else torch.float32  # not every accelerator has doubles
+    drawn = (torch.rand(len(of), device=of.device, dtype=wide) * size).long()
+    return cast(Tensor, start + torch.minimum(drawn, size - 1))
 
 
 def draw_unlinked(graphs: Any, of: Tensor, first: Tensor | None = None, tries: int = 50) -> tuple[Tensor, Tensor]:
