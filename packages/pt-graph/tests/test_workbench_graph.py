@@ -242,6 +242,14 @@ def test_a_bare_weight_file_needs_its_configuration(folder: Path) -> None:
     with pytest.raises(InputError, match="needs a config"):
         made(folder, backbone={"name": bare}).backbone.load()
     config = {"kind": "chem", "width": 12, "layers": 2}
-    assert made(folder, backbone={"name": bare, "config": config}).backbone.load().width == 12
+    checked = made(folder, backbone={"name": bare, "config": config})
+    assert checked.backbone.load().width == 12
+    job, _ = Bench(checked).job("gpf", 0)
+    path = job.method.save_pretrained(folder / "saved", task=job.task)
+    session = open_artifact(artifacts.load_artifact(path), bare)  # the configuration is kept with the prompt
+    assert torch.equal(session.method.prompt.weight, job.method.prompt.weight)
+    path = job.method.save_pretrained(folder / "odd", task={**(job.task or {}), "backbone": {"kind": "gcn"}})
+    with pytest.raises(InputError, match=r"odd, field 'task\.config': unknown kind 'gcn'"):
+        open_artifact(artifacts.load_artifact(path), bare)
     with pytest.raises(ValueError, match="unknown kind 'gcn'"):
         made(folder, backbone={"name": bare, "config": {"kind": "gcn"}})

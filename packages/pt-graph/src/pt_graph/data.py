@@ -52,6 +52,7 @@ class GraphSpec(Settings):
     min_nodes: int = 1
     max_nodes: int | None = None
     neighbours: tuple[int, ...] = ()
+    backbone: dict[str, Any] | None = Field(None, description="what the weights of a bare file are")
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

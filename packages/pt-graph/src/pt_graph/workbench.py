@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pt_core import artifacts, recipe, registry
 from pt_core.data import Split
@@ -223,12 +223,13 @@ class Bench:
         if isinstance(method, RELIEF) and test is not None:
             test = with_prompt_metrics(test)
         source = self.recipe.backbone
+        spec = task.spec.model_copy(update={"backbone": source.config})
         job = Job(
             method,
             task.train,
             task.validation,
             test,
-            task=task.spec.model_dump(mode="json"),
+            task=spec.model_dump(mode="json"),
             backbone_name=None if Path(source.name).exists() else source.name,  # a path stays on this machine
         )
         return job, chosen.training.model_copy(update={"seed": seed})
@@ -305,7 +306,11 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     """
     spec, name = recipe.opened(artifact, GraphSpec, backbone)
     recipe.check_head(artifact, len(spec.labels), artifact.config.method_config.get("num_outputs"))
-    return Session(artifacts.load(artifact.folder, GraphModel(name=name).load()), spec)
+    try:
+        source = GraphModel(name=name, config=spec.backbone)
+    except ValidationError as error:
+        raise recipe.explain(error, GraphModel, "task", artifact.folder) from error
+    return Session(artifacts.load(artifact.folder, source.load()), spec)
 
 
 def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) -> None:
