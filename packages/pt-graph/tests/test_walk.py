@@ -14,7 +14,10 @@ SIZES = [9, 1, 14, 6]
 
 
 def walk_of(kind: str, make_backbone: Any, make_graph: Any, **changes: Any) -> tuple[Any, Any, torch.Tensor, Walk]:
+    eps = changes.pop("eps", [])
     backbone = make_backbone(kind, **changes).double()
+    for i, value in enumerate(eps):  # a buffer, which checkpoints set
+        backbone.conv_layers[i].eps.fill_(value)
     graphs = Batch.from_data_list([make_graph(n, i, kind == "chem") for i, n in enumerate(SIZES)])
     if kind != "chem":
         graphs.x = graphs.x.double()
@@ -28,6 +31,7 @@ def walk_of(kind: str, make_backbone: Any, make_graph: Any, **changes: Any) -> t
     ("kind", "changes"),
     [
         ("node-gin", {}),
+        ("node-gin", {"eps": [0.5, 0.0]}),
         ("chem", {"conv": "gin"}),
         ("chem", {"conv": "gcn"}),
         ("chem", {"conv": "graphsage", "layers": 3}),

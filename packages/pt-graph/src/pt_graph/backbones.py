@@ -340,11 +340,16 @@ class NodeGIN(GraphBackbone):
         if any(module.training for module in self.modules()):
             return None
         layers = []
+        edges, _ = add_self_loops(graphs.edge_index, num_nodes=len(x))
         for i, conv in enumerate(self.conv_layers):
+            weight, eps = None, cast(Tensor, conv.eps)
+            if bool(eps):  # checkpoints may set it: a node reads itself, by the loops that come last, 1 + eps times
+                weight = x.new_ones(edges.shape[1])
+                weight[-len(x) :] += eps
             after: list[Callable[[Tensor], Tensor]] = [cast(nn.Module, conv.nn)]
             after += [F.leaky_relu] if i < len(self.conv_layers) - 1 else []
-            layers.append(MessageLayer(None, None, None, partial(_in_turn, after)))
-        return Walk(x, add_self_loops(graphs.edge_index, num_nodes=len(x))[0], layers)
+            layers.append(MessageLayer(None, weight, None, partial(_in_turn, after)))
+        return Walk(x, edges, layers)
 
 
 # --- any module of PyG ----------------------------------------------------------------------------------------------
