@@ -133,6 +133,10 @@ def test_validation_and_test_may_be_cut_by_the_seed(folder: Path) -> None:
     assert cut.validation.batch([0])["labels"].shape == (1,)
 
 
+def test_one_shot_by_the_rule_of_relief_is_all_of_the_training_part(folder: Path) -> None:
+    assert len(Bench(made(folder, data={"shots": 1})).task(0).train) == 24 == int(0.8 * len(SMILES))
+
+
 def test_fine_tuning_gets_a_backbone_of_its_own(folder: Path) -> None:
     bench = Bench(made(folder))
     job, _ = bench.job("fine-tuning", 0)
@@ -218,6 +222,10 @@ def test_the_identity_follows_the_weights(folder: Path) -> None:
         ({"kind": "nodes", "labels": [], "few_shot": None}, "node tasks need data.hops"),
         ({"kind": "graphs"}, "few_shot is a rule for molecules"),
         ({"shots": None}, "needs shots"),
+        ({"few_shot": None}, "shots of molecules need a rule"),
+        ({"few_shot": "gpf", "shots": 12.5}, "shots are whole"),
+        ({"shots": 1.5}, "shots are whole"),
+        ({"kind": "nodes", "few_shot": None, "hops": 1, "shots": 0.5}, "shots are whole"),
         ({"shots": True}, "true and false are no value"),
         ({"neighbours": [3, True]}, "true and false are no value"),
     ],

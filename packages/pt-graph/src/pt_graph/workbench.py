@@ -83,7 +83,11 @@ class GraphData(Settings):
         "scaffold", description="of molecules; scaffold: pretrain-gnns, no seed"
     )
     few_shot: Literal["relief", "gpf"] | None = Field(None, description="rule by which training molecules are drawn")
-    shots: float | None = Field(None, gt=0, description="molecules in all; nodes, or graphs, of each class")
+    shots: float | None = Field(
+        None,
+        gt=0,
+        description="molecules in all (relief: up to 1, a share; 1: all of the training part); nodes, or graphs, of each class",
+    )
     split_seed: int | None = Field(None, ge=0, description="of splits and draws; default: the run's own seed")
     hops: int | None = Field(None, ge=1, description="of node tasks: subgraph of all nodes at most this far away")
     min_nodes: int = Field(1, ge=1, description="nodes with smaller subgraphs are left out")
@@ -113,6 +117,10 @@ class GraphData(Settings):
             raise ValueError("node tasks need data.hops")
         if self.few_shot and (self.kind != "molecules" or self.shots is None):
             raise ValueError("few_shot is a rule for molecules, and needs shots")
+        if self.kind == "molecules" and self.shots is not None and self.few_shot is None:
+            raise ValueError("shots of molecules need a rule by which they are drawn: data.few_shot")
+        if self.shots is not None and self.shots % 1 and (self.few_shot != "relief" or self.shots > 1):
+            raise ValueError("shots are whole: a share of the training part is for few_shot: relief, up to 1")
         return self
 
     def read(self, featuriser: str) -> Any:
