@@ -17,7 +17,7 @@ from pt_core import InputError, artifacts, cli, recipe, registry, runs
 from pt_core.testing import one_thread
 from pt_graph.backbones import save_backbone
 from pt_graph.methods.relief import setting, settings
-from pt_graph.workbench import Bench, Recipe, open_artifact
+from pt_graph.workbench import Bench, Recipe, Session, open_artifact
 
 pytest.importorskip("rdkit", reason="rdkit is not installed: the extra `molecules` of pt-graph")
 
@@ -91,6 +91,22 @@ def test_molecules_of_several_classes_are_trained_on_and_named(folder: Path) -> 
     (told,) = session.predict(["CCO"])
     assert told["label"] in "abc" and set(told["scores"]) == {"a", "b", "c"}
     assert 0 <= session.evaluate(folder / "kinds.csv", text="smiles", label="kind")["accuracy"] <= 1
+
+
+def test_a_prompt_is_evaluated_on_its_own_file_as_that_was_read(folder: Path) -> None:
+    rows = [(s, (-1, 1, 0)[i % 3], 1 if i % 2 else -1) for i, s in enumerate(SMILES)]
+    with (folder / "signed.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("smiles", "first", "second"), *rows, ("C(", 1, 1), ("CC", 0, 0)])
+    signed = {"coding": "signed", "invalid": "skip", "unlabelled": "drop", "train": str(folder / "signed.csv")}
+    job, _ = Bench(made(folder, data=signed)).job("gpf", 0)
+    path = job.method.save_pretrained(folder / "saved", task=job.task)
+    session = open_artifact(artifacts.load_artifact(path), str(folder / "gin"))
+    plain = [(s, {-1: 0, 0: "", 1: 1}[a], {-1: 0, 1: 1}[b]) for s, a, b in rows]
+    with (folder / "plain.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("smiles", "first", "second"), *plain])
+    same = Session(session.method, session.spec.model_copy(update={"coding": "zero-one"}))
+    found = session.evaluate(folder / "signed.csv", text="smiles")
+    assert found == same.evaluate(folder / "plain.csv", text="smiles")
 
 
 def test_a_node_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -> None:

@@ -38,6 +38,7 @@ from pt_graph import molecules
 METRICS = {"multilabel": ("roc-auc",), "multiclass": ("accuracy", "macro-f1")}
 Task = Literal["multilabel", "multiclass"]
 FewShot = Literal["relief", "gpf"]
+Coding = Literal["zero-one", "signed"]
 Indices = tuple[list[int], list[int], list[int]]
 
 
@@ -48,6 +49,9 @@ class GraphSpec(Settings):
     task: Task = Field(description="multilabel: binary tasks with missing labels; multiclass: one class")
     labels: tuple[str, ...] = Field(description="names of the tasks or classes, in the order of the logits")
     featuriser: Literal["chem", "minimol"] = Field("chem", description="of molecules: whose atom and bond codes")
+    coding: Coding = Field("zero-one", description="of binary labels, see `binary_labels`")
+    invalid: Literal["refuse", "skip"] = Field("refuse", description="SMILES that cannot be read")
+    unlabelled: Literal["refuse", "drop"] = Field("refuse", description="molecules without any label")
     hops: int | None = Field(None, description="of node tasks: subgraph of all nodes at most this far away")
     min_nodes: int = 1
     max_nodes: int | None = None
@@ -92,7 +96,7 @@ def binary_labels(
 @dataclass
 class Molecules:
     """Molecules of a table: SMILES, graphs, labels [n, C] in {1, 0, -1}, or [n] of the `classes`, and their rows in the file
-    (from 1)."""
+    (from 1); and how it was read, see `read_smiles`."""
 
     smiles: list[str]
     graphs: list[Data]
@@ -100,6 +104,9 @@ class Molecules:
     rows: list[int]
     skipped: dict[int, str]
     classes: tuple[str, ...] = ()
+    coding: Coding = "zero-one"
+    invalid: Literal["refuse", "skip"] = "refuse"
+    unlabelled: Literal["refuse", "drop"] = "refuse"
 
     @cached_property
     def scaffolds(self) -> list[list[int]]:
@@ -119,7 +126,7 @@ def read_smiles(
     labels: Sequence[str],
     *,
     smiles: str = "smiles",
-    coding: Literal["zero-one", "signed"] = "zero-one",
+    coding: Coding = "zero-one",
     invalid: Literal["refuse", "skip"] = "refuse",
     unlabelled: Literal["refuse", "drop"] = "refuse",
     featuriser: str = "chem",
@@ -152,7 +159,7 @@ def read_smiles(
         table = read_table(file, {name: name for name in (smiles, *labels)}, text=[])
     assert not isinstance(table, str | Path)
     make = featurisers()[featuriser]
-    found = Molecules([], [], torch.empty(0), [], {})
+    found = Molecules([], [], torch.empty(0), [], {}, coding=coding, invalid=invalid, unlabelled=unlabelled)
     if task == "multiclass":
         cells = {number: row[labels[0]] for number, row in enumerate(table, start=1) if not _empty(row[labels[0]])}
         found.classes = tuple(classes or class_names(cells.values(), file))
@@ -534,7 +541,15 @@ class GraphTask:
                 raise InputError("GPF draws scaffold groups", field="few_shot", remedy="Use split: scaffold")
             train = few_shot_gpf(groups, int(shots))
         task: Task = "multiclass" if read.classes else "multilabel"
-        spec = GraphSpec(kind="molecules", task=task, labels=read.classes or tuple(labels), featuriser=featuriser)
+        spec = GraphSpec(
+            kind="molecules",
+            task=task,
+            labels=read.classes or tuple(labels),
+            featuriser=featuriser,
+            coding=read.coding,
+            invalid=read.invalid,
+            unlabelled=read.unlabelled,
+        )
         parts = [
             make_split([read.graphs[i] for i in rows], read.labels[rows], [read.rows[i] for i in rows], spec)
             if rows
@@ -551,7 +566,7 @@ class GraphTask:
         graphs: Sequence[Data],
         *,
         labels: Sequence[str] | None = None,
-        coding: Literal["zero-one", "signed"] = "zero-one",
+        coding: Coding = "zero-one",
         shots: int | None = None,
         seed: int = 0,
     ) -> Self:
@@ -585,7 +600,7 @@ class GraphTask:
                     "a class is negative", row=int(y.argmin()) + 1, field="y", remedy="Classes start from 0"
                 )
             names = tuple(labels or class_names(list(range(int(y.max()) + 1))))
-        spec = GraphSpec(kind="graphs", task="multilabel" if many else "multiclass", labels=names)
+        spec = GraphSpec(kind="graphs", task="multilabel" if many else "multiclass", labels=names, coding=coding)
         train, validation, test = random_split(len(rows), seed)
         if shots is not None:
             train = _some(y, train, shots)

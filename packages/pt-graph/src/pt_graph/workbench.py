@@ -288,11 +288,12 @@ class Session:
             nodes = [node for node in found if int(graph.y[node]) >= 0]
             return evaluate(self.method, make_split([found[n] for n in nodes], graph.y[nodes], nodes, self.spec))
         self._only_molecules()
-        spec, known = self.spec, {}
+        spec = self.spec
+        known: dict[str, Any] = spec.model_dump(include={"featuriser", "coding", "invalid", "unlabelled"})
         columns = [label] if len(spec.labels) == 1 else list(spec.labels)
         if spec.task == "multiclass":
-            columns, known = [label], {"task": "multiclass", "classes": spec.labels}
-        read = read_smiles(file, columns, smiles=text, featuriser=spec.featuriser, **known)  # type: ignore[arg-type]
+            columns, known = [label], known | {"task": "multiclass", "classes": spec.labels}
+        read = read_smiles(file, columns, smiles=text, **known)
         return evaluate(self.method, make_split(read.graphs, read.labels, read.rows, self.spec))
 
     def _subgraphs(self, file: Path) -> Mapping[int, Any]:
