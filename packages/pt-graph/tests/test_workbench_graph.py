@@ -126,6 +126,17 @@ def test_a_node_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -> No
         session.predict(["7"])
 
 
+def test_neighbours_of_a_prompt_are_drawn_as_they_were_in_training(folder: Path) -> None:
+    bench = Bench(made(folder, "nodes", data={"hops": 2, "neighbours": [2, 1]}))
+    job, task = bench.job("gpf", 3)[0], bench.task(3)
+    path = job.method.save_pretrained(folder / "saved", task=job.task)
+    session = open_artifact(artifacts.load_artifact(path), str(folder / "node-gin"))
+    found = dict(session.inputs(folder / "graph.safetensors"))
+    assert task.test is not None and task.test.ids is not None
+    for (graph, _), node in zip(task.test.rows, task.test.ids, strict=True):
+        assert torch.equal(graph.x, found[node].x) and torch.equal(graph.edge_index, found[node].edge_index)
+
+
 def test_relief_reports_coverage_and_magnitude_and_predicts_the_same_in_any_company(folder: Path) -> None:
     relief = {"name": "relief", "critic": "pooled", "minibatch": 8, "first_best_epoch": 1}
     bench = Bench(made(folder, method=relief))

@@ -56,6 +56,7 @@ class GraphSpec(Settings):
     min_nodes: int = 1
     max_nodes: int | None = None
     neighbours: tuple[int, ...] = ()
+    seed: int = Field(0, description="of node tasks: by which neighbours are drawn")
     backbone: dict[str, Any] | None = Field(None, description="what the weights of a bare file are")
 
 
@@ -653,6 +654,7 @@ class GraphTask:
             min_nodes=min_nodes,
             max_nodes=max_nodes,
             neighbours=tuple(neighbours),
+            seed=seed,
         )
         drawn = draw_nodes(graph.y, list(found), shots, validation_nodes, test_nodes, seed)
         parts = [make_split([found[n] for n in p], graph.y[p], p, spec) if p else None for p in drawn]

@@ -298,7 +298,7 @@ class Session:
 
     def _subgraphs(self, file: Path) -> Mapping[int, Any]:
         s = self.spec
-        return node_subgraphs(read_nodes(file), s.hops or 1, s.min_nodes, s.max_nodes, s.neighbours)
+        return node_subgraphs(read_nodes(file), s.hops or 1, s.min_nodes, s.max_nodes, s.neighbours, s.seed)
 
     def _only_molecules(self) -> None:
         if self.spec.kind != "molecules":
