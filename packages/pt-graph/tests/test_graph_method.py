@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
-from pt_core import InputError
+from pt_core import InputError, registry
 from pt_core.metrics import evaluate_logits
 from pt_core.plan import FitConfig
 from pt_graph import GPF, GPFConfig
@@ -63,6 +63,33 @@ def test_roc_auc_skips_tasks_without_both_classes_and_missing_labels_and_sees_on
     wild = logits.clone()
     wild[3:9, 2] = 50  # of missing labels
     assert auc(wild) == auc(logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["chem", "node-gin"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in ("gpf", "gpf-plus", "supt-soft", "supt-hard", "linear-probe", "graph-prompt")),
+        ("gppt", {"structure_tokens": 2}),
+        ("all-in-one", {"answer_epochs": 1, "prompt_epochs": 1}),
+        ("fine-tuning", {}),
+    ],
+)
+def test_on_a_backbone_of_any_dtype_a_method_is_trained_in_float32(
+    name: str, settings: dict[str, Any], kind: str, dtype: torch.dtype, make_backbone: Any, make_split: Any
+) -> None:
+    cls = registry.find_method("graph", name)
+    backbone, rows = make_backbone(kind).to(dtype), make_split([5, 3, 6, 4, 7, 2], molecule=kind == "chem")
+    config = cls.config_class(num_outputs=2, task="multiclass", **settings)
+    if (name, dtype) == ("fine-tuning", torch.float16):
+        with pytest.raises(InputError, match="the backbone is float16.*Load it in float32"):
+            cls(backbone, config)
+        return
+    made = cls(backbone, config)
+    made.fit(rows, None, FitConfig(epochs=2, batch_size=3, device="cpu", progress=False))
+    logits = made.eval()(rows.batch([0, 1])).logits
+    assert logits.dtype == torch.float32 and bool(logits.isfinite().all())
 
 
 def test_read_keeps_embeddings_labels_and_ids_of_every_row(make_backbone: Callable[..., Any], make_split: Any) -> None:

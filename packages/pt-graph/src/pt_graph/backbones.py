@@ -76,14 +76,14 @@ class GraphBackbone(nn.Module):
         self.config, self.feature_width, self.width, self.hops = config, feature_width, width, hops
 
     def embed(self, graphs: Any) -> Tensor:
-        """Features [n, D] of a batch: what is prompted. By default the graph's own `x`."""
+        """Features [n, D] of a batch: what is prompted. By default the graph's own `x`, in the dtype of the weights."""
         x = graphs.x
         if x is None or x.ndim != 2 or x.shape[1] != self.feature_width or not x.is_floating_point():
             shape = "none" if x is None else f"{x.dtype} {list(x.shape)}"
             raise InputError(
                 f"the backbone reads node features of width {self.feature_width}, the graphs have {shape}", field="x"
             )
-        return cast(Tensor, x)
+        return cast(Tensor, x.to(next(self.parameters(), x).dtype))
 
     def encode(self, x: Tensor, graphs: Any) -> Tensor:
         """Node embeddings [n, d] of (prompted) features [n, D]."""

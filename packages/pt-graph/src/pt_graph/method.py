@@ -129,8 +129,10 @@ class GraphMethod(Method):
         return self.backbone.readout(self.nodes(graphs), graphs)
 
     def features(self, batch: Batch) -> Tensor:
-        """`embed` of the batch's graphs, or the `features` that `read` has put in their place."""
-        return cast(Tensor, batch["features"]) if "features" in batch else self.embed(batch["graphs"])
+        """`embed` of the batch's graphs, in the dtype of what is trained, or the `features` that `read` put in their place."""
+        if "features" in batch:
+            return cast(Tensor, batch["features"])
+        return self.embed(batch["graphs"]).to(next(self.parameters()).dtype)
 
     def forward(self, batch: Batch) -> Output:
         """Logits [B, C] and graph embeddings [B, d]."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from pt_core.errors import InputError
 from pt_core.method import Batch, Loss, MethodConfig, Output
 from pt_graph.backbones import GraphBackbone
 from pt_graph.method import GraphConfig, GraphMethod
@@ -51,6 +53,11 @@ class FineTuning(GraphMethod):
     frozen_backbone = False
 
     def __init__(self, backbone: GraphBackbone, config: MethodConfig | None = None) -> None:
+        if any(p.dtype is torch.float16 for p in backbone.parameters()):
+            raise InputError(
+                "the backbone is float16, in which its weights cannot be trained: Adam's epsilon is 0 there",
+                remedy="Load it in float32",
+            )
         super().__init__(backbone, config)
         self.tuned = copy.deepcopy(backbone).requires_grad_(True)
         self._norms = [m for m in self.tuned.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

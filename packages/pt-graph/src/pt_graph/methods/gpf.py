@@ -47,7 +47,7 @@ class GPFPlusPrompt(FeaturePrompt):
             self.scorer.bias.copy_((torch.rand(size, generator=generator) * 2 - 1) * width**-0.5)
 
     def features(self, x: Tensor, graphs: Any) -> Tensor:
-        return x + (self.scorer(x).softmax(-1) @ self.basis).to(x.dtype)
+        return x + (self.scorer(x.to(self.basis.dtype)).softmax(-1) @ self.basis).to(x.dtype)
 
 
 class GPFConfig(GraphConfig):

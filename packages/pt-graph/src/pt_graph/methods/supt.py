@@ -26,7 +26,7 @@ class SUPTPrompt(FeaturePrompt):
             self.scorer.lin.weight.copy_(glorot(size, width, generator))  # as PyG does; its bias starts at zero
 
     def scores(self, x: Tensor, graphs: object) -> Tensor:
-        return cast(Tensor, self.scorer(x + self.basis.sum(0), graphs.edge_index))  # type: ignore[attr-defined]
+        return cast(Tensor, self.scorer(x.to(self.basis.dtype) + self.basis.sum(0), graphs.edge_index))  # type: ignore[attr-defined]
 
 
 class SoftPrompt(SUPTPrompt):
