@@ -153,6 +153,32 @@ def test_a_last_batch_of_one_graph_has_nothing_to_tell_apart(make_backbone: Make
     assert [row["loss"] > 0 for row in result.history] == [True, True, False]
 
 
+@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if not objective.contrasts])
+def test_a_batch_of_one_atom_teaches_nothing(name: str, make_backbone: Make, molecules: list[Data]) -> None:
+    atom = path(1)
+    atom.descriptors = torch.zeros(1, 5)
+    config = FitConfig(epochs=2, batch_size=1, progress=False)
+    assert pretrain(make_backbone("chem"), [*molecules[:2], atom], named(name), config).steps == 6
+
+
+@pytest.mark.parametrize("name", ["edge-prediction", "graph-prompt", "gppt"])
+def test_a_batch_without_linked_or_unlinked_pairs_teaches_nothing(name: str, make_backbone: Make) -> None:
+    backbone, config = make_backbone("chem"), FitConfig(max_steps=6, batch_size=2, progress=False)
+    graphs = [path(5), path(2), path(2), path(1), path(1)]  # a bond has no unlinked pair, an atom no pair at all
+    assert pretrain(backbone, graphs, name, config).steps == 6
+    assert all(bool(tensor.isfinite().all()) for tensor in backbone.state_dict().values())
+    with pytest.raises(InputError, match="no graph has both linked and unlinked nodes"):
+        pretrain(backbone, graphs[1:], name, config)
+
+
+def test_the_look_at_the_graphs_before_the_first_step_leaves_the_statistics(
+    make_backbone: Make, molecules: list[Data]
+) -> None:
+    backbone = make_backbone("chem").train()
+    pretrain(backbone, molecules, "edge-prediction", FitConfig(max_steps=2, batch_size=4, progress=False))
+    assert [int(norm.num_batches_tracked) for norm in backbone.batch_norms] == [2, 2]
+
+
 def test_a_validation_part_picks_the_best_step(make_backbone: Make, molecules: list[Data]) -> None:
     config = FitConfig(max_steps=6, batch_size=8, evaluate_every=2, progress=False)
     result = pretrain(make_backbone("chem"), molecules[:16], "edge-prediction", config, validation=molecules[16:])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch_geometric.data import Batch, Data
 
 from pt_core.data import Split
@@ -89,7 +90,8 @@ def pretrain(
             remedy="Set batch_size to 2 or more, or choose an objective on nodes: edge-prediction, graph-prompt or gppt",
             field="batch_size",
         )
-    backbone(Batch.from_data_list(rows[:2]))  # refuses features of another width or coding
+    with torch.no_grad():
+        backbone.eval()(Batch.from_data_list(rows[:2]))  # refuses features of another width or coding
     method.check(rows)
 
     def split(rows: Sequence[Data]) -> Split:

@@ -70,8 +70,9 @@ class Pretraining(Method):
 
     def loss(self, batch: Any) -> Loss:
         """Of the batch as a whole: BatchNorm in train mode, if nothing else, couples its graphs."""
-        alone = self.contrasts and batch["graphs"].num_graphs < 2  # the last batch of an epoch may be one graph
-        return Loss.mean(self.nothing() if alone else self.value(batch["graphs"]))
+        graphs = batch["graphs"]  # the last batch of an epoch may be one graph, or one node, which BatchNorm refuses
+        alone = (self.contrasts and graphs.num_graphs < 2) or (self.training and graphs.num_nodes < 2)
+        return Loss.mean(self.nothing() if alone else self.value(graphs))
 
     def nothing(self) -> Tensor:
         """The value of a batch that has nothing to tell apart: zero, with zero gradients."""
@@ -82,6 +83,23 @@ class Pretraining(Method):
 def tell_apart(positive: Tensor, negative: Tensor) -> Tensor:
     """Binary cross-entropy of scores that should be high and of scores that should be low, the sum of both means."""
     return F.softplus(-positive).mean() + F.softplus(negative).mean()
+
+
+def check_pairs(graphs: Sequence[Data]) -> None:
+    """Refuse graphs of which none has both linked and unlinked nodes.
+
+    Raises:
+        InputError: there are no pairs to tell apart.
+    """
+    for graph in graphs:
+        n, pairs = int(graph.num_nodes or 0), links(graph)[0].shape[1]
+        if 0 < pairs < n * (n - 1) // 2:
+            return
+    raise InputError(
+        "no graph has both linked and unlinked nodes: there are no pairs to tell apart",
+        field="edge_index",
+        remedy="Add graphs of three or more nodes, or choose another objective",
+    )
 
 
 def next_one(rows: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
+from torch_geometric.data import Data
 
-from pt_graph.pretraining.base import Pretraining, PretrainingConfig, draw_unlinked, links, tell_apart
+from pt_graph.pretraining.base import Pretraining, PretrainingConfig, check_pairs, draw_unlinked, links, tell_apart
 
 
 class EdgePredictionConfig(PretrainingConfig):
@@ -34,6 +36,9 @@ class EdgePrediction(Pretraining):
     name = "edge-prediction"
     config_class = EdgePredictionConfig
 
+    def check(self, graphs: Sequence[Data]) -> None:
+        check_pairs(graphs)
+
     def scores(self, graphs: Any) -> tuple[Tensor, Tensor]:
         """Dot products of linked and of unlinked pairs, [m] each (fewer unlinked ones where a graph is complete)."""
         h = self.backbone(graphs)
@@ -45,7 +50,8 @@ class EdgePrediction(Pretraining):
         return (h[pairs[0]] * h[pairs[1]]).sum(1), (h[unlinked[0]] * h[unlinked[1]]).sum(1)
 
     def value(self, graphs: Any) -> Tensor:
-        return tell_apart(*self.scores(graphs))
+        linked, unlinked = self.scores(graphs)
+        return tell_apart(linked, unlinked) if len(linked) and len(unlinked) else self.nothing()
 
 
 class GPPTEdgesConfig(EdgePredictionConfig):
@@ -74,4 +80,4 @@ class GPPTEdges(EdgePrediction):
 
     def value(self, graphs: Any) -> Tensor:
         linked, unlinked = self.scores(graphs)
-        return F.softplus(torch.cat([-linked, unlinked])).mean()
+        return F.softplus(torch.cat([-linked, unlinked])).mean() if len(linked) else self.nothing()

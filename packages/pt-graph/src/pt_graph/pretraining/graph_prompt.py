@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
+from torch_geometric.data import Data
 
-from pt_graph.pretraining.base import Pretraining, PretrainingConfig, draw_unlinked
+from pt_graph.pretraining.base import Pretraining, PretrainingConfig, check_pairs, draw_unlinked
 
 
 class EdgeContrastConfig(PretrainingConfig):
@@ -43,6 +45,9 @@ class EdgeContrast(Pretraining):
     name = "graph-prompt"
     config_class = EdgeContrastConfig
 
+    def check(self, graphs: Sequence[Data]) -> None:
+        check_pairs(graphs)
+
     def value(self, graphs: Any) -> Tensor:
         h = self.backbone(graphs)
         source, target = graphs.edge_index
@@ -51,5 +56,7 @@ class EdgeContrast(Pretraining):
         if self.config.edges_per_step is not None:
             edges = edges[:, torch.randperm(edges.shape[1])[: self.config.edges_per_step].to(edges.device)]
         pairs, found = draw_unlinked(graphs, graphs.batch[edges[0]], first=edges[0])
+        if not bool(found.any()):
+            return self.nothing()
         v, a, b = edges[0][found], edges[1][found], pairs[1][found]
         return edge_contrast(h[v], h[a], h[b], self.config.temperature).mean()
