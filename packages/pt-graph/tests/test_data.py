@@ -260,6 +260,39 @@ def test_node_files_are_read_without_unpickling(tmp_path: Path, make_graph: Call
         read_nodes(tmp_path / "odd.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"edge_index": np.array([[0.7, 1.0], [1.0, 2.0]])}, "field 'edge_index': is torch.float64. Give integers"),
+        ({"y": np.zeros(4, np.complex64)}, "field 'y': is torch.complex64. Give integers"),
+        ({"y": np.array(list("abcd"))}, "is not an npz file of numbers"),
+        ({"x": np.full((4, 3), 1e300)}, "row 1, field 'x': x.0. is NaN or infinite"),
+        (
+            {"x": np.ones((0, 3)), "y": np.zeros(0, int), "edge_index": np.zeros((2, 0), int)},
+            "field 'x': is .*Give floats",
+        ),
+    ],
+)
+def test_odd_arrays_of_a_node_file_are_named(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    plain = {"x": np.ones((4, 3)), "edge_index": np.array([[0, 1], [1, 2]], np.uint32), "y": np.arange(4, dtype="u2")}
+    np.savez(tmp_path / "plain.npz", **plain)  # integers without a sign are integers
+    assert read_nodes(tmp_path / "plain.npz").edge_index.tolist() == [[0, 1], [1, 2]]
+    np.savez(tmp_path / "odd.npz", **{**plain, **change})
+    with pytest.raises(InputError, match=rf"odd\.npz.*{problem}"):
+        read_nodes(tmp_path / "odd.npz")
+
+
+def test_a_broken_npz_file_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "whole.npz", x=np.ones((4, 3)))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    np.save(tmp_path / "array.npy", np.ones(3))
+    broken = {"cut": whole[: len(whole) // 2], "flipped": whole[:200] + b"?" + whole[201:], "empty": b""}
+    for name, content in (broken | {"array": (tmp_path / "array.npy").read_bytes()}).items():
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}\.npz: is not an npz file of numbers"):
+            read_nodes(tmp_path / f"{name}.npz")
+
+
 # --- any graphs -------------------------------------------------------------------------------------------------------
 def test_any_graphs_become_a_task(make_graph: Callable[..., Data]) -> None:
     graphs = [make_graph(3 + i % 5, i) for i in range(40)]

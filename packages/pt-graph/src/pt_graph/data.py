@@ -14,12 +14,14 @@ Nothing is unpickled: nodes are read from safetensors or from npz without object
 from __future__ import annotations
 
 import random
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -335,6 +337,8 @@ def read_nodes(source: str | Path) -> Data:
                 tensors = {name: torch.from_numpy(archive[name]) for name in names if name in archive}
         except (ValueError, OSError) as error:
             raise InputError(f"cannot be read without unpickling ({error})", file=file) from error
+        except (BadZipFile, zlib.error, EOFError, TypeError) as error:
+            raise InputError(f"is not an npz file of numbers ({error})", file=file) from error
     else:
         raise InputError(
             "is of a form that may hold pickled objects, which are never loaded",
@@ -344,18 +348,20 @@ def read_nodes(source: str | Path) -> Data:
     if missing := [name for name in names if name not in tensors]:
         raise InputError("is missing", file=file, field=missing[0], remedy=f"The file has {', '.join(sorted(tensors))}")
     x, edges, y = (tensors[name] for name in names)
-    if x.ndim != 2 or not x.is_floating_point():
+    if x.ndim != 2 or not len(x) or not x.is_floating_point():
         raise InputError(f"is {x.dtype} {list(x.shape)}", file=file, field="x", remedy="Give floats [n, D]")
+    for field, whole in (("edge_index", edges), ("y", y)):
+        if whole.is_floating_point() or whole.is_complex():
+            raise InputError(f"is {whole.dtype}", file=file, field=field, remedy="Give integers")
+    x, edges, y = x.float(), edges.long(), y.long()  # and see what these are: a double may be too large
     if not bool((fine := x.isfinite().all(1)).all()):
         node = int(fine.int().argmin())
         raise InputError(f"x[{node}] is NaN or infinite", file=file, row=node + 1, field="x")
     if edges.ndim != 2 or len(edges) != 2 or (edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x)):
         raise InputError(f"is not [2, e] of nodes 0..{len(x) - 1}", file=file, field="edge_index")
-    if y.shape != x.shape[:1] or y.is_floating_point() or int(y.min()) < -1:
-        raise InputError(
-            f"is {y.dtype} {list(y.shape)}", file=file, field="y", remedy="Give one class per node, -1: none"
-        )
-    return Data(x=x.float(), edge_index=edges.long(), y=y.long())
+    if y.shape != x.shape[:1] or int(y.min()) < -1:
+        raise InputError(f"is {list(y.shape)}", file=file, field="y", remedy="Give one class per node, -1: none")
+    return Data(x=x, edge_index=edges, y=y)
 
 
 def neighbourhoods(edge_index: Tensor, nodes: int, hops: int) -> csr_array:
