@@ -15,6 +15,7 @@ from torch_geometric.nn import GAT, GCN
 from pt_core import InputError, attach, off, route
 from pt_graph.backbones import ChemConfig, ChemGNN, NodeGINConfig, PyGBackbone, dropping, load_backbone, save_backbone
 from pt_graph.methods.gpf import GPFPlusPrompt, GPFPrompt
+from pt_graph.methods.supt import HardPrompt
 
 
 def generator() -> torch.Generator:
@@ -157,6 +158,29 @@ def test_a_prompt_attaches_to_a_plain_pyg_model(make_split: Callable[..., Any]) 
     )
     handle.remove()
     assert torch.equal(model(graphs.x, graphs.edge_index), before)
+
+
+@pytest.mark.parametrize("given", ["by place", "by name", "among others"])
+def test_the_batch_of_a_plain_model_is_found_however_it_is_given(given: str, make_split: Callable[..., Any]) -> None:
+    class Placed(GCN):
+        def forward(self, x: Any, edge_index: Any, batch: Any = None) -> Any:
+            return super().forward(x, edge_index)
+
+    class Among(GCN):
+        def forward(self, x: Any, edge_index: Any, **others: Any) -> Any:
+            return super().forward(x, edge_index)
+
+    torch.manual_seed(0)
+    model = (Among if given == "among others" else Placed)(6, 8, 2).eval()
+    rows = make_split([5, 3, 4])
+    graphs = rows.batch([0, 1, 2])["graphs"]
+    attach(model, HardPrompt(6, 2, 0.5, generator()))  # chooses nodes of each graph
+    alone = torch.cat([model(g.x, g.edge_index) for g in graphs.to_data_list()])
+    if given == "by place":
+        together = model(graphs.x, graphs.edge_index, graphs.batch)
+    else:
+        together = model(graphs.x, graphs.edge_index, batch=graphs.batch)
+    torch.testing.assert_close(together, alone)
 
 
 def test_the_adapter_runs_a_users_module_and_refuses_one_that_pools(make_split: Callable[..., Any]) -> None:

@@ -514,10 +514,13 @@ class GraphFamily:
 
                 return forward
 
+            signature = inspect.signature(original)
+
             def on_features(x: Tensor, edge_index: Tensor, *rest: Any, **options: Any) -> Any:
                 rows = selected()
                 if rows is not None:
-                    graphs = Batch(x=x, edge_index=edge_index, batch=options.get("batch"))
+                    given = options | signature.bind(x, edge_index, *rest, **options).arguments
+                    graphs = Batch(x=x, edge_index=edge_index, batch=given.get("batch"))
                     if graphs.batch is None:
                         graphs.batch = edge_index.new_zeros(len(x))
                     x = _prompted(x, graphs, rows)
