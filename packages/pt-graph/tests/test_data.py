@@ -105,6 +105,8 @@ def test_a_missing_column_or_no_label_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("smiles,a\nCC,1\n")
     with pytest.raises(InputError, match="field 'b': no such column"):
         read_smiles(tmp_path / "m.csv", ["b"])
+    with pytest.raises(InputError, match="row 2, field 'b': no such column"):
+        read_smiles([ROWS[0], {"smiles": "CC", "a": "1"}], ["a", "b"])
     with pytest.raises(InputError, match="no label column"):
         read_smiles(tmp_path / "m.csv", [])
 
@@ -319,6 +321,8 @@ def test_any_graphs_become_a_task(make_graph: Callable[..., Data]) -> None:
         ({"edge_index": torch.tensor([[0], [4]])}, "row 3, field 'edge_index': an edge leads out of nodes 0..3"),
         ({"edge_index": torch.tensor([0, 1])}, "row 3, field 'edge_index': edges are not"),
         ({"y": torch.tensor([-1])}, "row 3, field 'y': a class is negative"),
+        ({"y": torch.tensor([0, 1])}, "row 3, field 'y': 2 labels, 1 in the first graph"),
+        ({"edge_attr": torch.zeros(8, 2)}, "row 3, field 'edge_attr': edge attributes are .e, 2., none in the first"),
     ],
 )
 def test_bad_graphs_are_named(change: dict[str, Any], message: str, make_graph: Callable[..., Data]) -> None:
@@ -329,6 +333,44 @@ def test_bad_graphs_are_named(change: dict[str, Any], message: str, make_graph: 
         graphs[2][name] = value
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         GraphTask.from_graphs(graphs)
+
+
+def test_edge_attributes_are_those_of_the_first_graph(make_graph: Callable[..., Data]) -> None:
+    graphs = [make_graph(4, i, molecule=True) for i in range(12)]
+    for i, graph in enumerate(graphs):
+        graph.y = torch.tensor([i % 2])
+    assert GraphTask.from_graphs(graphs).train.batch([0])["graphs"].edge_attr is not None
+    graphs[4].edge_attr = graphs[4].edge_attr[:, :1]
+    with pytest.raises(
+        InputError, match=r"row 5, field 'edge_attr': edge attributes are \[e, 1\], \[e, 2\] in the first"
+    ):
+        GraphTask.from_graphs(graphs)
+    del graphs[0].edge_attr
+    with pytest.raises(InputError, match=r"row 2, field 'edge_attr': edge attributes are \[e, 2\], none in the first"):
+        GraphTask.from_graphs(graphs)
+
+
+@pytest.mark.parametrize("shots", [0, 0.5, 2.5])
+def test_shots_are_whole_numbers(shots: Any, make_graph: Callable[..., Data]) -> None:
+    graphs, nodes = [make_graph(4, i) for i in range(20)], make_graph(20, 2)
+    for i, graph in enumerate(graphs):
+        graph.y = torch.tensor([i % 2])
+    nodes.y = torch.arange(20) % 2
+    with pytest.raises(InputError, match=rf"field 'shots': {shots} shots"):
+        GraphTask.from_graphs(graphs, shots=shots)
+    with pytest.raises(InputError, match=rf"field 'shots': {shots} shots"):
+        GraphTask.from_nodes(nodes, hops=1, shots=shots)
+    with pytest.raises(InputError, match=rf"field 'shots': {shots} shots"):
+        GraphTask.from_smiles(ROWS * 5, ["a", "b"], few_shot="gpf", shots=shots)
+
+
+def test_a_task_without_anything_to_train_on_is_refused(make_graph: Callable[..., Data]) -> None:
+    graph, nodes = make_graph(4, 0), make_graph(20, 2)
+    graph.y, nodes.y = torch.tensor([0.0]), torch.full((20,), -1)
+    with pytest.raises(InputError, match="1 graphs are too few to split"):
+        GraphTask.from_graphs([graph])
+    with pytest.raises(InputError, match="field 'y': no node has a label"):
+        GraphTask.from_nodes(nodes, hops=1)
 
 
 def test_the_tu_format_is_read(tmp_path: Path) -> None:
@@ -346,6 +388,19 @@ def test_the_tu_format_is_read(tmp_path: Path) -> None:
     assert second.edge_index.tolist() == [[0, 1], [1, 0]]
     assert first.x.argmax(1).tolist() == [0, 1]
     assert {int(first.y), int(second.y)} == {0, 1}
+    (folder / "TINY_graph_labels.txt").write_text("1\n-1\n1\n")
+    with pytest.raises(InputError, match=r"TINY_graph_labels.txt: 3 labels for 2 graphs that have nodes"):
+        read_tu(folder)
+    (folder / "TINY_graph_labels.txt").write_text("0.5\n1\n")
+    with pytest.raises(InputError, match=r"TINY: cannot be read .*labels are whole numbers"):
+        read_tu(folder)
+    (folder / "TINY_A.txt").write_text("1, 2\n2, 1\n")
+    (folder / "TINY_graph_labels.txt").write_text("1\n-1\n")
+    assert [graph.edge_index.shape[1] for graph in read_tu(folder)] == [2, 0]  # the last graph has no edges
+    (folder / "TINY_graph_indicator.txt").write_text("1\n1\n3\n3\n3\n")
+    (folder / "TINY_graph_labels.txt").write_text("1\n-1\n1\n")
+    with pytest.raises(InputError, match="row 2, field 'x': the graph has no node features"):
+        GraphTask.from_tu(folder)
     (folder / "TINY_node_labels.txt").unlink()
     with pytest.raises(InputError, match="neither node labels nor node attributes"):
         read_tu(folder)

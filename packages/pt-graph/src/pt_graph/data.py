@@ -161,6 +161,9 @@ def read_smiles(
         file = Path(source)
         table = read_table(file, {name: name for name in (smiles, *labels)}, text=[])
     assert not isinstance(table, str | Path)
+    for number, row in enumerate(table, start=1):
+        if missing := [name for name in (smiles, *labels) if name not in row]:
+            raise InputError("no such column", file=file, row=number, field=missing[0])
     make = featurisers()[featuriser]
     found = Molecules([], [], torch.empty(0), [], {}, coding=coding, invalid=invalid, unlabelled=unlabelled)
     if task == "multiclass":
@@ -271,6 +274,13 @@ def random_split(rows: int, seed: int, train: float = 0.8, validation: float = 0
     return order[:first], order[first:second], order[second:]
 
 
+def _whole(shots: float) -> int:
+    """A number of shots; refuses one that is not whole, or less than 1."""
+    if shots < 1 or shots % 1:
+        raise InputError(f"{shots} shots", field="shots", remedy="Use a whole number, 1 or more")
+    return int(shots)
+
+
 def few_shot_relief(train: Sequence[int], shots: float, seed: int, rows: int | None = None) -> list[int]:
     """RELIEF's training graphs: the training part is shuffled by the split seed and its first `shots` are used.
 
@@ -285,7 +295,7 @@ def few_shot_relief(train: Sequence[int], shots: float, seed: int, rows: int | N
     shuffled = list(train)
     random.Random(seed).shuffle(shuffled)
     share = 0 < shots <= 1
-    count = int(shots * 0.8 * (rows if rows is not None else len(train) / 0.8)) if share else int(shots)
+    count = int(shots * 0.8 * (rows if rows is not None else len(train) / 0.8)) if share else _whole(shots)
     if count < 1 or (count > len(shuffled) and not share):
         raise InputError(f"{shots} shots of {len(shuffled)} training graphs", field="shots", remedy="Use fewer")
     return shuffled[:count]
@@ -447,12 +457,15 @@ def draw_nodes(labels: Tensor, eligible: Sequence[int], shots: int, validation: 
     Not the authors' very nodes: their script draws random numbers while it loads the data, before it draws nodes.
 
     Raises:
-        InputError: a class, or what is left, has too few.
+        InputError: no node has a label, or a class, or what is left, has too few.
     """
+    shots, classes = _whole(shots), int(labels.max()) + 1
+    if not classes:
+        raise InputError("no node has a label", field="y")
     draw = torch.Generator().manual_seed(seed)
     known = torch.tensor([node for node in eligible if labels[node] >= 0], dtype=torch.long)
     train: list[int] = []
-    for name in range(int(labels.max()) + 1):
+    for name in range(classes):
         own = known[labels[known] == name]
         if len(own) < shots:
             raise InputError(
@@ -546,7 +559,7 @@ class GraphTask:
         elif few_shot == "gpf":
             if not groups:
                 raise InputError("GPF draws scaffold groups", field="few_shot", remedy="Use split: scaffold")
-            train = few_shot_gpf(groups, int(shots))
+            train = few_shot_gpf(groups, _whole(shots))
         task: Task = "multiclass" if read.classes else "multilabel"
         spec = GraphSpec(
             kind="molecules",
@@ -615,7 +628,8 @@ class GraphTask:
         for row in plain:
             del row.y
         parts = [make_split([plain[i] for i in p], y[p], p, spec) if p else None for p in (train, validation, test)]
-        assert parts[0] is not None
+        if parts[0] is None:
+            raise InputError(f"{len(rows)} graphs are too few to split", remedy="Give 2 or more")
         return cls(spec, parts[0], parts[1], parts[2])
 
     @classmethod
@@ -688,6 +702,7 @@ def check_graphs(graphs: Sequence[Data]) -> None:
     if not len(graphs):
         raise InputError("there are no graphs")
     width = None
+    bonds, labels = _shape(graphs[0].edge_attr), None
     for number, graph in enumerate(graphs, start=1):
         x, edges, y = graph.x, graph.edge_index, graph.y
         if x is None or x.ndim != 2 or len(x) == 0:
@@ -702,8 +717,23 @@ def check_graphs(graphs: Sequence[Data]) -> None:
             raise InputError("edges are not [2, e]", row=number, field="edge_index", remedy="Use [2, 0] for none")
         if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):
             raise InputError(f"an edge leads out of nodes 0..{len(x) - 1}", row=number, field="edge_index")
+        if (own := _shape(graph.edge_attr)) != bonds:
+            raise InputError(
+                f"edge attributes are {own}, {bonds} in the first graph",
+                row=number,
+                field="edge_attr",
+                remedy="Mend or remove",
+            )
         if y is None or y.numel() == 0:
             raise InputError("the graph has no label", row=number, field="y")
+        if labels is not None and y.numel() != labels:
+            raise InputError(f"{y.numel()} labels, {labels} in the first graph", row=number, field="y")
+        labels = y.numel()
+
+
+def _shape(attributes: Tensor | None) -> str:
+    """What the attributes of each edge are."""
+    return "none" if attributes is None else str(["e", *attributes.shape[1:]]).replace("'", "")
 
 
 def read_tu(folder: str | Path) -> list[Data]:
@@ -715,17 +745,28 @@ def read_tu(folder: str | Path) -> list[Data]:
     needed = [folder / f"{folder.name}_{part}.txt" for part in ("A", "graph_indicator", "graph_labels")]
     if missing := [path for path in needed if not path.is_file()]:
         raise InputError("no such file", file=missing[0], remedy="Give the folder NAME that holds NAME_A.txt")
-    data, slices, _ = read_tu_data(str(folder), folder.name)
+    try:
+        data, slices, _ = read_tu_data(str(folder), folder.name)
+    except (IndexError, ValueError) as error:
+        raise InputError(
+            f"cannot be read ({error})", file=folder, remedy="There must be edges, and labels are whole numbers"
+        ) from error
+    count = len(slices["y"]) - 1
+    if len(data.y) != count:
+        raise InputError(f"{len(data.y)} labels for {count} graphs that have nodes", file=needed[2])
     if data.x is None or data.x.shape[1] == 0:
         raise InputError(
             "has neither node labels nor node attributes", file=folder, remedy="Add features, and use from_graphs"
         )
-    count = len(slices["y"]) - 1
+    for name in {"edge_index", "edge_attr"} & set(slices):  # they end with the last graph that has edges
+        ends = slices[name]
+        slices[name] = torch.cat([ends, ends[-1:].expand(count + 1 - len(ends))])
     return [separate(Data, data, i, slices, decrement=False) for i in range(count)]
 
 
 def _some(labels: Tensor, train: Sequence[int], shots: int) -> list[int]:
     """The first `shots` of each class, or in all where labels are binary."""
+    shots = _whole(shots)
     if labels.ndim == 2:
         return list(train[:shots])
     taken: dict[int, list[int]] = defaultdict(list)
