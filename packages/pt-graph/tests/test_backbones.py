@@ -102,6 +102,26 @@ def test_wrong_sources_and_weights_are_refused(make_backbone: Callable[..., Any]
         load_backbone(saved / "model.safetensors", ChemConfig(width=24, layers=2))
 
 
+def test_broken_files_of_a_backbone_are_named(make_backbone: Callable[..., Any], tmp_path: Path) -> None:
+    saved = save_backbone(make_backbone("chem"), tmp_path / "gin")
+    weights, config = saved / "model.safetensors", saved / "config.json"
+    whole = weights.read_bytes()
+    for content in (b"garbage" * 20, whole[:-100]):
+        weights.write_bytes(content)
+        with pytest.raises(InputError, match=r"model\.safetensors: is not a whole safetensors file"):
+            load_backbone(saved)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors: is not a whole safetensors file"):
+        load_backbone(saved)
+    torch.save({}, tmp_path / "gin.pth")
+    with pytest.raises(InputError, match=r"gin\.pth: .*pickled objects, which are never loaded"):
+        load_backbone(tmp_path / "gin.pth", ChemConfig())
+    for text in ("{nope", "[1]", '{"kind": []}'):
+        config.write_text(text)
+        with pytest.raises(InputError, match=r"config\.json: is no configuration of a backbone"):
+            load_backbone(saved)
+
+
 def test_features_of_another_width_or_coding_are_refused(make_backbone: Callable[..., Any], make_split: Any) -> None:
     graphs = make_split([3]).batch([0])["graphs"]
     with pytest.raises(InputError, match="width 7, the graphs have"):

@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -405,7 +406,9 @@ def backbone_config(content: Mapping[str, Any]) -> BackboneConfig:
     Raises:
         ValueError: the kind is not known, or a value does not fit.
     """
-    if content.get("kind") not in _KINDS:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"a {type(content).__name__} in place of names with values")
+    if content.get("kind") not in tuple(_KINDS):  # of a list, say, there is no hash
         raise ValueError(f"unknown kind {content.get('kind')!r}; known: {', '.join(_KINDS)}")
     return _KINDS[content["kind"]][0].model_validate(content)
 
@@ -441,9 +444,8 @@ def load_backbone(source: str | Path, config: BackboneConfig | None = None) -> G
         file = path / "config.json"
         if not file.is_file():
             raise InputError("holds no config.json", file=path, remedy="Give a folder of save_backbone")
-        content = json.loads(file.read_text("utf-8"))
         try:
-            config, path = backbone_config(content), path / "model.safetensors"
+            config, path = backbone_config(json.loads(file.read_text("utf-8"))), path / "model.safetensors"
         except ValueError as error:
             raise InputError(f"is no configuration of a backbone ({error})", file=file) from error
     elif config is None or not path.is_file():
@@ -452,7 +454,15 @@ def load_backbone(source: str | Path, config: BackboneConfig | None = None) -> G
         raise InputError(problem, file=source, remedy=f"Give a folder, or one of those that ship: {shipped}")
     backbone = _KINDS[config.kind][1](config)
     try:
-        backbone.load_state_dict(load_file(path), strict=True)
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"is not a whole safetensors file ({error})",
+            file=path,
+            remedy="Save a state dict as safetensors: others may hold pickled objects, which are never loaded",
+        ) from error
+    try:
+        backbone.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise InputError(f"the weights are not those of {config!r} ({error})", file=path) from error
     return backbone.eval()
