@@ -101,6 +101,24 @@ def test_a_table_may_name_one_of_several_classes() -> None:
         read_smiles(rows, ["kind", "smiles"], task="multiclass")
 
 
+def test_classes_are_those_of_kept_rows_and_odd_ones_are_named_by_row_and_column(tmp_path: Path) -> None:
+    cells = [("CCO", ""), ("CCN", ""), ("CCC", "a"), ("CC", "b"), ("C(", "c"), ("CCCC", "a")]
+    known: dict[str, Any] = {"task": "multiclass", "invalid": "skip", "unlabelled": "drop"}
+    rows = [{"smiles": smiles, "kind": kind} for smiles, kind in cells]
+    read = read_smiles(rows, ["kind"], **known)
+    assert read.classes == ("a", "b") and read.labels.tolist() == [0, 1, 0] and read.rows == [3, 4, 6]
+    for odd, problem in (
+        (" a", "differ in white space only"),
+        (1, "is an integer"),
+        (1.5, "neither text nor an integer"),
+    ):
+        with pytest.raises(InputError, match=f"^row 6, field 'kind': .*{problem}"):
+            read_smiles([*rows[:5], {"smiles": "CCCC", "kind": odd}], ["kind"], **known)
+    (tmp_path / "m.csv").write_text("smiles,kind\nCCO,\nCC,b\n")
+    with pytest.raises(InputError, match=r"m\.csv, field 'kind': 1 class\(es\) found"):
+        read_smiles(tmp_path / "m.csv", ["kind"], **known)
+
+
 def test_a_missing_column_or_no_label_column_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("smiles,a\nCC,1\n")
     with pytest.raises(InputError, match="field 'b': no such column"):

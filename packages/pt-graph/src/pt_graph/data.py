@@ -14,6 +14,7 @@ Nothing is unpickled: nodes are read from safetensors or from npz without object
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -166,10 +167,6 @@ def read_smiles(
             raise InputError("no such column", file=file, row=number, field=missing[0])
     make = featurisers()[featuriser]
     found = Molecules([], [], torch.empty(0), [], {}, coding=coding, invalid=invalid, unlabelled=unlabelled)
-    if task == "multiclass":
-        cells = {number: row[labels[0]] for number, row in enumerate(table, start=1) if not _empty(row[labels[0]])}
-        found.classes = tuple(classes or class_names(cells.values(), file))
-        codes = {number: _class_of(cell, found.classes, labels[0], file, number) for number, cell in cells.items()}
     values: list[list[int]] = []
     bare: list[int] = []
     for number, row in enumerate(table, start=1):
@@ -182,7 +179,9 @@ def read_smiles(
             found.skipped[number] = str(error)
             continue
         if task == "multiclass":
-            label = [codes.get(number, -1)]
+            label = [
+                -1 if _empty(row[labels[0]]) else 0
+            ]  # coded below: the classes are those of the rows that are kept
         else:
             label = binary_labels([row[name] for name in labels], labels, coding, file, number)
         if max(label) < 0:
@@ -211,13 +210,30 @@ def read_smiles(
     if not values:
         raise InputError("no molecule is left", file=file, field=smiles)
     found.skipped |= {number: "no label" for number in bare}
-    found.labels = torch.tensor(values)[:, 0] if task == "multiclass" else torch.tensor(values)
+    found.labels = torch.tensor(values)
+    if task == "multiclass":
+        cells = {number: table[number - 1][labels[0]] for number in found.rows}
+        found.classes = tuple(classes or _classes(cells, labels[0], file))
+        codes = [_class_of(cell, found.classes, labels[0], file, number) for number, cell in cells.items()]
+        found.labels = torch.tensor(codes)
     return found
 
 
 def _empty(cell: Any) -> bool:
     """Whether there is no label in a cell."""
     return cell is None or (isinstance(cell, float) and np.isnan(cell)) or str(cell).strip().lower() in ("", "nan")
+
+
+def _classes(cells: Mapping[int, Any], field: str, file: Path | None) -> list[str]:
+    """`class_names` of the cells of a column, by row; what it refuses is named by its row and column in the table."""
+    try:
+        return class_names(cells.values())
+    except InputError as error:
+        place = re.match(r"(?:row (\d+), )?field 'label': ", str(error))  # counted among the cells
+        if place is None:
+            raise
+        row = None if place[1] is None else list(cells)[int(place[1]) - 1]
+        raise InputError(str(error)[place.end() :], file=file, row=row, field=field) from error
 
 
 def _class_of(cell: Any, classes: Sequence[str], field: str, file: Path | None, row: int) -> int:
