@@ -141,6 +141,18 @@ def test_while_tokens_are_fixed_keeping_embeddings_gives_what_embedding_again_gi
         torch.testing.assert_close(fast.trained_state()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_dropout_of_the_backbone_is_on_in_training_where_asked_for(make_backbone: Any, make_split: Any) -> None:
+    rows = make_split([5, 3, 6, 4], molecule=True)
+    graphs = rows.batch([0, 1])["graphs"]
+    for asked in (False, True):
+        made = method(make_backbone("chem", dropout=0.5), backbone_dropout=asked).train()
+        assert torch.equal(made.embed(graphs), made.embed(graphs)) is not asked
+        made.eval()
+        assert torch.equal(made.embed(graphs), made.embed(graphs))
+    with mock.patch.object(AllInOne, "read", side_effect=AssertionError("kept embeddings have one mask for all steps")):
+        made.fit(rows, None, RUN)
+
+
 def test_a_round_without_epochs_is_refused() -> None:
     with pytest.raises(ValueError, match="a round has no epochs"):
         AllInOneConfig(num_outputs=2, answer_epochs=0, prompt_epochs=0)

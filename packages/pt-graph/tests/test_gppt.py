@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,17 @@ def test_after_a_step_tokens_are_centres_of_the_step_and_keep_their_heads(make_b
     assert far is not None
     assert not torch.allclose(far, start)
     assert bool(((far[:, None] - start).norm(dim=-1).argmin(1) == torch.arange(3)).all())
+
+
+def test_a_step_of_some_rows_moves_the_tokens_to_centres_of_these(make_backbone: Any, make_split: Any) -> None:
+    made, rows = method(make_backbone()), make_split([5, 3, 6, 4, 7, 2])
+    seen = made.read(rows, RUN)
+    made.start(seen)
+    start, z = made.structure.clone(), seen.batch(range(6))["features"]
+    made.fit(rows, None, RUN.model_copy(update={"epochs": None, "max_steps": 1}))  # four rows
+    assert not torch.allclose(made.structure, start)
+    steps = [cluster(z[list(four)], 3, start) for four in combinations(range(6), 4)]
+    assert any(torch.allclose(made.structure, centres) for centres in steps if centres is not None)
 
 
 def test_a_step_of_too_few_different_rows_leaves_the_tokens(make_backbone: Any, make_split: Any) -> None:

@@ -148,6 +148,13 @@ def test_relief_reports_coverage_and_magnitude_and_predicts_the_same_in_any_comp
     assert outcome.artifact is not None
     session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "gin"))
     assert session.predict(["CCO", "CCN"])[1] == session.predict(["CCN"])[0]
+    with torch.no_grad():
+        for parameter in session.method.policies.parameters():
+            parameter *= 10  # now it matters which nodes are drawn
+    company = ["CCO", "c1ccccc1", "CCCCCCN"]
+    first, *_, last = session.predict(company)
+    assert [last, first] == session.predict([company[-1], company[0]])
+    assert last == session.predict(company[-1:])[0]
     assert Bench(made(folder, "nodes", relief)).job("relief", 0)[0].method.config.level == "node"
 
 
