@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch_geometric.utils import k_hop_subgraph, subgraph
 
 from pt_core import InputError, fit
 from pt_core.testing import SHORT, one_thread
+from pt_graph import data
 from pt_graph.data import (
     GraphTask,
     answers,
@@ -240,6 +242,21 @@ def test_a_node_task_has_the_class_of_each_centre(make_graph: Callable[..., Data
         assert torch.equal(batch["labels"], graph.y[batch["sample_ids"]])
         centres = batch["graphs"].x[batch["graphs"].centre_index]
         assert torch.equal(centres, graph.x[batch["sample_ids"]])  # places of centres are moved along in a batch
+
+
+def test_only_the_subgraphs_of_drawn_nodes_are_made(make_graph: Callable[..., Data]) -> None:
+    graph = make_graph(60, 2)
+    graph.y = torch.arange(60) % 3
+    with mock.patch("pt_graph.data._sampled", wraps=data._sampled) as made:
+        task = GraphTask.from_nodes(
+            graph, hops=2, neighbours=[2, 1], shots=4, validation_nodes=10, test_nodes=12, seed=3
+        )
+    assert made.call_count == 12 + 10 + 12
+    all_of_them = node_subgraphs(graph, 2, neighbours=[2, 1], seed=3)
+    assert task.train.ids is not None
+    for (found, _), node in zip(task.train.rows, task.train.ids, strict=True):
+        assert torch.equal(found.x, all_of_them[node].x)
+        assert torch.equal(found.edge_index, all_of_them[node].edge_index)
 
 
 def test_node_draws_that_cannot_be_made_are_refused(make_graph: Callable[..., Data]) -> None:

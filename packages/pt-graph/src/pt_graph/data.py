@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 from zipfile import BadZipFile
@@ -424,13 +425,25 @@ def node_subgraphs(
     Returns:
         Node -> its subgraph: x, edge_index, `centre_index` [1], the centre's place in it; nodes in ascending order.
     """
+    reach, nodes = _in_range(graph, hops, min_nodes, max_nodes)
+    return _around(graph, reach, nodes, neighbours, seed)
+
+
+def _in_range(graph: Data, hops: int, min_nodes: int, max_nodes: int | None) -> tuple[csr_array, list[int]]:
+    """`neighbourhoods` of a graph, and the nodes whose own size is in range, in ascending order."""
     reach = neighbourhoods(graph.edge_index, len(graph.x), hops)
     sizes = np.diff(reach.indptr)
-    wanted = np.flatnonzero((sizes >= min_nodes) & (sizes <= (max_nodes or len(graph.x))))
+    return reach, np.flatnonzero((sizes >= min_nodes) & (sizes <= (max_nodes or len(graph.x)))).tolist()
+
+
+def _around(
+    graph: Data, reach: csr_array, nodes: Iterable[int], neighbours: Sequence[int], seed: int
+) -> dict[int, Data]:
+    """The subgraphs of `node_subgraphs` around these nodes."""
     source, target = graph.edge_index.numpy()
     place = np.full(len(graph.x), -1)
     found: dict[int, Data] = {}
-    for node in wanted.tolist():
+    for node in nodes:
         if neighbours:
             members, edges = _sampled(source, target, node, neighbours, np.random.default_rng((seed, node)))
         else:
@@ -678,8 +691,8 @@ class GraphTask:
             labels: class names; default: numbers.
         """
         graph = source if isinstance(source, Data) else read_nodes(source)
-        found = node_subgraphs(graph, hops, min_nodes, max_nodes, neighbours, seed)
-        if not found:
+        reach, eligible = _in_range(graph, hops, min_nodes, max_nodes)
+        if not eligible:
             raise InputError("no node has a subgraph of this size", field="min_nodes", remedy="Widen the range")
         names = tuple(labels or map(str, range(int(graph.y.max()) + 1)))
         spec = GraphSpec(
@@ -692,7 +705,8 @@ class GraphTask:
             neighbours=tuple(neighbours),
             seed=seed,
         )
-        drawn = draw_nodes(graph.y, list(found), shots, validation_nodes, test_nodes, seed)
+        drawn = draw_nodes(graph.y, eligible, shots, validation_nodes, test_nodes, seed)
+        found = _around(graph, reach, chain(*drawn), neighbours, seed)
         parts = [make_split([found[n] for n in p], graph.y[p], p, spec) if p else None for p in drawn]
         assert parts[0] is not None
         return cls(spec, parts[0], parts[1], parts[2])
