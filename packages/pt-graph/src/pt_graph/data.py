@@ -180,9 +180,8 @@ def read_smiles(
             found.skipped[number] = str(error)
             continue
         if task == "multiclass":
-            label = [
-                -1 if _empty(row[labels[0]]) else 0
-            ]  # coded below: the classes are those of the rows that are kept
+            # Coded below, since the classes are those of the rows that are kept.
+            label = [-1 if _empty(row[labels[0]]) else 0]
         else:
             label = binary_labels([row[name] for name in labels], labels, coding, file, number)
         if max(label) < 0:
