@@ -14,7 +14,6 @@ Nothing is unpickled: nodes are read from safetensors or from npz without object
 from __future__ import annotations
 
 import random
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -213,7 +212,7 @@ def read_smiles(
     found.labels = torch.tensor(values)
     if task == "multiclass":
         cells = {number: table[number - 1][labels[0]] for number in found.rows}
-        found.classes = tuple(classes or _classes(cells, labels[0], file))
+        found.classes = tuple(classes or class_names(cells.values(), file, field=labels[0], rows=found.rows))
         codes = [_class_of(cell, found.classes, labels[0], file, number) for number, cell in cells.items()]
         found.labels = torch.tensor(codes)
     return found
@@ -222,18 +221,6 @@ def read_smiles(
 def _empty(cell: Any) -> bool:
     """Whether there is no label in a cell."""
     return cell is None or (isinstance(cell, float) and np.isnan(cell)) or str(cell).strip().lower() in ("", "nan")
-
-
-def _classes(cells: Mapping[int, Any], field: str, file: Path | None) -> list[str]:
-    """`class_names` of the cells of a column, by row; what it refuses is named by its row and column in the table."""
-    try:
-        return class_names(cells.values())
-    except InputError as error:
-        place = re.match(r"(?:row (\d+), )?field 'label': ", str(error))  # counted among the cells
-        if place is None:
-            raise
-        row = None if place[1] is None else list(cells)[int(place[1]) - 1]
-        raise InputError(str(error)[place.end() :], file=file, row=row, field=field) from error
 
 
 def _class_of(cell: Any, classes: Sequence[str], field: str, file: Path | None, row: int) -> int:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import re
 import unicodedata
@@ -211,19 +212,26 @@ def _ranking(labels: Iterable[Any], seed: int, purpose: str, file: File) -> dict
 # Labels
 
 
-def class_names(labels: Iterable[Any], file: File = None, multilabel: bool = False) -> list[str]:
+def class_names(
+    labels: Iterable[Any],
+    file: File = None,
+    multilabel: bool = False,
+    *,
+    field: str | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[str]:
     """The distinct labels as text, sorted; by value where all are whole numbers, so that "10" follows "9".
 
     Args:
         labels: one for each row; a list of them for each row if `multilabel`.
-        file: where the rows come from, for messages.
+        file, field, rows: where the labels come from, for messages: file, column, number of each row (default: 1, 2, ...).
 
     Raises:
         InputError: a label that is neither text nor an integer; text mixed with integers; labels that look alike; fewer
             than two classes; a row without a list if `multilabel`.
     """
-    field, seen = "labels" if multilabel else "label", dict[str | int, int]()
-    for row, given in enumerate(_values(labels), start=1):
+    field, seen = field or ("labels" if multilabel else "label"), dict[str | int, int]()
+    for row, given in zip(itertools.count(1) if rows is None else rows, _values(labels), strict=False):
         for label in _listed(given, row, file) if multilabel else (given,):
             seen.setdefault(_checked(label, row, file, field), row)
     if len({type(name) for name in seen}) > 1:
