@@ -142,7 +142,7 @@ class RESTORE(MaPLe):
             rows = torch.cat([tokens.hidden[:, :first], tokens.hidden[:, first + n :]], dim=1)
             # What is behind the slot that is pooled only fills the row up to the longest class name.
             read = torch.arange(rows.shape[1]) <= self.sentences.eot[:, None].cpu() - n
-            return rows[[at.to(rows.device) for at in read.nonzero(as_tuple=True)]]
+            return rows[tuple(at.to(rows.device) for at in read.nonzero(as_tuple=True))]
 
         def run(after: Callable[[int, Tokens], Tokens], prompted: bool) -> None:
             deep = dict(enumerate(self.deep, start=1)) if prompted else None
