@@ -222,7 +222,7 @@ def _read(kept: Path) -> Outcome:
 
 
 def check_cases(names: Iterable[str], field: str) -> None:
-    """Refuse names of which one is there twice, or differs from another in case only: some disks keep them in one file.
+    """Refuse names of which two differ in case only: some disks keep them in one file.
 
     Raises:
         InputError: naming the field.
