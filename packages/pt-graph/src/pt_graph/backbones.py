@@ -62,6 +62,11 @@ class BackboneConfig(Settings):
         return self.model_dump(mode="json")
 
 
+def has_doubles(device: torch.device) -> bool:
+    """Whether a device has float64: a Mac's accelerator has not, nor has the one of `pt_core.elsewhere`."""
+    return device.type not in ("mps", "meta")
+
+
 class GraphBackbone(nn.Module):
     """Base of the backbones: graphs -> node embeddings [n, d].
 

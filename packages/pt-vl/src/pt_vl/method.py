@@ -367,6 +367,22 @@ class VLMethod(Method):
         """The run that the method was published with, for these rows: what `fit` does where no other is given."""
         return FitConfig(**(FAMILY | self.run))
 
+    def run_of(self, train: Split, config: FitConfig | None) -> FitConfig:
+        """The run that is asked for, or `published`.
+
+        Raises:
+            InputError: it is bf16 on a CPU, whose autocast does not take the backbone's weights in float16.
+        """
+        config = config or self.published(train)
+        half = self.backbone.text_tower.words.weight.dtype == torch.float16
+        if half and config.precision == "bf16" and device_of(config).type == "cpu":
+            raise InputError(
+                "a backbone in float16 does not go with bf16 on a CPU",
+                field="training.precision",
+                remedy="Load it in float32 or bfloat16, or leave precision out",
+            )
+        return config
+
     def fit(
         self,
         train: Split,
@@ -379,29 +395,13 @@ class VLMethod(Method):
         Args:
             config: default: `published`.
         """
-        config = config or self.published(train)
-        check_precision(self.backbone, config)
+        config = self.run_of(train, config)
         if not self.trains_image:
             self.place(device_of(config))
             train = cache_features(train, self.backbone, config.eval_batch_size)
             if validation is not None:
                 validation = cache_features(validation, self.backbone, config.eval_batch_size)
         return super().fit(train, validation, config, output_dir)
-
-
-def check_precision(backbone: DualEncoder, config: FitConfig) -> None:
-    """Refuse what torch cannot compute: on a CPU its autocast to bfloat16 does not take weights in float16.
-
-    Raises:
-        InputError: the backbone is in float16, and the run on a CPU has precision bf16.
-    """
-    half = backbone.text_tower.words.weight.dtype == torch.float16
-    if half and config.precision == "bf16" and device_of(config).type == "cpu":
-        raise InputError(
-            "a backbone in float16 does not go with bf16 on a CPU",
-            field="training.precision",
-            remedy="Load it in float32 or bfloat16, or leave precision out",
-        )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -64,7 +64,8 @@ class GPF(GraphMethod):
     Parameters: D (plus the head). Chem GIN, D = 300: 300.
 
     Fidelity: the released code calls model.train() while tuning, so the BatchNorm statistics of its frozen GIN move and
-    dropout is on. Here BatchNorm stays in eval, and dropout is `backbone_dropout`, off by default.
+    dropout is on. Here BatchNorm stays in eval, and dropout is `backbone_dropout`, off by default. There the score is the last
+    epoch's; here, where there are validation rows, the best one's by them, unless the run's `keep_best` is off.
 
     Reference: Fang et al. Universal Prompt Tuning for Graph Neural Networks. NeurIPS 2023.
     """

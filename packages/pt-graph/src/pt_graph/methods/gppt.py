@@ -51,7 +51,8 @@ class GPPT(ReadOnceMethod):
     a ReLU; here it is the mean of the neighbours' embeddings throughout, as in the paper. k-means of a step starts from
     the tokens there are, so that tokens keep their heads (there it starts anew each time), and is left out for a step of
     fewer than K different rows. ProG classifies every node of a graph and lets them vote; here a graph is one row. In a
-    subgraph cut k hops around its centre, neighbours are embedded from what is left of their surroundings.
+    subgraph cut k hops around its centre, neighbours are embedded from what is left of their surroundings. The script's weight
+    decay of 5e-4 is the run's to set (`weight_decay`; default 0).
 
     Reference: Sun et al. GPPT: Graph Pre-training and Prompt Tuning to Generalize Graph Neural Networks. KDD 2022.
     """

@@ -41,7 +41,8 @@ class GraphPrompt(ReadOnceMethod):
 
     Fidelity: the cosine form of the paper; the released scripts use 1 / squared distance, and some make no backward pass.
     Prototypes are of all training rows at every step; ProG takes those of the batch, which couples its rows. The positive
-    term is in the denominator. The read-out is the sum, whatever the backbone's own is.
+    term is in the denominator. The read-out is the sum, whatever the backbone's own is. The scripts' weight decay of 1e-5 is
+    the run's to set (`weight_decay`; default 0).
 
     Reference: Liu et al. GraphPrompt: Unifying Pre-Training and Downstream Tasks for Graph Neural Networks. WWW 2023.
     """

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch_geometric.nn import GCNConv
 
-from pt_graph.backbones import FeaturePrompt
+from pt_graph.backbones import FeaturePrompt, has_doubles
 from pt_graph.method import GraphMethod
 from pt_graph.methods.gpf import GPFConfig, glorot
 
@@ -64,7 +64,7 @@ def best(scores: Tensor, batch: Tensor, ratio: float) -> Tensor:
     order = scores.argsort(dim=0, descending=True, stable=True)
     order = order.gather(0, batch[order].argsort(dim=0, stable=True))  # graph by graph, best first
     rank = torch.arange(len(batch), device=batch.device) - (sizes.cumsum(0) - sizes)[batch]
-    wide = sizes if sizes.device.type in ("cpu", "cuda") else sizes.cpu()  # not every accelerator has doubles
+    wide = sizes if has_doubles(sizes.device) else sizes.cpu()
     wanted = (ratio * wide.double() - 1e-9).ceil().to(sizes)
     among = rank < wanted[batch]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(0, order, among[:, None].expand_as(order))

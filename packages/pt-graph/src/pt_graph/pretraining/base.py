@@ -14,7 +14,7 @@ from torch_geometric.utils import subgraph
 
 from pt_core.errors import InputError
 from pt_core.method import Loss, Method, MethodConfig
-from pt_graph.backbones import GraphBackbone
+from pt_graph.backbones import GraphBackbone, has_doubles
 
 
 class PretrainingConfig(MethodConfig):
@@ -123,7 +123,7 @@ def links(graphs: Any) -> tuple[Tensor, Tensor]:
 def draw_nodes(graphs: Any, of: Tensor) -> Tensor:
     """A uniformly drawn node of each graph whose number is in `of`, [m]."""
     start, size = graphs.ptr[of], graphs.ptr[of + 1] - graphs.ptr[of]
-    wide = torch.float64 if of.device.type in ("cpu", "cuda") else torch.float32  # not every accelerator has doubles
+    wide = torch.float64 if has_doubles(of.device) else torch.float32
     drawn = (torch.rand(len(of), device=of.device, dtype=wide) * size).long()
     return cast(Tensor, start + torch.minimum(drawn, size - 1))
 

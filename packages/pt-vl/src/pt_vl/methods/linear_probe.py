@@ -16,7 +16,7 @@ from pt_core.plan import FitConfig, device_of
 from pt_core.probe import Array, fit_probe, probe_metrics
 from pt_core.training import FitResult
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import VLConfig, VLMethod, cache_features, check_precision, fixed_views
+from pt_vl.method import VLConfig, VLMethod, cache_features, fixed_views
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -73,6 +73,9 @@ class LinearProbe(VLMethod):
         features = self.image_features(batch).float()
         return Output(self.head(features), features)
 
+    def published(self, train: Split) -> FitConfig:
+        return FitConfig(epochs=1)  # no steps are made
+
     def fit(
         self,
         train: Split,
@@ -91,8 +94,7 @@ class LinearProbe(VLMethod):
         Raises:
             InputError: a class has no row in `train`, or its rows are augmented and have no fixed view.
         """
-        config = config or FitConfig(epochs=1)
-        check_precision(self.backbone, config)
+        config = self.run_of(train, config)
         self.place(device_of(config))
         features, labels = self._read(fixed_views(train), config)
         counts = np.bincount(labels, minlength=len(self.config.class_names))

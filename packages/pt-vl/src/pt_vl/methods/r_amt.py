@@ -19,7 +19,7 @@ from pt_core.method import Batch, Loss, MethodConfig, Output
 from pt_core.plan import FitConfig, device_of
 from pt_core.training import FitResult, Loop, fit
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import VLConfig, VLMethod, cache_features, check_precision, template_features, written
+from pt_vl.method import VLConfig, VLMethod, cache_features, template_features, written
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -203,8 +203,7 @@ class RAMT(VLMethod):
         Raises:
             InputError: micro-batches are asked for: where gradients disagree is a question to the whole batch.
         """
-        config = config or self.published(train)
-        check_precision(self.backbone, config)
+        config = self.run_of(train, config)
         if config.micro_batch_size is not None and config.micro_batch_size < min(config.batch_size, len(train)):
             raise InputError(
                 f"{self.name} takes a batch as a whole",

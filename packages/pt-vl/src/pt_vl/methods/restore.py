@@ -16,7 +16,7 @@ from pt_core.plan import FitConfig
 from pt_core.tokens import Tokens, real
 from pt_core.training import FitResult, fit
 from pt_vl.backbones import DualEncoder, TowerPrompt
-from pt_vl.method import VLMethod, check_precision
+from pt_vl.method import VLMethod
 from pt_vl.methods.maple import MaPLe, MaPLeConfig
 
 if TYPE_CHECKING:
@@ -186,8 +186,7 @@ class RESTORE(MaPLe):
         output_dir: str | Path | None = None,
     ) -> FitResult:
         """Supervised training; alphas grow once, when epoch floor(E / 3), counted from 0, has ended."""
-        config = config or self.published(train)
-        check_precision(self.backbone, config)
+        config = self.run_of(train, config)
         # Every run starts so, also one that goes on from trained prompts; one that is resumed loads its own.
         with torch.no_grad():
             self.alphas.copy_(self.alphas.new_tensor([self.config.alpha_text, self.config.alpha_image]))

@@ -17,7 +17,7 @@ from pt_core.metrics import evaluate_logits
 from pt_core.plan import FitConfig, build_optimiser, device_of
 from pt_core.training import FitResult
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import VLConfig, VLMethod, cache_features, check_precision
+from pt_vl.method import VLConfig, VLMethod, cache_features
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -103,8 +103,7 @@ class TipAdapter(VLMethod):
         Raises:
             InputError: `train` has another number of rows than the configuration says.
         """
-        config = config or self.published(train)
-        check_precision(self.backbone, config)
+        config = self.run_of(train, config)
         self.place(device_of(config))
         self.build_cache(train, config)
         if validation is None:
@@ -206,8 +205,7 @@ class TipAdapterF(TipAdapter):
         config: FitConfig | None = None,
         output_dir: str | Path | None = None,
     ) -> FitResult:
-        config = config or self.published(train)
-        check_precision(self.backbone, config)
+        config = self.run_of(train, config)
         self.place(device_of(config))
         self.build_cache(train, config)
         result = VLMethod.fit(self, train, validation, config, output_dir)

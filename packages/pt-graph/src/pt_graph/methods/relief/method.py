@@ -20,7 +20,7 @@ from pt_core.method import Batch, Loss, Method, MethodConfig, Output
 from pt_core.metrics import evaluate_logits
 from pt_core.plan import FitConfig
 from pt_core.training import FitResult, Loop, NotLearning, check_fit, described
-from pt_graph.backbones import GraphBackbone, dropping
+from pt_graph.backbones import GraphBackbone, dropping, has_doubles
 from pt_graph.method import GraphMethod, label_loss
 from pt_graph.methods.relief.config import RELIEFConfig
 from pt_graph.methods.relief.policy import ExactCritic, Policies, PooledCritic, critic_widths
@@ -499,7 +499,7 @@ def _draws(seed: int, sample_id: Any, size: int) -> Tensor:
 
 def _moved(uniform: Tensor, device: torch.device) -> Tensor:
     """Draws on a device, as doubles if it has them."""
-    return uniform.to(device, uniform.dtype if device.type in ("cpu", "cuda") else torch.float32)
+    return uniform.to(device, uniform.dtype if has_doubles(device) else torch.float32)
 
 
 def _uniform(graphs: Any) -> Tensor:
