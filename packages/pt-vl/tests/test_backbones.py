@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -817,3 +818,22 @@ def test_a_damaged_image_processor_is_refused_and_not_replaced(
     (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(InputError, match=r"preprocessor_config\.json: how .* prepares its images cannot be read"):
         load_backbone(str(tmp_path))
+
+
+def test_offline_a_hub_model_whose_image_processor_was_never_fetched_is_refused(
+    tmp_path: Path, make_encoder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, cache, commit = make_encoder(), tmp_path / "models--me--clip", "c" * 40
+    snapshot, lacking = cache / "snapshots" / commit, cache / ".no_exist" / commit
+    for folder in (snapshot, lacking, cache / "refs"):
+        folder.mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    made.model.save_pretrained(snapshot)  # type: ignore[operator]
+    made.tokeniser.save_pretrained(snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (lacking / "processor_config.json").touch()  # the hub was asked for it, and had none
+    with pytest.raises(InputError, match=r"me/clip prepares .* \(preprocessor_config\.json is not in the cache"):
+        load_backbone("me/clip")
+    (lacking / "preprocessor_config.json").touch()
+    assert load_backbone("me/clip").preprocessing == made.preprocessing

@@ -42,6 +42,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -610,6 +611,10 @@ def load_backbone(
         auto, images = importlib.import_module("transformers.models.auto.image_processing_auto"), None
         if auto.get_image_processor_config(place, revision=revision):  # without one: see `DualEncoder`
             images = auto.AutoImageProcessor.from_pretrained(place, revision=revision)
+        elif not Path(place).is_dir():
+            files = ("processor_config.json", "preprocessor_config.json")  # a name the hub lacks is remembered as such
+            if unknown := [f for f in files if try_to_load_from_cache(place, f, revision=revision or "main") is None]:
+                raise OSError(f"{unknown[0]} is not in the cache, and the hub was not asked")
     except (OSError, ValueError) as error:
         problem = f"how {name} prepares its images cannot be read ({str(error).splitlines()[0]:.200})"
         raise InputError(problem, file="preprocessor_config.json", remedy="Fetch it again") from error
