@@ -32,6 +32,7 @@ from pt_nlp import interop
 from pt_nlp.interop import export_peft, import_peft
 from pt_nlp.methods.p_tuning import PTuning, PTuningConfig
 from pt_nlp.methods.p_tuning_v2 import PTuningV2, PTuningV2Config
+from pt_nlp.methods.peft_peers import IA3, IA3Config, LoRA, LoRAConfig
 from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -127,6 +128,26 @@ def test_an_exported_adapter_gives_the_same_outputs_in_peft_and_comes_back(
     theirs = PeftModel.from_pretrained(small(family), tmp_path / "adapter")
     assert_equal_outputs(family, method.eval(), theirs)
     assert_equal_outputs(family, import_peft(tmp_path / "adapter", small(family)), theirs)
+
+
+@pytest.mark.parametrize("family", list(TASKS))
+@pytest.mark.parametrize("peer", [LoRA, IA3])
+def test_an_exported_lora_or_ia3_adapter_gives_the_same_outputs_in_peft(
+    family: str, peer: type[LoRA | IA3], tmp_path: Path
+) -> None:
+    config = LoRAConfig(r=4, alpha=16, rank_stabilised=True) if peer is LoRA else IA3Config()
+    method = peer(small(family), config).eval()
+    with torch.no_grad():
+        for weights in method.adapter.parameters():
+            weights.copy_(torch.empty_like(weights).normal_(1.0, 0.5))
+    export_peft(method, tmp_path / "adapter")
+    theirs, bare = PeftModel.from_pretrained(small(family), tmp_path / "adapter").eval(), small(family)
+    assert theirs.peft_config["default"].task_type == TASKS[family]
+    arguments = text(family)
+    with torch.no_grad():
+        ours, other, frozen = (model(**arguments).logits for model in (method.model, theirs, bare))
+    torch.testing.assert_close(other, ours, atol=1e-5, rtol=1e-5)
+    assert (ours - frozen).abs().max() > 1e-2
 
 
 def test_export_leaves_nothing_on_the_backbone_and_the_method_as_it_was(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@
     adapter_model.safetensors    `prompt_embeddings`: rows [l, d], or flat keys and values [l, N * 2 * heads * d_h]
 
 peft writes what a prompt encoder or projection has made, not the network, so a P-tuning adapter is read as prompt tuning
-and a projected prefix as a plain one. Checked in both directions with peft 0.21.
+and a projected prefix as a plain one. Checked in both directions with peft 0.21. LoRA and (IA)^3, which are peft's own, are
+written too; there is no need to read them here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from pt_core import artifacts
 from pt_core.errors import InputError
 from pt_core.method import Method
+from pt_nlp.methods.peft_peers import AdapterMethod
 from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig, flatten, unflatten
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 from pt_nlp.models import Model, base_of, is_causal, shape_of
@@ -28,7 +30,7 @@ from pt_nlp.models import Model, base_of, is_causal, shape_of
 CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
 READ = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which peft trains and saves a head, unasked
-WRITTEN = ("prompt-tuning", "p-tuning", "prefix-tuning", "spot")
+WRITTEN = ("prompt-tuning", "p-tuning", "prefix-tuning", "spot", "lora", "ia3")
 
 
 def import_peft(path: str | Path, backbone: Model) -> Method:
@@ -73,11 +75,11 @@ def import_peft(path: str | Path, backbone: Model) -> Method:
 
 
 def export_peft(method: Method, path: str | Path) -> Path:
-    """Write the prompt of a method as an adapter folder that peft loads, whole or not at all.
+    """Write what a method trained as an adapter folder that peft loads, whole or not at all.
 
     Args:
-        method: prompt tuning or SPoT, P-tuning (its rows are written as prompt tuning) or prefix tuning (its keys and values,
-            without a projection), without a head.
+        method: prompt tuning or SPoT, P-tuning (its rows are written as prompt tuning), prefix tuning (its keys and values,
+            without a projection), LoRA or (IA)^3, without a head.
         path: folder; replaced if it holds an adapter and nothing else.
 
     Raises:
@@ -90,13 +92,27 @@ def export_peft(method: Method, path: str | Path) -> Path:
         )
     if getattr(method, "head", None) is not None:
         raise InputError(
-            "a peft prompt holds no head of this library", remedy="Use save_pretrained, or train with label words"
+            "a peft adapter holds no head of this library", remedy="Use save_pretrained, or train with label words"
         )
     backbone: Model = method.backbone
-    shape = shape_of(backbone)
     writes = is_causal(backbone) and base_of(backbone) is not backbone
     seq2seq = backbone.config.is_encoder_decoder
     task = "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM" if writes else "FEATURE_EXTRACTION"
+    config, tensors = method.peft_state(task) if isinstance(method, AdapterMethod) else _prompt_state(method, task)
+    config |= {"base_model_name_or_path": getattr(backbone.config, "_name_or_path", "") or None}
+    whole = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    contents = {
+        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
+        TENSORS: save(whole, {"format": "pt"}),
+    }
+    artifacts.write_folder(Path(path), contents)
+    return Path(path)
+
+
+def _prompt_state(method: Method, task: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a prompt as peft has them."""
+    backbone: Model = method.backbone
+    shape = shape_of(backbone)
     if isinstance(method, PrefixTuning):
         _check_prefix(backbone)
         kind: dict[str, Any] = {"peft_type": "PREFIX_TUNING", "prefix_projection": False}
@@ -107,18 +123,12 @@ def export_peft(method: Method, path: str | Path) -> Path:
     rows = _rows(method)
     config = kind | {
         "task_type": task,
-        "base_model_name_or_path": getattr(backbone.config, "_name_or_path", "") or None,
         "inference_mode": True,
         "num_virtual_tokens": len(rows),
         "num_layers": shape.layers,
         "num_transformer_submodules": 1,
     }
-    contents = {
-        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
-        TENSORS: save({"prompt_embeddings": rows.detach().float().cpu().contiguous()}, {"format": "pt"}),
-    }
-    artifacts.write_folder(Path(path), contents)
-    return Path(path)
+    return config, {"prompt_embeddings": rows}
 
 
 def _rows(method: Any) -> Tensor:

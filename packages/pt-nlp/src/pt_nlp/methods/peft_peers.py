@@ -104,6 +104,17 @@ class AdapterMethod(TextMethod):
                 part.to(next(layer.base_layer.parameters()).device)
         return self
 
+    def peft_state(self, task: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What peft saves of this adapter: its configuration, for a task of peft's, and its tensors by peft's names."""
+        settings = self.tuner.peft_config["default"].to_dict()
+        config = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+        config |= {"task_type": task, "inference_mode": True}
+        tensors = {
+            f"base_model.model.{name.replace('/', '.').replace('.default', '', 1)}": tensor
+            for name, tensor in self.adapter.state_dict().items()
+        }
+        return config, tensors
+
     def folded(self) -> nn.Module:
         """A copy of the backbone, of the same class, with the adapter folded into its weights: no cost at inference.
 
