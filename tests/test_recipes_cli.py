@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pt_core.testing import Command, command, one_thread
+from pt_core.testing import Command, Killed, command, one_thread, stopped_after
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra `report` of pt-core")
 
@@ -177,29 +173,9 @@ def test_what_cannot_be_read_or_written_is_refused_before_the_backbone_is_loaded
 def test_a_run_that_was_killed_goes_on_to_the_same_prompt(pt: Command, recipe: Path, tmp_path: Path) -> None:
     longer = ["--set", "training.max_steps=60", "--set", "training.checkpoint_every=2", "--set", "method.lr=0.02"]
     assert pt("train", recipe, "-o", "whole", *longer)[0] == 0
-    # Slowed down at each step, so that the kill meets it in the middle.
-    slowed = """
-import time, torch
-from pt_core import cli, training
-torch.set_num_threads(1)
-update = training.Loop.update
-training.Loop.update = lambda loop: (time.sleep(0.05), update(loop))[1]
-cli.main()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", slowed, "train", str(recipe), "-o", "cut", *longer],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    folder, deadline = tmp_path / "cut" / "training", time.monotonic() + 240
-    while not list(folder.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    reached = max(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
-    assert 0 < reached < 60
+    with stopped_after(5), pytest.raises(Killed):
+        pt("train", recipe, "-o", "cut", *longer)
+    assert [path.name for path in (tmp_path / "cut" / "training").glob("checkpoint-*")] == ["checkpoint-0000004"]
     assert not (tmp_path / "cut" / "prompt").exists()
 
     code, _, err = pt("train", recipe, "-o", "cut", *longer)

@@ -128,7 +128,9 @@ def test_the_terminal_table_of_many_metrics_is_whole_at_80_columns(metrics):
 
 
 def test_markdown_is_a_table_with_bold_best():
-    lines = to_markdown([Result("a|b", 0, {"f1": 0.5}), Result("c", 0, {"f1": 0.75})], title="T").splitlines()
+    lines = to_markdown(
+        results_grid([Result("a|b", 0, {"f1": 0.5}), Result("c", 0, {"f1": 0.75})]), title="T"
+    ).splitlines()
     assert lines[0] == "## T"
     assert lines[2:6] == [
         "| method | f1 ↑ | trained values | s/step | artifact | seeds |",

@@ -107,7 +107,7 @@ def test_the_test_rows_are_read_once_after_training(tmp_path: Path) -> None:
     assert make.evaluated == 6
     expected = runs.evaluate(job.method, tiny_split(6, seed=3))
     assert outcome.result.metrics == expected
-    assert "validation" not in report.to_markdown([outcome.result])
+    assert "validation" not in report.to_markdown(report.results_grid([outcome.result]))
 
 
 def test_without_test_rows_the_metrics_are_those_of_the_validation_rows_and_tables_say_so(tmp_path: Path) -> None:
@@ -115,7 +115,9 @@ def test_without_test_rows_the_metrics_are_those_of_the_validation_rows_and_tabl
     job.test = None
     result = runs.train(job, config, tmp_path).result
     assert result.metrics == runs.evaluate(job.method, tiny_split(6, seed=2))  # those of the best step
-    assert "There are no test rows: metrics are of the validation rows" in report.to_markdown([result])
+    assert "There are no test rows: metrics are of the validation rows" in report.to_markdown(
+        report.results_grid([result])
+    )
 
 
 def test_a_metric_that_is_not_finite_does_not_cost_the_prompt(tmp_path: Path) -> None:

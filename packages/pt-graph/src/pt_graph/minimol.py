@@ -78,7 +78,7 @@ class _VirtualNode(nn.Module):
         self.node_projection = nn.Linear(width, width)
 
     def forward(self, x: Tensor, v: Tensor, graphs: Any) -> tuple[Tensor, Tensor]:
-        size = (graphs.ptr[1:] - graphs.ptr[:-1]).to(x.dtype)[:, None]
+        size = graphs.ptr.diff().to(x.dtype)[:, None]
         v = v + self.fc_layer(v + global_mean_pool(x, graphs.batch, graphs.num_graphs) * size.log())
         return x + self.node_projection(v[graphs.batch] / 2), v
 

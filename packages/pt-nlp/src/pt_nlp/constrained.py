@@ -294,12 +294,8 @@ def _written(
     options: Mapping[str, Any] | None = None,
 ) -> list[list[str]]:
     """Labels written for encoded rows: kept to a tree, or parsed from free text."""
-    device = next(method.backbone.parameters()).device
-    method.eval()
     found: list[list[str]] = []
-    for start in range(0, len(rows), batch_size):
-        batch = task.encoder.batch(rows[start : start + batch_size], with_targets=False)
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    for batch in task.batches(method, rows, batch_size):
         if tree is None:
             found += [parse_labels(text, labels) for text in task.generate(method, batch)]
             continue

@@ -19,14 +19,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from accelerate.utils import send_to_device
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pt_core.data import (
     Split,
@@ -310,13 +312,9 @@ def _fill(part: str, fields: Mapping[str, Any]) -> str:
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
     """Rows of unequal length as [b, n] long and their mask (1 = real)."""
-    n = max(len(row) for row in rows)
-    ids = torch.full((len(rows), n), value)
-    mask = torch.zeros(len(rows), n, dtype=torch.long)
-    for i, row in enumerate(rows):
-        at = slice(n - len(row), n) if side == "left" else slice(0, len(row))
-        ids[i, at], mask[i, at] = torch.tensor(row, dtype=torch.long), 1
-    return ids, mask
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    padded = pad_sequence(ids, True, value, side)
+    return padded, pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
 
 
 @dataclass
@@ -498,11 +496,7 @@ class TextTask:
         if blank := [i for i, text in enumerate(texts, start=1) if isinstance(text, str) and not text.strip()]:
             raise InputError("the text is empty", row=blank[0])
         rows, answers = self.texts(texts, **fields), list[dict[str, Any]]()
-        device = next(method.backbone.parameters()).device
-        method.eval()
-        for start in range(0, len(rows), batch_size):
-            batch = self.encoder.batch(rows[start : start + batch_size], with_targets=False)
-            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        for batch in self.batches(method, rows, batch_size):
             if self.spec.kind == "text-to-text":
                 answers += [{"text": text} for text in self.generate(method, batch)]
                 continue
@@ -516,6 +510,13 @@ class TextTask:
                     named = dict(zip(self.spec.labels, scores.tolist(), strict=True))
                     answers.append({"label": max(named, key=named.__getitem__), "scores": named})
         return answers
+
+    def batches(self, method: Any, rows: Sequence[Mapping[str, Any]], batch_size: int) -> Iterator[dict[str, Any]]:
+        """Encoded rows without their targets, in batches, where the method's backbone is; the method is in eval mode."""
+        device = next(method.backbone.parameters()).device
+        method.eval()
+        for start in range(0, len(rows), batch_size):
+            yield send_to_device(self.encoder.batch(rows[start : start + batch_size], with_targets=False), device)
 
     def generate(self, method: Any, batch: Mapping[str, Any], **options: Any) -> list[str]:
         """Greedy continuations of a batch of sources, as text, stripped.
@@ -531,15 +532,9 @@ class TextTask:
 
     def score_text(self, method: Any, split: Split, batch_size: int = 32) -> dict[str, float]:
         """Metrics of greedy continuations against the references."""
-        device = next(method.backbone.parameters()).device
-        written: list[str] = []
-        for start in range(0, len(split), batch_size):
-            rows = [split.rows[i] for i in range(start, min(start + batch_size, len(split)))]
-            batch = self.encoder.batch(rows, with_targets=False)
-            written += self.generate(
-                method, {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            )
-        return evaluate_text(split.metrics, written, [split.rows[i]["reference"].strip() for i in range(len(split))])
+        rows = [split.rows[i] for i in range(len(split))]
+        written = [text for batch in self.batches(method, rows, batch_size) for text in self.generate(method, batch)]
+        return evaluate_text(split.metrics, written, [row["reference"].strip() for row in rows])
 
 
 def read_rows(path: str | Path, fields: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -282,6 +282,13 @@ class VLMethod(Method):
             raise InputError(f"{self.name} prompts the image tower: cached features are of no use", field="pixels")
         return self.encode_image(batch["pixels"])
 
+    @torch.no_grad()
+    def read(self, split: Split, config: FitConfig) -> tuple[Tensor, Tensor]:
+        """Image features [n, d] and labels [n] of a split, one batch of images at a time."""
+        batches = (send_to_device(b, self.backbone.device) for b in split.batches(config.eval_batch_size))
+        found = [(self.image_features(batch), batch["labels"]) for batch in batches]
+        return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
+
     def forward(self, batch: Batch) -> Output:
         """Logits [B, C] and image features [B, d]."""
         features = self.image_features(batch)

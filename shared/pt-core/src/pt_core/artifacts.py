@@ -35,8 +35,8 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from pt_core.errors import InputError
-from pt_core.files import FILE_BROWSERS, sync
-from pt_core.frozen import BackboneIdentity, write_at
+from pt_core.files import FILE_BROWSERS, sync, write_at
+from pt_core.frozen import BackboneIdentity
 
 if TYPE_CHECKING:
     from pt_core.method import Method

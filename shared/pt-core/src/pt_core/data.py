@@ -27,7 +27,6 @@ from torch.utils.data import Subset
 from pt_core.errors import InputError
 from pt_core.metrics import check_names
 
-TASKS = ("multiclass", "multilabel", "text", "regression", "none")
 NOT_TEXT = ("label", "labels", "id")
 """Roles of `read_table` whose values need not be text."""
 
@@ -65,12 +64,9 @@ class Split:
     scorer: Callable[[Any, Split, int], dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise InputError(f"unknown task {self.task!r}", remedy=f"Use one of: {', '.join(TASKS)}", field="task")
+        check_names(self.metrics if self.scorer is None else (), self.task, self.num_classes)
         if len(self.rows) == 0:
             raise InputError("the split has no rows", field="rows")
-        if self.scorer is None:
-            check_names(self.metrics, self.task, self.num_classes)
         for field in ("lengths", "ids"):
             values = getattr(self, field)
             if values is not None and len(values) != len(self.rows):
@@ -162,17 +158,16 @@ def few_shot_split(
     return training, validation
 
 
-def stratified(labels: Iterable[Any], n: int, seed: int, exclude: Iterable[int] = (), file: File = None) -> list[int]:
+def stratified(labels: Iterable[Any], n: int, seed: int, file: File = None) -> list[int]:
     """Sorted indices of `n` rows in class proportion, for test sets of limited size.
 
-    Proportions are those of the rows that are not excluded, and are rounded by largest remainder (ties: the class that
-    sorts first), so a class is off its exact share by less than one row.
+    Proportions are rounded by largest remainder (ties: the class that sorts first), so a class is off its exact share by
+    less than one row.
 
     Raises:
         InputError: fewer than `n` rows are left.
     """
-    excluded = set(exclude)
-    rankings = [[i for i in r if i not in excluded] for r in _ranking(labels, seed, "stratified", file).values()]
+    rankings = list(_ranking(labels, seed, "stratified", file).values())
     left = sum(len(r) for r in rankings)
     if not 1 <= n <= left:
         raise InputError(f"{n} rows wanted, {left} there are", remedy=f"Ask for 1 to {left} rows", file=file, field="n")

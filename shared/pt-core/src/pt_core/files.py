@@ -28,6 +28,16 @@ def write(path: str | Path, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def write_at(file: Path, offset: int, data: bytes) -> None:
+    """Write `data` at `offset`, cut off what follows, and return when it is on the disk."""
+    with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as handle:
+        handle.seek(offset)
+        handle.truncate()
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
 def sync(folder: Path) -> None:
     """Make the names in a folder durable (Windows cannot open folders, and does so itself)."""
     if os.name == "posix":

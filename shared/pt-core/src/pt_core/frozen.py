@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import os
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -33,6 +32,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from pt_core.errors import InputError
+from pt_core.files import write, write_at
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -173,7 +173,6 @@ def identity(
     module: nn.Module,
     name: str | None = None,
     revision: str | None = None,
-    config: Mapping[str, Any] | None = None,
     *,
     full: bool = False,
 ) -> BackboneIdentity:
@@ -182,11 +181,10 @@ def identity(
     Args:
         module: the backbone.
         name, revision: where it comes from; by default what a Hugging Face model says of itself.
-        config: what determines its function beside the weights; by default `module.config.to_dict()`, if it has one.
         full: also hash all weights, so that it can be loaded with `strict=True`.
     """
     own: Any = getattr(module, "config", None)
-    config = _settings(module) if config is None else config
+    config = _settings(module)
     parameters = {n: t for n, t in _tensors(module).items() if isinstance(t, nn.Parameter)}
     quantised = _quantised(module)
     return BackboneIdentity(
@@ -523,9 +521,7 @@ class FeatureCache:
 
     def _write_header(self, features: Tensor) -> None:
         header = {"format_version": 1, **self._key, "dtype": _plain(features.dtype), "shape": list(features.shape[1:])}
-        beside = self.folder / f".features.json.{os.getpid()}"
-        write_at(beside, 0, (json.dumps(header, indent=2) + "\n").encode())
-        os.replace(beside, self.folder / "features.json")
+        write(self.folder / "features.json", json.dumps(header, indent=2) + "\n")
         self._refresh()
 
     def _refresh(self) -> None:
@@ -586,13 +582,3 @@ class FeatureCache:
 
 def _little(values: np.ndarray[Any, Any], dtype: torch.dtype) -> bytes:
     return values.astype(_STORED[dtype], copy=False).tobytes()
-
-
-def write_at(file: Path, offset: int, data: bytes) -> None:
-    """Write `data` at `offset`, cut off what follows, and return when it is on the disk."""
-    with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as handle:
-        handle.seek(offset)
-        handle.truncate()
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())

@@ -196,10 +196,8 @@ def to_rich(grid: Grid, title: str = "") -> Table:
     return rich
 
 
-def to_markdown(grid: Grid | Sequence[Result], metrics: Sequence[str] | None = None, title: str = "") -> str:
-    """A grid, or the grid of results, as a Markdown table with its caption; marked cells are bold."""
-    if not isinstance(grid, Grid):
-        grid = results_grid(grid, metrics)
+def to_markdown(grid: Grid, title: str = "") -> str:
+    """A grid as a Markdown table with its caption; marked cells are bold."""
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
@@ -262,9 +260,7 @@ def can_draw() -> bool:
     return True
 
 
-def curves(
-    runs: Mapping[str, History | Sequence[History]], path: str | Path, metric: str | None = None, title: str = ""
-) -> None:
+def curves(runs: Mapping[str, History | Sequence[History]], path: str | Path, metric: str | None = None) -> None:
     """Training loss and a validation metric over steps, as a PNG: a line per method, faint lines per seed.
 
     Args:
@@ -289,7 +285,7 @@ def curves(
             f"no run has {', '.join(wanted)}",
             remedy=f"Keys there are: {', '.join(dict.fromkeys(key for row in rows for key in row)) or 'none'}",
         )
-    figure, all_axes = _figure(5.2, 4.2, len(panels), title)
+    figure, all_axes = _figure(5.2, 4.2, len(panels))
     handles: dict[str, Any] = {}
     for axes, (key, label) in zip(all_axes, panels.items(), strict=True):
         for i, (method, group) in enumerate(histories.items()):
@@ -317,11 +313,11 @@ def curves(
     _save(figure, path)
 
 
-def bars(results: Sequence[Result], path: str | Path, metrics: Sequence[str] | None = None, title: str = "") -> None:
+def bars(results: Sequence[Result], path: str | Path, metrics: Sequence[str] | None = None) -> None:
     """A panel per metric, as a PNG: a bar per method (mean), whiskers (± sample standard deviation), a dot per seed."""
     groups = _by_method(results)
     metrics = _metrics(results, metrics)
-    figure, all_axes = _figure(6.0 if len(metrics) == 1 else 4.6, 1.2 + 0.5 * len(groups), len(metrics), title)
+    figure, all_axes = _figure(6.0 if len(metrics) == 1 else 4.6, 1.2 + 0.5 * len(groups), len(metrics))
     for panel, (axes, name) in enumerate(zip(all_axes, metrics, strict=True)):
         for i, runs in enumerate(groups.values()):
             values = [r.metrics[name] for r in runs if name in r.metrics]
@@ -641,7 +637,7 @@ def _histories(runs: Any) -> list[list[Mapping[str, Any]]]:
     return [list(run) for run in runs]
 
 
-def _figure(width: float, height: float, panels: int, title: str, abreast: int = 3) -> tuple[Figure, list[Axes]]:
+def _figure(width: float, height: float, panels: int, title: str = "", abreast: int = 3) -> tuple[Figure, list[Axes]]:
     """Panels of `width` x `height` inches, drawn by Agg; pyplot's global state is not touched."""
     columns = min(panels, abreast)
     lines = math.ceil(panels / columns)

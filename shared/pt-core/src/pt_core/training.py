@@ -75,12 +75,12 @@ class FitResult:
         seconds: wall time of the loop, with that of a resumed run up to its checkpoint.
     """
 
-    steps: int
-    best_step: int
-    metrics: dict[str, float]
-    history: list[dict[str, Any]]
-    seconds_per_step: float
-    stopped_early: bool
+    steps: int = 0
+    best_step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds_per_step: float = 0.0
+    stopped_early: bool = False
     seconds: float = 0.0
 
 
@@ -330,12 +330,11 @@ class Loop:
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{error} at step {self.step}. Lower the learning rate") from error
 
-    def record(self, metrics: Mapping[str, float], larger_is_better: bool | None = None) -> None:
+    def record(self, metrics: Mapping[str, float]) -> None:
         """Log validation metrics of the step in progress, keep the best prompt, and stop when `patience` is used up.
 
         Args:
             metrics: by name; the configuration's `monitor` must be among them. One that is NaN is never the best.
-            larger_is_better: default: as the configuration says, or by the metric's name (see `pt_core.metrics`).
         """
         if self._told_before():
             return
@@ -348,9 +347,7 @@ class Loop:
                 remedy=f"Choose one of: {', '.join(sorted(metrics)) or 'there are none'}",
                 field="monitor",
             )
-        larger = next(
-            (x for x in (larger_is_better, config.larger_is_better) if x is not None), higher_is_better(monitor)
-        )
+        larger = higher_is_better(monitor) if config.larger_is_better is None else config.larger_is_better
         value, sign = metrics[monitor], 1 if larger else -1
         gain = math.inf if state.best_value is None else (value - state.best_value) * sign
         state.monitor, state.last_metrics = monitor, dict(metrics)
@@ -731,7 +728,7 @@ def fit(
         method.place(device).eval()
         options = {"device": device, "accelerator": accelerator, "precision": config.precision}
         metrics = evaluate(method, validation, config.eval_batch_size, **options) if validation is not None else {}
-        return FitResult(0, 0, metrics, [], 0.0, False)
+        return FitResult(metrics=metrics)
     lengths = list(train.lengths) if config.bucket_by_length and train.lengths is not None else None
     plan = BatchPlan(len(train), config.batch_size, config.seed, lengths)
     total = config.max_steps or plan.per_epoch * (config.epochs or 1)

@@ -13,7 +13,7 @@ from torch_geometric.data import Data
 
 from pt_core.errors import InputError
 from pt_graph.backbones import ATOM_TYPES, BOND_TYPES, ChemGNN
-from pt_graph.pretraining.base import Pretraining, PretrainingConfig, links, rank_within, sizes
+from pt_graph.pretraining.base import Pretraining, PretrainingConfig, links, rank_within
 
 MASKED_ATOM, MASKED_BOND = ATOM_TYPES - 1, BOND_TYPES - 1  # the last rows of the tables
 PREDICTED_BONDS = 4  # single, double, triple, aromatic
@@ -61,7 +61,7 @@ class AttributeMasking(Pretraining):
     def mask(self, graphs: Any) -> tuple[Any, Tensor]:
         """A copy of the batch with masked atoms (and bonds), and which atoms are masked, [n]."""
         rank = rank_within(torch.rand(graphs.num_nodes, device=graphs.x.device), graphs.batch, graphs.num_graphs)
-        masked = rank < (sizes(graphs) * self.config.rate + 1).long()[graphs.batch]
+        masked = rank < (graphs.ptr.diff() * self.config.rate + 1).long()[graphs.batch]
         made = graphs.clone()
         made.x[masked] = made.x.new_tensor([MASKED_ATOM, 0])
         if self.config.bonds:

@@ -152,11 +152,6 @@ def draw_unlinked(graphs: Any, of: Tensor, first: Tensor | None = None, tries: i
 
 
 # --- parts of graphs --------------------------------------------------------------------------------------------------
-def sizes(graphs: Any) -> Tensor:
-    """Nodes of each graph, [B]."""
-    return cast(Tensor, graphs.ptr[1:] - graphs.ptr[:-1])
-
-
 def rank_within(keys: Tensor, of: Tensor, graphs: int) -> Tensor:
     """Rank of each row (0: smallest key) among the rows of its graph; `of` [n] numbers the graphs of the rows."""
     order = keys.argsort()

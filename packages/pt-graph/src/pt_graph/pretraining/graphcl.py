@@ -20,7 +20,6 @@ from pt_graph.pretraining.base import (
     induced,
     links,
     rank_within,
-    sizes,
 )
 
 Augmentation = Literal["node-drop", "edge-perturbation", "attribute-masking", "subgraph"]
@@ -85,7 +84,7 @@ class GraphCL(Pretraining):
         if bool(cuts.any()):  # the farthest from a random root go first
             hops = distances(graphs, draw_nodes(graphs, torch.arange(graphs.num_graphs, device=device)))
             key = torch.where(cuts[of], -(hops + key), key)
-        chosen = rank_within(key, of, graphs.num_graphs) < (sizes(graphs) * ratio).long()[of]
+        chosen = rank_within(key, of, graphs.num_graphs) < (graphs.ptr.diff() * ratio).long()[of]
         made = graphs.clone()
         masked = chosen & masks[of]
         if graphs.x.is_floating_point():

@@ -110,7 +110,7 @@ class LinearProbe(TextMethod):
         self.load_trained_state(
             {"head.weight": torch.from_numpy(weight).float(), "head.bias": torch.from_numpy(bias).float()}
         )
-        return FitResult(0, 0, metrics, [], 0.0, False)
+        return FitResult(metrics=metrics)
 
     @torch.no_grad()
     def _read(self, split: Split, config: FitConfig) -> tuple[Array, Array]:

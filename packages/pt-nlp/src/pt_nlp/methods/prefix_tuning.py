@@ -96,10 +96,10 @@ class PrefixTuning(TextMethod):
             raise InputError("a projection cannot start from a text", field="init", remedy="Train without a projection")
         if config.projection_dim is not None:
             return ProjectedPrefix(shape, config, self.generator)
-        start = self.cache_of_text(shape) if config.init == "text" else None
+        start = self.cache_of_text() if config.init == "text" else None
         return Prefix(shape, config, self.generator, start)
 
-    def cache_of_text(self, shape: Shape) -> Tensor:
+    def cache_of_text(self) -> Tensor:
         """Keys and values that the backbone computes for the first l tokens of a text, [N, 2, heads, l, d_h].
 
         With them the method starts where the text itself in front of every input would start.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from pt_core.errors import InputError
 from pt_core.method import Batch, MethodConfig, Output
@@ -109,18 +109,9 @@ class LinearProbe(VLMethod):
             {"head.weight": torch.from_numpy(weight).float(), "head.bias": torch.from_numpy(bias).float()}
         )
         self.eval()
-        return FitResult(0, 0, metrics, [], 0.0, False)
+        return FitResult(metrics=metrics)
 
     def _read(self, split: Split, config: FitConfig) -> tuple[Array, Array]:
         """Features [n, d] in float64 and labels [n] of a split."""
-        cached = cache_features(split, self.backbone, config.eval_batch_size)
-        features, labels = [], []
-        with torch.no_grad():
-            for batch in cached.batches(config.eval_batch_size):
-                features.append(self.image_features(_on(batch, self.backbone.device)).cpu().double())
-                labels.append(batch["labels"])
-        return torch.cat(features).numpy(), torch.cat(labels).numpy()
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        features, labels = self.read(cache_features(split, self.backbone, config.eval_batch_size), config)
+        return features.cpu().double().numpy(), labels.cpu().numpy()

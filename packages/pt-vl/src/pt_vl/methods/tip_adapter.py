@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from accelerate.utils import send_to_device
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,9 +105,7 @@ class TipAdapter(VLMethod):
         config = self.run_of(train, config)
         self.place(device_of(config))
         self.build_cache(train, config)
-        if validation is None:
-            return FitResult(0, 0, {}, [], 0.0, False)
-        return FitResult(0, 0, self.search(validation, config), [], 0.0, False)
+        return FitResult(metrics={} if validation is None else self.search(validation, config))
 
     @torch.no_grad()
     def build_cache(self, train: Split, config: FitConfig) -> None:
@@ -129,12 +126,6 @@ class TipAdapter(VLMethod):
                 total += features.float()
         self.keys.data.copy_(F.normalize(total / views, dim=-1))
         self.labels.copy_(labels)
-
-    def read(self, split: Split, config: FitConfig) -> tuple[Tensor, Tensor]:
-        """Image features [n, d] and labels [n] of a split, one batch of images at a time."""
-        batches = (send_to_device(b, self.backbone.device) for b in split.batches(config.eval_batch_size))
-        found = [(self.image_features(batch), batch["labels"]) for batch in batches]
-        return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
 
     @torch.no_grad()
     def search(self, validation: Split, config: FitConfig) -> dict[str, float]:

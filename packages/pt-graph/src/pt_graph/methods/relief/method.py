@@ -23,7 +23,7 @@ from pt_core.training import FitResult, Loop, NotLearning, check_fit, described
 from pt_graph.backbones import GraphBackbone, dropping, has_doubles
 from pt_graph.method import GraphMethod, label_loss
 from pt_graph.methods.relief.config import RELIEFConfig
-from pt_graph.methods.relief.policy import ExactCritic, Policies, PooledCritic, critic_widths
+from pt_graph.methods.relief.policy import ExactCritic, Policies, PooledCritic, critic_size
 from pt_graph.methods.relief.ppo import RewardScaler, advantages, log_std_at, member_parts, remaining, standardise
 from pt_graph.methods.relief.rollout import Episodes, Rollout, build_prompts, roll_out
 from pt_graph.methods.relief.update import best_of_others, minibatch_losses
@@ -262,8 +262,7 @@ class RELIEF(GraphMethod):
 
     def _build_critic(self, nodes: int, columns: int, seed: int) -> ExactCritic | PooledCritic:
         c, width = self.config, self.backbone.width
-        _, a, b = critic_widths(width, nodes)
-        size = columns * width * a + a + a * b + 2 * b + 1
+        size = critic_size(width, nodes, columns)
         if c.critic == "pooled" or (c.critic == "auto" and size > c.critic_limit):
             if c.critic == "auto":
                 warnings.warn(

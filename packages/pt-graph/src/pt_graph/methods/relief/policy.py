@@ -142,10 +142,10 @@ def critic_widths(width: int, nodes: int) -> tuple[int, int, int]:
     return inputs, max(int(inputs * 0.05), 1), max(int(inputs * 0.025), 1)
 
 
-def critic_size(width: int, nodes: int) -> int:
-    """Weights of the exact critic with all its columns: I a + a + a b + b + b + 1."""
-    i, a, b = critic_widths(width, nodes)
-    return i * a + a + a * b + b + b + 1
+def critic_size(width: int, nodes: int, columns: int) -> int:
+    """Weights of the exact critic with the columns of so many nodes: d columns a + a + a b + b + b + 1."""
+    _, a, b = critic_widths(width, nodes)
+    return width * columns * a + a + a * b + b + b + 1
 
 
 class _Columns(torch.autograd.Function):
