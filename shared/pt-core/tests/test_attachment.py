@@ -14,6 +14,7 @@ from types import MethodType
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
+from safetensors.torch import save_model
 from torch import nn
 
 from pt_core import attachment as room
@@ -65,6 +66,78 @@ def test_a_prompt_may_be_attached_several_times():
         assert torch.equal(backbone(IDS), by_hand(backbone, soft))
         handle.remove()
     assert torch.equal(backbone(IDS), plain)
+
+
+def test_a_prompt_that_is_attached_twice_is_one_submodule_until_the_last_is_removed(tmp_path):
+    backbone, soft = model(), prompt(0)
+    first, second = attach(backbone, soft), attach(backbone, soft)
+    other = attach(backbone, prompt(1))
+    assert [name for name in backbone.state_dict() if name.startswith("pt_")] == [
+        "pt_prompt_0.weight",
+        "pt_prompt_1.weight",
+    ]
+    save_model(backbone, tmp_path / "model.safetensors")  # which refuses a tensor of two names
+    first.remove()
+    other.remove()
+    assert backbone.pt_prompt_0 is soft
+    assert torch.equal(backbone(IDS), by_hand(backbone, soft))
+    second.remove()
+    assert not hasattr(backbone, "pt_prompt_0")
+
+
+def test_a_cast_of_the_backbone_leaves_its_prompt_as_it_is():
+    backbone, soft = model(), prompt(0)
+    before = soft.weight.clone()
+    attach(backbone, soft)
+    backbone.bfloat16()
+    assert backbone.embed.weight.dtype == torch.bfloat16
+    backbone.half().float()
+    assert torch.equal(soft.weight, before)
+    assert backbone.double().pt_prompt_0.weight.dtype == torch.float64
+
+
+def test_what_is_no_prompt_is_refused():
+    backbone = model()
+    with pytest.raises(InputError, match=r"a str is no prompt.*SoftPrompt"):
+        attach(backbone, "a photo of")
+    handle = attach(backbone, prompt(0))
+    with pytest.raises(InputError, match=r"a sequence of prompts.*\[handle\]"), route(backbone, handle):
+        pass
+
+
+class Outer(nn.Module):
+    """A backbone whose prompts enter in a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model()
+
+
+class OuterFamily(TinyFamily):
+    name = "outer"
+
+    def matches(self, backbone):
+        return isinstance(backbone, Outer)
+
+    def check(self, backbone, prompt):
+        pass
+
+    def patches(self, backbone, selected):
+        return super().patches(backbone.inner, selected)
+
+
+def test_a_part_of_a_backbone_with_prompts_takes_none_of_its_own():
+    register_family(OuterFamily())
+    outer = Outer()
+    handle = attach(outer, prompt(0))
+    with pytest.raises(InputError, match=r"a part of this TinyLM.*one of the two"):
+        attach(outer.inner, prompt(1))
+    handle.remove()
+    inner = attach(outer.inner, prompt(1))
+    with pytest.raises(InputError, match="a part of this Outer"):
+        attach(outer, prompt(0))
+    inner.remove()
+    assert "forward" not in outer.inner.__dict__
 
 
 def test_disabled_or_removed_the_backbone_is_bit_identical():
@@ -209,6 +282,34 @@ def test_a_copied_context_keeps_its_prompt():
     assert torch.equal(context.run(backbone, IDS), by_hand(backbone, handle.prompt))
 
 
+def steps(backbone, handle):
+    with handle.active():
+        yield backbone(IDS)
+        yield backbone(IDS)
+
+
+def test_a_choice_that_ends_in_another_context_says_so():
+    backbone = model()
+    handle = attach(backbone, prompt(0), always=False)
+    generator = steps(backbone, handle)
+    copy_context().run(next, generator)
+    with pytest.raises(InputError, match=r"ends in another thread or task.*around each step of a generator"):
+        for _ in range(2):
+            copy_context().run(next, generator, None)
+
+
+def test_choices_that_end_out_of_turn_say_so_and_leave_nothing_behind():
+    backbone = model()
+    plain = backbone(IDS)
+    a, b = (steps(backbone, attach(backbone, prompt(seed), always=False)) for seed in (0, 1))
+    next(a), next(b), next(a)
+    with pytest.raises(InputError, match="before one that was made within it"):
+        next(a)
+    next(b)
+    assert next(b, None) is None
+    assert torch.equal(backbone(IDS), plain)
+
+
 def test_a_removed_prompt_is_carried_by_no_row_any_more():
     backbone = model()
     a, b = attach(backbone, prompt(0), always=False), attach(backbone, prompt(1), always=False)
@@ -284,6 +385,36 @@ def test_accelerate_unwraps_its_autocast_and_leaves_the_prompt_in():
     handle.remove()
     assert "forward" not in backbone.__dict__
     assert torch.equal(backbone(IDS), plain)
+
+
+def test_accelerate_unwraps_the_autocast_that_was_there_before_the_prompt():
+    backbone = model()
+    plain = backbone(IDS)
+    backbone._original_forward = backbone.forward
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)(backbone.forward.__func__)
+    backbone.forward = MethodType(convert_outputs_to_fp32(autocast), backbone)
+    half = backbone(IDS)
+    handle = attach(backbone, prompt(0))
+    prompted = backbone(IDS)
+    extract_model_from_parallel(backbone, keep_fp32_wrapper=False)  # binds our method to the model once more
+    assert torch.equal(backbone(IDS), prompted)
+    handle.remove()
+    assert torch.equal(backbone(IDS), half) and not torch.equal(half, plain)
+    again = attach(backbone, prompt(1))
+    assert not torch.equal(backbone(IDS), half)
+    again.remove()
+    assert torch.equal(backbone(IDS), half)
+
+
+def test_a_copy_of_a_part_is_a_part_of_its_own_without_prompts():
+    register_family(OuterFamily())
+    outer = Outer()
+    plain = outer.inner(IDS)
+    attach(outer, prompt(0))
+    part = copy.deepcopy(outer.inner)
+    assert torch.equal(part(IDS), plain) and not torch.equal(outer.inner(IDS), plain)
+    part.embed.weight.zero_()
+    assert not torch.equal(part(IDS), plain)
 
 
 def test_a_backbone_with_prompts_is_not_copied():

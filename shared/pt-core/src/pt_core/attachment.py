@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MappingProxyType, MethodType
 from typing import Any, NoReturn, Protocol
 
@@ -59,7 +60,7 @@ class Handle:
         if attached is None or self not in attached.handles:
             return
         attached.handles.remove(self)
-        if self.name is not None:
+        if self.name is not None and all(h.name != self.name for h in attached.handles):
             delattr(self.backbone, self.name)
         if not attached.handles:
             attached.restore()
@@ -97,16 +98,23 @@ class _Attached:
         key, handles = id(backbone), self.handles
 
         def selected() -> Rows | None:
-            chosen = _ROUTES.get().get(key)
+            chosen = _ROUTES.get().rows.get(key)
             if chosen is None:
                 chosen = next(((h,) for h in reversed(handles) if h.always and h._on), ())
             chosen = tuple(h if h in handles else None for h in chosen)  # one may have been removed since
             return chosen if any(chosen) else None
 
         self.patched: list[tuple[nn.Module, Forward, Forward]] = []
-        for module, wrap in family.patches(backbone, selected):
+        patches = family.patches(backbone, selected)
+        if any(getattr(module.forward, "pt_handles", None) for module, _ in patches):
+            raise InputError(
+                f"a part of this {type(backbone).__name__}, or what it is a part of, carries prompts itself",
+                remedy="Attach all prompts to one of the two",
+            )
+        for module, wrap in patches:
             original = module.forward
             ours = _bound(wrap(original), module, like=original)
+            ours.__func__.__dict__["pt_handles"] = handles
             module.forward = ours
             self.patched.append((module, original, ours))
 
@@ -129,16 +137,18 @@ class _Attached:
                 module.forward = original
 
 
-def _bound(forward: Forward, module: nn.Module, like: Forward) -> Forward:
+def _bound(forward: Forward, module: nn.Module, like: Forward) -> MethodType:
     """`forward` as a method of `module`, with the name and signature of `like`, which generate and Trainer read.
 
-    It is a method, since accelerate unwraps a forward and binds what it finds to the module again; and without
-    `__wrapped__`, which it would follow through ours to the original.
+    It is a method, since accelerate unwraps a forward and binds what it finds to the module again, ours at times twice; and
+    without `__wrapped__`, which it would follow through ours to the original.
     """
 
     @functools.wraps(like)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
+        if self is not module:  # a copy of a part of the backbone: prompts and weights here are the original's
+            return type(self).forward(self, *args, **kwargs)
+        return forward(*args[1:] if args and args[0] is module else args, **kwargs)
 
     del method.__wrapped__
     signature, first = inspect.signature(like), inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
@@ -146,8 +156,17 @@ def _bound(forward: Forward, module: nn.Module, like: Forward) -> Forward:
     return MethodType(method, module)
 
 
+@dataclass
+class _Routes:
+    """What rows carry in a context, by the backbone's id."""
+
+    rows: Mapping[int, tuple[Handle | None, ...]]
+    before: _Routes | None = None  # what was in force when this choice was made
+    left: bool = False  # this choice ended out of turn: who was chosen within it does not come back to it
+
+
 _SLOT = "_pt_attached"  # where a backbone keeps it: not a submodule, and collected with the backbone
-_ROUTES: ContextVar[Mapping[int, tuple[Handle | None, ...]]] = ContextVar("pt_routes", default=MappingProxyType({}))
+_ROUTES: ContextVar[_Routes] = ContextVar("pt_routes", default=_Routes(MappingProxyType({})))  # noqa: B039
 _FAMILIES: list[Family] = []
 
 
@@ -201,17 +220,23 @@ def attach(backbone: nn.Module, prompt: Prompt, *, always: bool = True) -> Handl
             `handle.active()` or `route(...)` do.
 
     Raises:
-        InputError: the backbone's family is not known, or the prompt does not fit it.
+        InputError: the backbone's family is not known, the prompt does not fit it, or a part of the backbone is one that
+            carries prompts itself.
     """
+    if not isinstance(prompt, Prompt):
+        raise InputError(
+            f"a {type(prompt).__name__} is no prompt", remedy="Attach a pt_core Prompt, such as SoftPrompt"
+        )
     attached = _attached(backbone)
     family = attached.family if attached is not None else _family(backbone)
     family.check(backbone, prompt)
     if attached is None:
         attached = backbone.__dict__[_SLOT] = _Attached(backbone, family)
     name = None
-    if always:
-        taken = backbone._modules  # named_children() has a prompt that is attached twice once
-        name = next(f"pt_prompt_{i}" for i in range(len(taken) + 1) if f"pt_prompt_{i}" not in taken)
+    if always:  # attached twice it is still one submodule: savers refuse a tensor of two names
+        taken = backbone._modules
+        free = next(f"pt_prompt_{i}" for i in range(len(taken) + 1) if f"pt_prompt_{i}" not in taken)
+        name = next((h.name for h in attached.handles if h.prompt is prompt and h.name is not None), free)
         backbone.add_module(name, prompt)
     handle = Handle(backbone, prompt, always, name)
     attached.handles.append(handle)
@@ -223,20 +248,35 @@ def route(backbone: nn.Module, handles: Rows) -> Iterator[None]:
     """In this context row i of a batch carries `handles[i]` (None: no prompt); a single entry serves all rows.
 
     A new thread has a context of its own, without the choice made here: give it this one, by
-    `Thread(target=contextvars.copy_context().run, args=(model.generate,))`, or attach with `always=True`.
+    `Thread(target=contextvars.copy_context().run, args=(model.generate,))`, or attach with `always=True`. So does a thread
+    of an executor (`asyncio.to_thread` gives it yours). A generator has none: what it chooses holds for whoever steps it
+    too, between its steps, so do not `yield` in here; choose around each step.
 
     Raises:
-        InputError: a handle belongs to another backbone or was removed.
+        InputError: a handle belongs to another backbone or was removed; at the end, the choice was not ended where and in
+            the order in which it was made, as happens in generators.
     """
+    if isinstance(handles, Handle):
+        raise InputError("rows carry a sequence of prompts", remedy="Pass [handle]: one for all rows, or one for each")
     attached = _attached(backbone)
     for handle in handles:
         if handle is not None and (attached is None or handle not in attached.handles):
             raise InputError("a prompt of another backbone, or one that was removed", remedy="Attach it here first")
-    token = _ROUTES.set({**_ROUTES.get(), id(backbone): tuple(handles)})
+    before = _ROUTES.get()
+    chosen = _Routes({**before.rows, id(backbone): tuple(handles)}, before)
+    _ROUTES.set(chosen)
     try:
         yield
     finally:
-        _ROUTES.reset(token)
+        if _ROUTES.get() is not chosen:
+            chosen.left = True
+            raise InputError(
+                "the choice of prompts ends in another thread or task than it began in, or before one that was made within it",
+                remedy="Do not yield inside of `active()`, `route()` or `off()`: choose around each step of a generator",
+            )
+        while before.left and before.before is not None:
+            before = before.before
+        _ROUTES.set(before)
 
 
 @contextmanager

@@ -7,13 +7,15 @@ A prompt says what it offers and a backbone family puts it in its place (`pt_cor
     offset(i)     [..., d]                   what is added to the input embedding at source position i
     blocks()      {block: [m, d]}            rows inserted before block `block` of a tower
 
-Prompts stay float32 whatever the backbone's dtype is; they are cast where they are used.
+Prompts stay float32 whatever the backbone's dtype is, also when it is cast while it carries them; they are cast where they
+are used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,16 @@ class Prompt(nn.Module):
     def offers(self, what: str) -> bool:
         """Whether the prompt gives `what` (the name of one of the four methods above). Computes nothing."""
         return getattr(type(self), what) is not getattr(Prompt, what)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As any module's, but a cast to half precision (`model.half()`) moves without rounding."""
+
+        def kept(x: Tensor) -> Tensor:
+            made = fn(x)
+            return x.to(made.device) if made.dtype in (torch.float16, torch.bfloat16) else made
+
+        moved: Self = super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def count(self) -> int:
         """Number of trainable values."""
