@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch_geometric.data import Batch
-from torch_geometric.nn import GAT, GCN
+from torch_geometric.nn import GAT, GCN, GIN
+from torch_geometric.utils import coalesce, to_torch_coo_tensor, to_torch_csc_tensor, to_torch_csr_tensor
 
 from pt_core import InputError, attach, off, route
 from pt_graph.backbones import ChemConfig, ChemGNN, NodeGINConfig, PyGBackbone, dropping, load_backbone, save_backbone
 from pt_graph.methods.gpf import GPFPlusPrompt, GPFPrompt
-from pt_graph.methods.supt import HardPrompt
+from pt_graph.methods.supt import HardPrompt, SoftPrompt
 
 
 def generator() -> torch.Generator:
@@ -178,6 +179,28 @@ def test_a_prompt_attaches_to_a_plain_pyg_model(make_split: Callable[..., Any]) 
     )
     handle.remove()
     assert torch.equal(model(graphs.x, graphs.edge_index), before)
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc"])
+@pytest.mark.parametrize("make", [SoftPrompt, HardPrompt])
+def test_the_edges_of_a_plain_model_may_be_a_sparse_matrix(
+    make: Any, layout: str, make_split: Callable[..., Any]
+) -> None:
+    torch.manual_seed(0)
+    model, graphs = GIN(6, 8, 2).eval(), make_split([5, 3]).batch([0, 1])["graphs"]
+    edges = coalesce(graphs.edge_index[:, graphs.edge_index[0] < graphs.edge_index[1]])  # one way only
+    source = {"coo": to_torch_coo_tensor, "csr": to_torch_csc_tensor, "csc": to_torch_csr_tensor}[layout]
+    matrix = source(edges, size=(8, 8)).t()
+    matrix = matrix.coalesce() if layout == "coo" else matrix  # PyG reads one that is not as if it were
+    assert str(matrix.layout) == f"torch.sparse_{layout}"
+    values, plain = matrix.values().clone() if layout != "coo" else matrix._values().clone(), model(graphs.x, matrix)
+    torch.testing.assert_close(plain, model(graphs.x, edges))
+    handle = attach(model, make(6, 2, 0.5, generator()) if make is HardPrompt else make(6, 2, generator()))
+    expected = model(graphs.x, edges)
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(model(graphs.x, matrix), expected)
+    handle.remove()
+    assert torch.equal(matrix._values() if layout == "coo" else matrix.values(), values)
 
 
 @pytest.mark.parametrize("given", ["by place", "by name", "among others"])

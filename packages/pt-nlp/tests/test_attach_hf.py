@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pt_core.attachment import Handle, attach, off, route
 from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, Prompt, SoftPrompt
+from pt_core.testing import watch
 from pt_nlp import carried, causal, models, one_row
 
 VOCAB, WIDTH, M = 48, 16, 5
@@ -285,8 +286,7 @@ def test_the_shared_prefix_equals_the_plain_path(
 def rows_and_tokens(model: nn.Module) -> list[tuple[int, ...]]:
     """What the first block reads in each pass from now on: [rows, tokens]."""
     passes: list[tuple[int, ...]] = []
-    block = models.decoder_blocks(model.base_model)[0]
-    block.register_forward_pre_hook(lambda _, arguments: passes.append(tuple(arguments[0].shape[:2])))
+    watch(models.decoder_blocks(model.base_model)[0], lambda read, _: passes.append(tuple(read[0].shape[:2])))
     return passes
 
 
@@ -349,7 +349,7 @@ def test_the_last_block_computes_only_what_is_read(
     few = real & (torch.arange(real.shape[1]) % 4 == 0)
     computed: list[int] = []
     inner = [m for m in models.decoder_blocks(model.base_model)[-1].modules() if hasattr(m, "weight")][-1]
-    inner.register_forward_hook(lambda *call: computed.append(call[-1].shape[-2]))
+    watch(inner, lambda _, given: computed.append(given.shape[-2]))
     found = []
     for where in (few, real):
         prompt.zero_grad()
@@ -1429,3 +1429,168 @@ def test_stored_keys_and_values_follow_hooks_and_buffers(tiny: Build, what: str)
     fresh = with_gradient(model, model.pt_prompt_0, batch)[2]  # nothing is stored with gradient
     real = batch["attention_mask"].bool()
     assert gap(after[real], before[real]) > 1e-2 and gap(after[real], fresh) < 1e-4
+
+
+# --- hooks of others --------------------------------------------------------------------------------------------------
+def last_token(module: nn.Module, arguments: Any, output: Any) -> Any:
+    h = (output[0] if isinstance(output, tuple) else output).clone()
+    h[:, -1] += 3
+    return (h, *output[1:]) if isinstance(output, tuple) else h
+
+
+def first_row(module: nn.Module, arguments: Any, output: Any) -> Any:
+    h = (output[0] if isinstance(output, tuple) else output).clone()
+    h[:1] *= 0
+    return (h, *output[1:]) if isinstance(output, tuple) else h
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("hook", [last_token, first_row])
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_hook_in_a_block_sees_the_rows_of_the_batch(
+    tiny: Build, kind: str, hook: Callable[..., Any], cached: bool
+) -> None:
+    model, prompt = tiny(kind), soft()
+    ids = texts()["input_ids"][:1].repeat(3, 1)
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    models.decoder_blocks(model.base_model)[0].register_forward_hook(hook)
+    expected = concatenated(model, prompt.weight, whole)
+    attach(model, prompt)
+    with torch.no_grad():
+        assert gap(model(**whole, use_cache=cached).logits, expected) < 1e-5
+    assert gap(with_gradient(model, prompt, whole, use_cache=cached)[2], expected.flatten(0, 1)) < 1e-5
+
+
+def test_hooks_of_libraries_and_on_embeddings_leave_the_shared_prefix(tiny: Build) -> None:
+    model = tiny("Llama")
+    model.enable_input_require_grads()  # transformers' own hook
+    model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: output * 2)
+    model(**texts(), output_hidden_states=True)  # transformers hooks blocks to collect them
+    assert models.shortcut_refused(model.base_model) is None
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, arguments: None)
+    assert models.shortcut_refused(model.base_model) == "a hook reads or changes states of the model"
+
+
+# --- what is scaled, counted or read elsewhere -----------------------------------------------------------------------
+SEQ2SEQ = {
+    "vocab_size": VOCAB,
+    "d_model": WIDTH,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "max_position_embeddings": 64,
+    "init_std": 0.3,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    "scale_embedding": True,
+}
+
+
+def seq2seq(kind: str, **changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    suffix = "MTModel" if kind == "Marian" else "ForConditionalGeneration"
+    model: nn.Module = getattr(hf, kind + suffix)(getattr(hf, f"{kind}Config")(**SEQ2SEQ | changes))
+    return model.eval().requires_grad_(False)
+
+
+def falcon_h1() -> nn.Module:
+    torch.manual_seed(0)
+    mamba = {f"mamba_{name}": value for name, value in {"d_ssm": 32, "n_heads": 4, "d_head": 8, "d_state": 8}.items()}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.FalconH1Config(
+        vocab_size=VOCAB,
+        num_key_value_heads=2,
+        mamba_n_groups=1,
+        mamba_chunk_size=4,
+        embedding_multiplier=5.65,
+        pad_token_id=0,
+        **sizes,
+        **mamba,
+    )
+    return hf.FalconH1ForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["Bart", "Marian", "Pegasus", "BlenderbotSmall", "Mvp", "FalconH1"])
+def test_property_5_a_text_as_a_prompt_is_that_text_as_tokens_where_embeddings_are_scaled(kind: str) -> None:
+    model = falcon_h1() if kind == "FalconH1" else seq2seq(kind)
+    text = torch.tensor([[9, 8, 7, 6, 5]])
+    more = {"decoder_input_ids": torch.tensor([[2, 5, 6]])} if model.config.is_encoder_decoder else {}
+    expected = model(input_ids=torch.cat([torch.tensor([[40, 41, 42]]), text], dim=1), **more).logits
+    plain = model(input_ids=text, **more).logits
+    rows = models.embed_ids(models.reader_of(model), torch.tensor([40, 41, 42]))
+    handle = attach(model, SoftPrompt(3, rows.shape[1], init=rows))
+    found = model(input_ids=text, **more).logits
+    assert gap(found, expected[:, -found.shape[1] :]) < 1e-4 and gap(found, plain) > 0.01
+    handle.remove()
+    attach(model, SoftPrompt(0, rows.shape[1]))
+    assert gap(model(input_ids=text, **more).logits, plain) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["Bart", "Marian"])
+@pytest.mark.parametrize("sizes", [(3, 2, 2, 4), (2, 3, 4, 2)], ids=str)
+def test_keys_and_values_are_those_of_the_decoder_where_towers_differ(kind: str, sizes: tuple[int, ...]) -> None:
+    names = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    model = seq2seq(kind, **dict(zip(names, sizes, strict=True)))
+    shape = models.shape_of(model)
+    assert (shape.layers, shape.kv_heads, shape.head_dim) == (sizes[1], sizes[3], WIDTH // sizes[3])
+    arguments = {"input_ids": torch.tensor([[9, 8, 7]]), "decoder_input_ids": torch.tensor([[2, 5, 6]])}
+    plain = model(**arguments).logits
+    prompt = keys(model)
+    attach(model, prompt)
+    with torch.no_grad():
+        found = model(**arguments).logits
+        assert gap(found, plain) > 1e-3
+        prompt.weight[:, 0] = -40.0 * model.model.decoder.layers[0].self_attn.q_proj.weight.abs().max()
+        prompt.weight[:, 1] = 0
+    assert model(**arguments).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["ViTModel", "CLIPVisionModel", "WhisperForConditionalGeneration"])
+def test_models_that_read_no_text_are_refused(kind: str) -> None:
+    small = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+    }
+    audio = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 9, "num_mel_bins": 8}
+    audio |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    audio |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    cls = getattr(hf, kind)
+    config = cls.config_class(**audio) if "Whisper" in kind else cls.config_class(**small, patch_size=4)
+    with pytest.raises(InputError, match=rf"a {kind} reads no text \(but (pixel_values|input_features)\)"):
+        attach(cls(config), soft(width=8))
+
+
+def test_a_call_without_a_text_is_refused_as_without_a_prompt(tiny: Build) -> None:
+    model = tiny("Llama")
+    attach(model, soft())
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+
+
+def test_a_state_that_was_filled_under_a_prompt_does_not_go_on_without_it(tiny: Build) -> None:
+    model = tiny("Mamba")
+    handle = attach(model, soft())
+    with torch.no_grad():
+        cache = model(input_ids=texts()["input_ids"][:1], use_cache=True).cache_params
+        handle.enabled(False)
+        with pytest.raises(InputError, match="the cache was filled under a prompt"):
+            model(input_ids=torch.tensor([[5]]), cache_params=cache)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
+def test_a_prompted_model_is_exported_without_gradient(tiny: Build, kind: str) -> None:
+    model, ids = tiny(kind), texts()["input_ids"][:1]
+    attach(model, soft())
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
+        assert gap(program.module()(input_ids=ids, use_cache=False).logits, expected) < 1e-5

@@ -628,3 +628,18 @@ def test_start_from_the_released_text():
     method = dept(backbone, init="text", init_ids=ids)
     table = backbone.get_input_embeddings().weight
     assert torch.equal(method.prompt.soft.weight, table[torch.tensor([7, 9, 1, 7])])
+
+
+def test_training_that_does_not_say_which_tokens_are_targets_is_refused():
+    """As under label smoothing of the Trainer, or TRL's losses: labels do not come to the model."""
+    backbone = build("llama")
+    method = dept(backbone)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with method.active():
+        with pytest.raises(InputError, match=r"nothing says which these are.*Pass `labels`.*source_tokens"):
+            backbone(input_ids=ids)
+        labelled = backbone(input_ids=ids, labels=ids.masked_fill(ids < 5, -100)).logits
+        with source_tokens(torch.tensor([[1, 1, 0, 0]])):
+            assert torch.equal(backbone(input_ids=ids).logits, labelled)
+        with torch.no_grad():
+            backbone(input_ids=ids)  # a source that is read

@@ -25,7 +25,7 @@ from pt_core.data import few_shot
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.plan import FitConfig
-from pt_core.testing import one_thread
+from pt_core.testing import one_thread, watch
 from pt_nlp.data import TextTask
 from pt_nlp.methods.in_context import InContext, InContextConfig
 from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
@@ -227,7 +227,7 @@ def test_keys_and_values_of_the_demonstrations_are_computed_once():
     backbone, data = llama(), task(long_words=True)
     method = made(backbone, data.train, demonstrations=2)
     rows = []
-    backbone.model.layers[0].register_forward_hook(lambda _m, args, _o: rows.append(args[0].shape[:2].numel()))
+    watch(backbone.model.layers[0], lambda read, _: rows.append(read[0].shape[:2].numel()))
     batch = data.train.batch([0, 1, 3])
     with torch.no_grad():
         method(batch)

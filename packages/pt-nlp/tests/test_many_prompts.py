@@ -106,6 +106,7 @@ def test_rows_on_the_plain_path_get_what_they_get_alone(
     check_rows(model, texts(side), several(model, "rows only"))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["Llama", "T5"])
 def test_the_longest_source_of_an_offset_is_that_of_its_own_rows(tiny: Build, kind: str) -> None:
     model, batch = tiny(kind), texts("right")

@@ -17,6 +17,7 @@ from pt_core.errors import InputError
 from pt_core.plan import FitConfig
 from pt_core.prompts import KeyValuePrompt
 from pt_core.registry import find_method
+from pt_core.testing import watch
 from pt_nlp import backbones, models
 from pt_nlp import method as text_method
 from pt_nlp.method import LINEAR_HEADS, TextConfig, TextMethod, _decoder_ids
@@ -309,7 +310,7 @@ def test_the_loss_of_the_right_word_is_read_from_the_scores(
 def test_a_word_of_one_token_is_trained_without_reading_it(tiny: Build) -> None:
     made, shapes = method(tiny("Llama")), []
     block = models.decoder_blocks(made.backbone.model)[0]
-    block.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    watch(block, lambda read, _: shapes.append(tuple(read[0].shape[:2])))
     words, labels = candidates((1, 1, 1)), torch.tensor([1, 0, 2, 1])
     target = {"labels": labels, "target_ids": words["candidates"][labels]}
     batch = sources() | words | target
@@ -320,7 +321,7 @@ def test_a_word_of_one_token_is_trained_without_reading_it(tiny: Build) -> None:
 def test_the_source_is_read_once_for_all_label_words(tiny: Build) -> None:
     made, shapes = method(tiny("Llama")), []
     block = models.decoder_blocks(made.backbone.model)[0]
-    block.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    watch(block, lambda read, _: shapes.append(tuple(read[0].shape[:2])))
     scored(made, sources() | candidates())
     assert shapes == [(1, M), (4, 7), (12, 2)]  # the prompt; the sources; the rest of every label word
 

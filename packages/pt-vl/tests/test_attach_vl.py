@@ -196,3 +196,20 @@ def test_prompts_that_are_more_than_rows_say_so(make_encoder: Make) -> None:
     ):
         with pytest.raises(InputError, match="more than rows in the towers"):
             method.as_prompt()
+
+
+def test_a_tower_gives_a_tuple_where_one_is_asked_for(make_encoder: Make, pixels: Tensor) -> None:
+    model = make_encoder("clip").model
+    attach(model, TowerPrompt(image={0: random(2, 24)}))
+    hidden, pooled = model.vision_model(pixels, return_dict=False)
+    made = model.vision_model(pixels, return_dict=True)
+    assert torch.equal(hidden, made.last_hidden_state) and torch.equal(pooled, made.pooler_output)
+
+
+def test_attention_that_takes_no_mask_is_refused_also_where_it_is_chosen_later(make_encoder: Make) -> None:
+    backbone = make_encoder("clip")
+    ids = backbone.tokenise(NAMES).ids
+    attach(backbone.model, TowerPrompt(context=random(2, 16)))
+    backbone.model.config.text_config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(InputError, match=r"do not go with 'flex_attention'.*set_attn_implementation\(\"sdpa\"\)"):
+        backbone.model.get_text_features(input_ids=ids)

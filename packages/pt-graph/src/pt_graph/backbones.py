@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.data import Batch
 from torch_geometric.nn import GINConv, MessagePassing, global_add_pool, global_max_pool, global_mean_pool
-from torch_geometric.utils import add_self_loops, degree, softmax
+from torch_geometric.utils import add_self_loops, degree, is_sparse, softmax, to_edge_index
 
 from pt_core.artifacts import write_folder
 from pt_core.attachment import Forward, Rows, register_family
@@ -535,9 +535,12 @@ class GraphFamily:
                 rows = selected()
                 if rows is not None:
                     given = options | signature.bind(x, edge_index, *rest, **options).arguments
-                    graphs = Batch(x=x, edge_index=edge_index, batch=given.get("batch"))
+                    edges = edge_index
+                    if is_sparse(edges):  # the transposed adjacency matrix, whose rows are the targets
+                        edges = to_edge_index(edges)[0].flip(0)
+                    graphs = Batch(x=x, edge_index=edges, batch=given.get("batch"))
                     if graphs.batch is None:
-                        graphs.batch = edge_index.new_zeros(len(x))
+                        graphs.batch = edges.new_zeros(len(x))
                     x = _prompted(x, graphs, rows)
                 return original(x, edge_index, *rest, **options)
 

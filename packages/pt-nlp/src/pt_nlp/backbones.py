@@ -90,6 +90,11 @@ class _TextFamily:
         return ours and hasattr(backbone, "get_input_embeddings") and hasattr(backbone.config, "get_text_config")
 
     def check(self, backbone: Model, prompt: Prompt) -> None:
+        if getattr(backbone, "main_input_name", "input_ids") != "input_ids":
+            raise InputError(
+                f"a {type(backbone).__name__} reads no text (but {backbone.main_input_name})",
+                remedy="Attach the prompt to a language model, or to the one inside of it",
+            )
         shape = shape_of(backbone)
         tokens, key_values = prompt.tokens(), prompt.key_values()
         if tokens is not None and tokens.shape[1] != shape.dim:
@@ -164,7 +169,7 @@ class _TextFamily:
         writes = base is not backbone and backbone.get_output_embeddings() is not None
         head = [(backbone, labels_are_targets(selected))] if writes else []
         last = [(decoder_blocks(base)[-1], last_block)] if base.config.model_type in SHARED_PREFIX else []
-        return [(base, around_causal(base, selected)), *last, *head]
+        return [(base, around_causal(base, selected, writes)), *last, *head]
 
 
 register_family(_TextFamily())

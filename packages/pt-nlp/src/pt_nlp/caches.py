@@ -166,7 +166,8 @@ def key_values_of(
     if rows is None or len(rows) == 0:
         return None
     device = device_of(base.get_input_embeddings())
-    if not torch.is_grad_enabled():
+    stores = not torch.is_grad_enabled() and not _exporting()
+    if stores:
         autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
         state = (*autocast, rows.device, _state(base))
         stored = handle.store.get("key_values")
@@ -180,9 +181,14 @@ def key_values_of(
         arguments["position_ids"] = torch.arange(len(rows), device=device)[None]
     original(**arguments)
     computed = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-    if not torch.is_grad_enabled():
+    if stores:
         handle.store["key_values"] = (state, rows.clone(), computed)
     return computed
+
+
+def _exporting() -> bool:
+    """Whether `torch.export` traces this: its tensors lie nowhere. Before torch 2.7 one cannot tell it from compiling."""
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
 @torch.compiler.disable  # where a tensor lies and what is in it is no part of a graph

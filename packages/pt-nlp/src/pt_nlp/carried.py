@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pt_core.attachment import Forward, Handle, Rows
 from pt_core.errors import InputError
 from pt_core.tokens import BlockPrompt
-from pt_nlp.models import RELATIVE_POSITIONS, Model
+from pt_nlp.models import RELATIVE_POSITIONS, Model, embed_ids
 
 
 @dataclass
@@ -168,6 +168,10 @@ def prompted(
             rows = selected()
             arguments.update(zip(names, args, strict=False))
             if rows is None:
+                if (
+                    getattr(arguments.get("cache_params"), "pt_owner", None) is not None
+                ):  # other caches refuse by themselves
+                    raise InputError("the cache was filled under a prompt", remedy="Start from an empty cache")
                 return original(**arguments)
             as_tuple = arguments.pop("return_dict", None) is False
             output = call(original, names, arguments, rows)
@@ -181,7 +185,7 @@ def prompted(
 def take_embeds(base: Model, arguments: dict[str, Any]) -> Tensor:
     """Input embeddings of a call; takes `input_ids` out of its arguments."""
     ids = arguments.pop("input_ids", None)
-    embeds: Tensor = arguments.pop("inputs_embeds", None) if ids is None else base.get_input_embeddings()(ids)
+    embeds: Tensor = arguments.pop("inputs_embeds", None) if ids is None else embed_ids(base, ids)
     return embeds
 
 

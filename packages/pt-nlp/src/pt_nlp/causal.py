@@ -57,10 +57,10 @@ from pt_nlp.carried import (
 from pt_nlp.models import (
     ATTENTION_LAYERS,
     Model,
-    adapters_by_row,
     check_length,
     checkpoints_blocks,
     decoder_blocks,
+    hooks_on_rows,
     layer_types,
     position_table,
     shortcut_refused,
@@ -72,19 +72,27 @@ log = logging.getLogger(__name__)
 SLOT_DISTANCES = {"mpt"}  # ALiBi from slots; BLOOM and Falcon count with the attention mask
 
 
-def around_causal(base: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
-    """The forward of a causal base model, with the prompts that `selected` names in front of every row."""
-    return prompted(selected, partial(_causal_call, base))
+def around_causal(base: Model, selected: Callable[[], Rows | None], writes: bool) -> Callable[[Forward], Forward]:
+    """The forward of a causal base model, with the prompts that `selected` names in front of every row.
+
+    Args:
+        writes: it has a language model head, so that tokens may be targets.
+    """
+    return prompted(selected, partial(_causal_call, base, writes))
 
 
-def _causal_call(base: Model, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows) -> Any:
+def _causal_call(
+    base: Model, writes: bool, original: Forward, names: list[str], arguments: dict[str, Any], rows: Rows
+) -> Any:
     """One call of a prompted causal model.
 
     The first call on an empty cache brings the prompt in, as a prefix of the cache or of the input embeddings. From then
     on it is in the cache, and only mask and positions tell of it.
     """
     ids = arguments.get("input_ids")
-    first = ids if ids is not None else arguments["inputs_embeds"]
+    first = ids if ids is not None else arguments.get("inputs_embeds")
+    if first is None:
+        return original(**arguments)  # which says what is missing
     batch, n, device = first.shape[0], first.shape[1], first.device
     carried = Carried.of(rows, batch, device)
     slot = "cache_params" if "cache_params" in names else "past_key_values"
@@ -118,6 +126,12 @@ def _causal_call(base: Model, original: Forward, names: list[str], arguments: di
         raise InputError(
             f"{n} tokens behind a cache: the prompt has an offset for source tokens, and nothing says whether these are",
             remedy="Use the method's own `generate`, say it with `pt_nlp.carried.source_tokens`, or read the text in one call",
+        )
+    if writes and carried.has_offset and n > 1 and SOURCE.get() is None and torch.is_grad_enabled():
+        raise InputError(
+            "the prompt has an offset for source tokens, and in training nothing says which these are: the labels do not come "
+            "to the model (label smoothing, a loss that is computed outside of it, as TRL does)",
+            remedy="Pass `labels` to the model, or say it with `pt_nlp.carried.source_tokens`",
         )
     if past and slot == "cache_params":
         return original(**arguments)  # the prompt is in the state; there is no mask to widen
@@ -195,7 +209,7 @@ def _may_be_one_row(base: Model, arguments: dict[str, Any], carried: Carried) ->
     """Whether this call may pass the model as one row (pt_nlp.one_row), as far as one can tell before."""
     if carried.index is not None or base.config._attn_implementation != "sdpa" or base in _NOT_ONE_ROW:
         return False
-    if adapters_by_row(base):
+    if hooks_on_rows(base) is not None:
         return False
     inner = {"output_hidden_states", "output_attentions"}
     asked = any(arguments.get(name) or getattr(base.config, name, False) for name in inner)

@@ -23,7 +23,7 @@ from pt_core.attachment import attach
 from pt_core.errors import InputError
 from pt_core.method import Loss, Method, MethodConfig, Output
 from pt_core.prompts import Prompt
-from pt_nlp.carried import reads, source_tokens
+from pt_nlp.carried import SOURCE, reads, source_tokens
 from pt_nlp.models import Model, base_of, checkpoints_blocks, is_causal, keep_checkpointing, width_of
 
 LINEAR_HEADS = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # logits = W h + b and nothing else
@@ -210,7 +210,8 @@ class TextMethod(Method):
         base = base_of(self.model)
         if self.backbone.config.is_encoder_decoder:
             base = self.model.get_encoder()
-        with reads(where):
+        source = torch.ones_like(batch["input_ids"]) if SOURCE.get() is None else SOURCE.get()
+        with reads(where), source_tokens(source):
             states: Tensor = base(**arguments).last_hidden_state
         return states[:, -where.shape[1] :]  # those of prompts stay in front in encoder-decoders
 

@@ -22,9 +22,18 @@ Model = Any  # a transformers model: what its class has, nn.Module's annotations
 
 SHARED_PREFIX = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # the types the exact shortcut is tested on
 BIDIRECTIONAL = {"bert-generation", "xlnet"}  # write text, but read it both ways unless `is_decoder` is set
+HOOKED_BY = {"torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes"}
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # fields of configurations
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 RELATIVE_POSITIONS = {"t5", "mt5", "umt5"}  # encoder-decoders in which only distances count
+SCALED_IDS = {  # towers that scale the embeddings of ids outside of the table, and leave those that they are given as they are
+    "MarianEncoder": "embed_scale",
+    "PegasusEncoder": "embed_scale",
+    "BlenderbotSmallEncoder": "embed_scale",
+    "MvpEncoder": "embed_scale",
+    "MvpDecoder": "embed_scale",
+    "FalconH1Model": "embedding_multiplier",
+}
 ATTENTION_LAYERS = {
     "full_attention",
     "sliding_attention",
@@ -40,6 +49,18 @@ def base_of(backbone: Model) -> Model:
     return inner if isinstance(inner, PreTrainedModel) and not backbone.config.is_encoder_decoder else base
 
 
+def reader_of(backbone: Model) -> Model:
+    """The tower that reads the text and whose input embeddings prompts join."""
+    return backbone.get_encoder() if backbone.config.is_encoder_decoder else base_of(backbone)
+
+
+def embed_ids(tower: Model, ids: Tensor) -> Tensor:
+    """What a tower makes of ids [...], as `inputs_embeds` would have it: [..., d]."""
+    embeds: Tensor = tower.get_input_embeddings()(ids)
+    scale = SCALED_IDS.get(type(tower).__name__)
+    return embeds if scale is None else embeds * getattr(tower, scale)
+
+
 _BLOCKS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # the name of each tower's list of blocks
 
 
@@ -49,7 +70,8 @@ def decoder_blocks(base: Model) -> nn.ModuleList:
     It is looked for once, where a prompt is attached: `generate` lowers the number of layers in the configuration while a
     model drafts for itself (`assistant_early_exit`), and then it is the first of them.
     """
-    layers = base.config.get_text_config().num_hidden_layers
+    config = base.config.get_text_config()
+    layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers  # BART's is the number of the encoder
     if base not in _BLOCKS:
         lists = ((name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList))
         found = next((name for name, module in lists if len(module) == layers), None)
@@ -73,9 +95,14 @@ class Shape:
 def shape_of(backbone: Model) -> Shape:
     """Sizes of the tower that prompts enter (of the decoder, for the keys and values of an encoder-decoder)."""
     config = backbone.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1  # a recurrent model has none
     dim = backbone.get_input_embeddings().embedding_dim
-    layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    heads, layers = (
+        getattr(config, "num_attention_heads", None) or 1,
+        config.num_hidden_layers,
+    )  # a recurrent model has none
+    if backbone.config.is_encoder_decoder:
+        heads = getattr(config, "decoder_attention_heads", None) or heads
+        layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or layers
     head_dim = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
@@ -174,10 +201,23 @@ def _dropout_active(base: Model) -> bool:
     return inside or any(getattr(base.config, name, 0) or 0 for name in names)
 
 
-def adapters_by_row(base: Model) -> bool:
-    """Whether hooks of peft give each row an adapter of its own in this call (`adapter_names`)."""
-    hooks = (hook for module in base.modules() for hook in module._forward_pre_hooks.values())
-    return any({"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())) for hook in hooks)
+def hooks_on_rows(base: Model) -> str | None:
+    """Why hooks in a model may tell the rows of a batch apart: it must then be passed as it is. None if none does.
+
+    Those of the model itself and of its input embeddings see the text's rows in any case. The libraries of `HOOKED_BY` take
+    rows as they come, but for peft where it gives each row an adapter of its own in this call (`adapter_names`).
+    """
+    outside = (base, base.get_input_embeddings())
+    for module in base.modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+        for hook in hooks if module not in outside else ():
+            if {"adapter_names", "alora_offsets"} & set(getattr(hook, "keywords", ())):
+                return "rows have adapters of their own"
+            origin = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+            if origin.partition(".")[0] not in HOOKED_BY:
+                return "a hook reads or changes states of the model"
+    return None
 
 
 def shortcut_refused(base: Model) -> str | None:
@@ -195,9 +235,7 @@ def shortcut_refused(base: Model) -> str | None:
         return "gradient checkpointing is on"
     if _dropout_active(base):
         return "dropout is active in the backbone"
-    if adapters_by_row(base):
-        return "rows have adapters of their own"
-    return None
+    return hooks_on_rows(base)
 
 
 def _rotates_by_length(config: Any) -> bool:

@@ -104,12 +104,6 @@ class DualEncoder(nn.Module):
         if kinds & {"CLIPModel", "SiglipModel"}:
             clip = "CLIPModel" in kinds
             text, image = HFText(model, causal=clip), HFImage(model, clip)
-            for tower in (text.tower, image.tower):
-                if tower.config._attn_implementation not in ("sdpa", "eager"):
-                    raise InputError(
-                        f"prompts do not go with {tower.config._attn_implementation!r} attention",
-                        remedy='Call model.set_attn_implementation("sdpa")',
-                    )
         elif type(model).__module__.startswith("open_clip"):
             text, visual = OpenClipText(model), cast(Any, model).visual
             # Convolutional and timm towers have no blocks that prompts could enter, and run as they are.
@@ -744,8 +738,9 @@ class DualEncoderFamily:
             handles = selected()
             if handles is None:
                 return original(*values, **options)
+            if options.pop("return_dict", None) is False:
+                return prompted(original, run, values, options).to_tuple()
             asked = [key for key, value in options.items() if value is not None and value is not False]
-            asked = [key for key in asked if key != "return_dict"]
             if asked:
                 raise InputError(
                     f"{', '.join(asked)} does not go with a prompt", remedy="Leave it out, or use off(model)"

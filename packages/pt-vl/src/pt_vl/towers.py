@@ -39,6 +39,14 @@ class HFBlocks(Tower):
         self.layers = tower.encoder.layers
         self.width = int(tower.config.hidden_size)
         self.heads = int(tower.config.num_attention_heads)
+        self.check_attention()
+
+    def check_attention(self) -> None:
+        """Refuse attention that takes other masks than those that are made here (flex: none at all)."""
+        if (kind := self.tower.config._attn_implementation) not in ("sdpa", "eager"):
+            raise InputError(
+                f"prompts do not go with {kind!r} attention", remedy='Call model.set_attn_implementation("sdpa")'
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -82,6 +90,7 @@ class HFText(HFBlocks):
         return cast(Tensor, self.tower.embeddings.position_embedding.weight)
 
     def prepare(self, tokens: Tokens) -> Tensor | None:
+        self.check_attention()  # the model may have changed since
         if not self.causal or self.tower.config._attn_implementation == "sdpa":
             return None
         n, hidden = tokens.hidden.shape[1], tokens.hidden
