@@ -272,34 +272,41 @@ def test_processes_give_the_same_bits(
     assert kept(tmp_path) == kept(whole[1])
 
 
+class Waiting(TinyBench):
+    """Lets workers wait once three cells are done; each says which process it is."""
+
+    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
+        if self.folder is not None and len(kept(self.folder)) >= 3:
+            (self.folder / f"{os.getpid()}.waits").touch()
+            time.sleep(120)
+        return super().transfer_job(label, seed, task, source)
+
+
 def test_when_the_study_is_killed_its_processes_end_and_it_goes_on(whole: tuple[Study, Path], tmp_path: Path) -> None:
+    study = tmp_path / "study"
     program = "\n".join(
         [
-            "from pt_core import transfer; from pt_core.testing import TinyBench",
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})",
+            "from pt_core import transfer; from test_transfer import Waiting",
             "if __name__ == '__main__':",
             "    transfer._cores = lambda: 2",
-            f"    transfer.run(TinyBench, 'tiny', {str(tmp_path / 'study')!r}, None, (0, 1), jobs=2)",
+            f"    transfer.run(Waiting, 'tiny', {str(study)!r}, None, (0, 1), jobs=2)",
         ]
     )
     (tmp_path / "study.py").write_text(program)
     with subprocess.Popen([sys.executable, tmp_path / "study.py"], stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
-        while len(kept(tmp_path / "study")) < 3 and process.poll() is None and time.monotonic() < deadline:
+        while len(list(study.glob("*.waits"))) < 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        workers = children(process.pid)
         process.send_signal(signal.SIGKILL)
+    workers = [int(file.stem) for file in study.glob("*.waits")]
+    assert len(workers) == 2
     while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(alive(worker) for worker in workers)
-    assert len(kept(tmp_path / "study")) >= 3
-    assert studied(tmp_path / "study") == whole[0]
-    assert kept(tmp_path / "study") == kept(whole[1])
-
-
-def children(pid: int) -> list[int]:
-    """Processes of a process, where /proc tells."""
-    found = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in found.read_text().split()] if found.is_file() else []
+    assert 3 <= len(kept(study)) <= 4
+    assert studied(study) == whole[0]
+    assert kept(study) == kept(whole[1])
 
 
 def alive(pid: int) -> bool:
@@ -309,34 +316,23 @@ def alive(pid: int) -> bool:
         return False
 
 
-class Dying(TinyBench):
-    """Takes its process down, as the kernel does where memory runs out."""
+class Failing(TinyBench):
+    """Refuses the first task; of the second its process dies, as where memory runs out."""
 
     def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
-        if transfer._worker is not None:
-            os._exit(1)
-        return super().transfer_job(label, seed, task, source)
-
-
-class Broken(TinyBench):
-    """Refuses a task, but only in a worker."""
-
-    def transfer_job(self, label: str, seed: int, task: str, source: Path | None = None) -> tuple[Job, FitConfig]:
-        if transfer._worker is not None:
+        if task == "one":
             raise InputError("is broken", file="tiny.csv", row=3)
-        return super().transfer_job(label, seed, task, source)
+        os._exit(1)
 
 
-@pytest.mark.parametrize(
-    ("bench", "problem"), [("Dying", "has died. Perhaps memory"), ("Broken", "tiny.csv, row 3: is")]
-)
-def test_what_goes_wrong_in_a_process_is_told(
-    bench: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_goes_wrong_in_a_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)  # for the processes too
-    benches = importlib.import_module("test_transfer")
-    with pytest.raises(InputError, match=problem):
-        studied(tmp_path, getattr(benches, bench), jobs=2)
+    bench = importlib.import_module("test_transfer").Failing
+    with transfer._in_processes(bench, "tiny", tmp_path, jobs=1) as run:
+        with pytest.raises(InputError, match="tiny.csv, row 3: is"):
+            list(run([Cell("one", 0)]))
+        with pytest.raises(InputError, match="has died. Perhaps memory"):
+            list(run([Cell("two", 0)]))
 
 
 def test_ray_gives_the_same_bits(whole: tuple[Study, Path], tmp_path: Path) -> None:
