@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak
 from torch import Tensor
 from torch_geometric.data import Data
 
@@ -116,19 +116,9 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def status(key: str) -> float:
-    """VmRSS or VmHWM of this process, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-
-
 def rollout_memory(make: Callable[[], Any]) -> float:
     """By how much the process grows at most while a rollout is made, in MB."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back first, so that it is not used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
-    before = status("VmRSS")
-    make()
-    return status("VmHWM") - before
+    return peak(make, torch.device("cpu")) / 2**20
 
 
 def measure(task: str, variant: str, updates: int, threads: int) -> dict[str, Any]:

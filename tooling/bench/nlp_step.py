@@ -28,19 +28,17 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from memory import peak
 from peft import PromptTuningConfig as PeftConfig
 from peft import get_peft_model
 from rich import box
@@ -246,30 +244,7 @@ def _measure_memory(arguments: str) -> None:
     device = torch.device(device_name)
     cell = Cell(MODELS[name](device, getattr(torch, dtype)), prompt, text, batch)
     run = {"ours": cell.ours, "peft": cell.peft_step}[step]
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        print((torch.cuda.max_memory_allocated(device) - before) / 2**20)
-    else:
-        before, seen, done = _resident(), [0], threading.Event()
-
-        def watch() -> None:  # the kernel's own peak would be that of loading
-            while not done.is_set():
-                seen[0] = max(seen[0], _resident())
-                time.sleep(0.001)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        run()
-        done.set()
-        watcher.join()
-        print((seen[0] - before) / 2**20)
-
-
-def _resident() -> int:
-    """Resident memory of this process in bytes (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    print(peak(run, device) / 2**20)
 
 
 def training(name: str, cells: Iterable[tuple[int, ...]], timing: Timing, dtype: torch.dtype, memory: bool) -> None:

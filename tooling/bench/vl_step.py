@@ -29,7 +29,6 @@ classes; for CoCoOp also one image, its published batch.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import statistics
 import subprocess
@@ -41,6 +40,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from memory import peak
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -260,26 +260,6 @@ def operations(step: Callable[[], Any]) -> int:
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
-def _status(key: str) -> int:
-    """VmRSS or VmHWM of this process in bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def peak(step: Callable[[], Any], device: torch.device) -> int:
-    """By how many bytes memory grows at most while a step runs."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back first, so that it is not used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
 def available(device: torch.device) -> int:
     """Bytes of memory that a step can have."""
     if device.type == "cuda":
