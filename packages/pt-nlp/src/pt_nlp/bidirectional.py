@@ -20,7 +20,15 @@ from pt_core.attachment import Forward, Rows
 from pt_core.errors import InputError
 from pt_nlp.caches import check_key_values, inside, mark, prefix_layers, seen_in
 from pt_nlp.carried import Carried, check_equal, inner_prompts, prompted, slots_of, take_embeds, token_rows, trim
-from pt_nlp.models import Model, check_length, checkpoints_blocks, first_position, padding_index, position_table
+from pt_nlp.models import (
+    Model,
+    check_length,
+    checkpoints_blocks,
+    first_position,
+    padding_index,
+    position_table,
+    positions_of,
+)
 
 
 def around_encoder(base: Model, selected: Callable[[], Rows | None]) -> Callable[[Forward], Forward]:
@@ -58,7 +66,7 @@ def _encoder_call(base: Model, original: Forward, names: list[str], arguments: d
     if "position_ids" in names:
         start, own = _encoder_positions(base, mask, arguments.get("position_ids"))
         own = own + carried.row_lengths(device)[:, None]
-        ahead = start + (ahead.long().cumsum(-1) - 1).clamp(min=0)
+        ahead = start + positions_of(ahead)
         arguments["position_ids"] = torch.cat([ahead, own.expand(batch, -1)], dim=1)
     elif carried.index is not None and carried.longest:
         raise InputError(

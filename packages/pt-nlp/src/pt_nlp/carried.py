@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pt_core.attachment import Forward, Handle, Rows
 from pt_core.errors import InputError
 from pt_core.tokens import BlockPrompt
-from pt_nlp.models import RELATIVE_POSITIONS, Model, embed_ids
+from pt_nlp.models import RELATIVE_POSITIONS, Model, embed_ids, positions_of
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Carried:
             embeds: of this call's tokens.
             source: [b, past + n] mask; what is in a cache counts for the positions.
         """
-        n, position = embeds.shape[1], (source.long().cumsum(-1) - 1).clamp(min=0)
+        n, position = embeds.shape[1], positions_of(source)
         for i, handle in enumerate(self.handles):
             own = position if self.index is None else position * (self.index == i)[:, None]  # others may be longer
             delta = None if handle is None else handle.prompt.offset(own)

@@ -63,6 +63,7 @@ from pt_nlp.models import (
     hooks_on_rows,
     layer_types,
     position_table,
+    positions_of,
     shortcut_refused,
     window_of,
 )
@@ -111,7 +112,7 @@ def _causal_call(
             remedy="Pad the batch instead of packing it",
         )
     if mask is not None and positions is None:
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n:]
+        positions = positions_of(mask)[:, -n:]
     deep = inner_prompts(carried)
     if deep is not None:
         from pt_nlp.blocks import deep_forward
@@ -295,7 +296,7 @@ def _prepend(base: Model, names: list[str], arguments: dict[str, Any], carried: 
     arguments["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
     if "position_ids" in names:
         positions = arguments["position_ids"].expand(batch, -1)
-        ahead = (carried.mask(batch, mask).long().cumsum(-1) - 1).clamp(min=0)
+        ahead = positions_of(carried.mask(batch, mask))
         arguments["position_ids"] = torch.cat([ahead, positions], dim=1)
     if not (padded and counts):
         return None  # behind the prompt padding has something to see: softmax over nothing may be no number

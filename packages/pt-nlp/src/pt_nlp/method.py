@@ -24,7 +24,7 @@ from pt_core.errors import InputError
 from pt_core.method import Loss, Method, MethodConfig, Output
 from pt_core.prompts import Prompt
 from pt_nlp.carried import SOURCE, reads, source_tokens
-from pt_nlp.models import Model, base_of, checkpoints_blocks, is_causal, keep_checkpointing, width_of
+from pt_nlp.models import Model, base_of, checkpoints_blocks, is_causal, keep_checkpointing, positions_of, width_of
 
 LINEAR_HEADS = {"llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"}  # logits = W h + b and nothing else
 
@@ -206,7 +206,7 @@ class TextMethod(Method):
         """Last hidden states [b, n, d] of the tokens in `where` ([b, n], true = read); whatever at others."""
         arguments = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         if is_causal(self.backbone):
-            arguments |= {"position_ids": _positions(batch["attention_mask"]), "use_cache": False}
+            arguments |= {"position_ids": positions_of(batch["attention_mask"]), "use_cache": False}
         base = base_of(self.model)
         if self.backbone.config.is_encoder_decoder:
             base = self.model.get_encoder()
@@ -270,7 +270,7 @@ class TextMethod(Method):
         logits: Tensor = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            position_ids=_positions(batch["attention_mask"]),
+            position_ids=positions_of(batch["attention_mask"]),
             use_cache=False,
             **keep,
         ).logits
@@ -313,13 +313,17 @@ class TextMethod(Method):
                 logits = self.model(
                     input_ids=whole,
                     attention_mask=long_mask,
-                    position_ids=_positions(long_mask),
+                    position_ids=positions_of(long_mask),
                     logits_to_keep=t,
                 ).logits
                 logits = logits.view(b, c, t, -1)
             else:
                 first = self.model(
-                    input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions_of(mask),
+                    use_cache=True,
+                    logits_to_keep=1,
                 )
                 logits = first.logits[:, -1:, None].expand(-1, -1, c, -1).transpose(1, 2)
                 if t > 1:
@@ -328,7 +332,7 @@ class TextMethod(Method):
                     rest = self.model(
                         input_ids=after,
                         attention_mask=long_mask,
-                        position_ids=_positions(long_mask)[:, n:],
+                        position_ids=positions_of(long_mask)[:, n:],
                         past_key_values=cache,
                         use_cache=True,
                     )
@@ -379,11 +383,6 @@ def written_out(batch: Mapping[str, Any]) -> dict[str, Any]:
         "target_ids": torch.cat([torch.full_like(source, -100), words], dim=1),
         "source_mask": torch.cat([batch["attention_mask"], torch.zeros_like(real)], dim=1),
     }
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """Positions of real tokens, counted without padding."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _keeps_columns(model: Model) -> bool:

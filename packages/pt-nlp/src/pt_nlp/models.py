@@ -151,6 +151,11 @@ def name_of(backbone: Model) -> str:
     return getattr(backbone.config, "_name_or_path", "") or type(backbone).__name__
 
 
+def positions_of(mask: Tensor) -> Tensor:
+    """Positions of real tokens, counted without padding."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
 def layer_types(base: Model) -> set[str]:
     """Kinds of layers that a configuration names; empty where it names none."""
     return set(getattr(base.config.get_text_config(), "layer_types", None) or [])
