@@ -11,10 +11,11 @@ logits only where something is read:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+from accelerate.utils import send_to_device
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from pt_core.attachment import attach
 from pt_core.errors import InputError
 from pt_core.method import Loss, Method, MethodConfig, Output
+from pt_core.plan import FitConfig, device_of
 from pt_core.prompts import Prompt
 from pt_nlp.carried import SOURCE, reads, source_tokens
 from pt_nlp.models import Model, base_of, checkpoints_blocks, is_causal, keep_checkpointing, positions_of, width_of
@@ -383,6 +385,13 @@ def written_out(batch: Mapping[str, Any]) -> dict[str, Any]:
         "target_ids": torch.cat([torch.full_like(source, -100), words], dim=1),
         "source_mask": torch.cat([batch["attention_mask"], torch.zeros_like(real)], dim=1),
     }
+
+
+def on_run_device(method: TextMethod, config: FitConfig, batches: Iterator[Mapping[str, Any]]) -> Iterator[Any]:
+    """Batches on the run's device, for what is fitted without steps; the method is placed there, in eval mode."""
+    device = device_of(config)
+    method.place(device).eval()
+    return (send_to_device(batch, device) for batch in batches)
 
 
 def _keeps_columns(model: Model) -> bool:

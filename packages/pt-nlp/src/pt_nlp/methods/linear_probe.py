@@ -14,8 +14,7 @@ from pt_core.errors import InputError
 from pt_core.plan import FitConfig
 from pt_core.probe import Array, fit_probe, probe_metrics
 from pt_core.training import FitResult
-from pt_nlp.method import TextConfig, TextMethod
-from pt_nlp.methods.zero_shot import on_run_device
+from pt_nlp.method import TextConfig, TextMethod, on_run_device
 
 if TYPE_CHECKING:
     from pt_core.data import Split

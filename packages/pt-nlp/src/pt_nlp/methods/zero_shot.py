@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
-from accelerate.utils import send_to_device
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from pt_core.errors import InputError
 from pt_core.method import Loss, Output
-from pt_core.plan import FitConfig, device_of
+from pt_core.plan import FitConfig
 from pt_core.prompts import Prompt
 from pt_nlp.data import pad
-from pt_nlp.method import TextConfig, TextMethod
+from pt_nlp.method import TextConfig, TextMethod, on_run_device
 from pt_nlp.methods.prompt_tuning import check_ids
 from pt_nlp.models import is_causal
 
@@ -153,10 +152,3 @@ class ZeroShot(TextMethod):
         if self.config.calibrate != "none" and "calibration" in tensors:
             self.calibration = self.calibration.new_zeros(tensors["calibration"].shape)
         super().load_trained_state(tensors)
-
-
-def on_run_device(method: TextMethod, config: FitConfig, batches: Iterator[Mapping[str, Any]]) -> Iterator[Any]:
-    """Batches on the run's device, for what is fitted without steps; the method is placed there, in eval mode."""
-    device = device_of(config)
-    method.place(device).eval()
-    return (send_to_device(batch, device) for batch in batches)
