@@ -45,12 +45,12 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from pt_core import packing
 from pt_core.attachment import Forward, Rows, register_family
 from pt_core.errors import InputError
+from pt_core.frozen import call_with
 from pt_core.prompts import Prompt
 from pt_core.tokens import BlockPrompt, Tokens, insert, real, run
 from pt_vl.preprocessing import Preprocessing, hf_preprocessing, unknown_preprocessing
@@ -377,14 +377,14 @@ class DualEncoder(nn.Module):
         bounds = [(i, min(i + step, classes)) for i in range(0, classes, step)]
         again = torch.is_grad_enabled() and len(bounds) > 1
         # Of a tower that somebody adapts, or that computes with other weights for this call (`call_with`).
-        trained = {f"encoder.{name}": x for name, x in self.named_parameters() if x.requires_grad} if again else {}
+        trained = {name: x for name, x in self.named_parameters() if x.requires_grad} if again else {}
         found = []
         for i, j in bounds:
             own = [x[i:j] if x.ndim == 3 and x is not front and keys is None else x for x in inputs]
             run: Callable[..., Tensor] = partial(part, eot[i:j])
             tensors = [embeddings[i:j], *own]
             if trained:
-                run = partial(_run_with, _Call(self, run), list(trained))
+                run = partial(_run_with, self, run, list(trained))
             found.append(_Recomputed.apply(run, *tensors, *trained.values()) if again else run(*tensors))
         features = torch.cat(found, dim=1)
         return features if prefix is not None and prefix.ndim == 3 else features[0]
@@ -502,28 +502,17 @@ class DualEncoder(nn.Module):
             weights: name in `named_parameters()` -> tensor, such as a masked weight; gradients flow to it.
             tower: which of the two is called, with the remaining arguments.
         """
-        inside = {f"encoder.{name}": tensor for name, tensor in weights.items()}
-        return cast(Tensor, functional_call(_Call(self, getattr(self, tower)), inside, args, options))
+        return cast(Tensor, call_with(self, weights, getattr(self, tower), *args, **options))
 
     def extra_repr(self) -> str:
         return f"{type(self.model).__name__}, causal={self.causal}, context={self.context}"
 
 
-class _Call(nn.Module):
-    """A function that uses an encoder's weights as a module of its own, for `functional_call`."""
-
-    def __init__(self, encoder: DualEncoder, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.encoder, self.function = encoder, function
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        return self.function(*args, **options)
-
-
-def _run_with(call: _Call, names: Sequence[str], *tensors: Tensor) -> Tensor:
-    """A call with the last of the tensors in the place of the weights of these names."""
+def _run_with(encoder: DualEncoder, run: Callable[..., Tensor], names: Sequence[str], *tensors: Tensor) -> Tensor:
+    """A function with the last of the tensors in the place of the encoder's weights of these names."""
     given = len(tensors) - len(names)
-    return cast(Tensor, functional_call(call, dict(zip(names, tensors[given:], strict=True)), tensors[:given]))
+    weights = dict(zip(names, tensors[given:], strict=True))
+    return cast(Tensor, call_with(encoder, weights, run, *tensors[:given]))
 
 
 class _Recomputed(torch.autograd.Function):

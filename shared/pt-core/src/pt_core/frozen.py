@@ -30,6 +30,7 @@ import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pt_core.errors import InputError
 from pt_core.files import write, write_at
@@ -81,6 +82,29 @@ def assert_unchanged(module: nn.Module, before: str) -> None:
     changed = sorted({line.split(" ", 1)[1] for line in then ^ now})
     if changed:
         raise AssertionError(f"the backbone changed in {len(changed)} tensors, first: {'; '.join(changed[:5])}")
+
+
+def call_with(
+    module: nn.Module, tensors: Mapping[str, Tensor], function: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    """`function`, which computes with `module`, with other tensors in the place of some of the module's.
+
+    Args:
+        tensors: name of a parameter or buffer of `module` -> tensor; gradients flow to it.
+    """
+    inside = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    return functional_call(_Call(module, function), inside, args, options)
+
+
+class _Call(nn.Module):
+    """`functional_call` calls nothing but the `forward` of the module that has the weights."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return self.function(*args, **options)
 
 
 def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pt_core.data import Split
 from pt_core.errors import InputError
+from pt_core.frozen import call_with
 from pt_core.method import Batch, Loss, Method, MethodConfig, Output
 from pt_core.metrics import evaluate_logits
 from pt_core.plan import FitConfig
@@ -401,17 +402,6 @@ class RELIEF(GraphMethod):
                 norm.training = False
 
 
-class _Call(nn.Module):
-    """`functional_call` calls a module's forward; what is wanted is another of its methods."""
-
-    def __init__(self, backbone: GraphBackbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, x: Tensor, graphs: Any) -> Tensor:
-        return self.backbone.encode(x, graphs)
-
-
 class _ReleasedBackbone(nn.Module):
     """A backbone in float64 whose BatchNorm statistics may move; its own tensors are left as they are.
 
@@ -420,7 +410,7 @@ class _ReleasedBackbone(nn.Module):
 
     def __init__(self, backbone: GraphBackbone) -> None:
         super().__init__()
-        object.__setattr__(self, "call", _Call(backbone))
+        object.__setattr__(self, "backbone", backbone)  # no part of what is kept
         norms = [n for n, m in backbone.named_modules() if isinstance(m, nn.BatchNorm1d)]
         self.names = {
             f"{n}.{b}".replace(".", "/"): f"{n}.{b}"
@@ -433,11 +423,11 @@ class _ReleasedBackbone(nn.Module):
         self.doubles: dict[str, Tensor] = {}
 
     def encode(self, x: Tensor, graphs: Any) -> Tensor:
-        call = cast(_Call, self.call)
+        backbone = cast(GraphBackbone, self.backbone)
         if not self.doubles or next(iter(self.doubles.values())).device != x.device:
-            self.doubles = {n: p.detach().double().to(x.device) for n, p in call.named_parameters()}
-        own = {f"backbone.{name}": self.get_buffer(buffer) for buffer, name in self.names.items()}
-        found: Tensor = torch.func.functional_call(call, self.doubles | own, (x, graphs))
+            self.doubles = {n: p.detach().double().to(x.device) for n, p in backbone.named_parameters()}
+        own = {name: self.get_buffer(buffer) for buffer, name in self.names.items()}
+        found: Tensor = call_with(backbone, self.doubles | own, backbone.encode, x, graphs)
         return found
 
 
