@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from torch import nn
 
@@ -67,7 +66,7 @@ class TextBackbone(Settings):
     def load(self) -> tuple[nn.Module, Any]:
         """The model in eval mode and its tokenizer."""
         name = BACKBONE_ASSETS[self.name]() if self.name in BACKBONE_ASSETS else self.name
-        dtype = doctor.fast_dtype(_device()) if self.dtype == "fast" else self.dtype
+        dtype = doctor.fast_dtype(doctor.fast_device()) if self.dtype == "fast" else self.dtype
         options = {"device_map": self.device_map} if self.device_map else {}
         return load_backbone(name, self.kind, revision=self.revision, dtype=dtype, **options)
 
@@ -359,7 +358,7 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
             file=folder,
             remedy="Name its backbone's folder or hub id: --backbone",
         ) from error
-    return Session(artifacts.load(folder, model).place(_device()), TextTask(spec, tokenizer))
+    return Session(artifacts.load(folder, model).place(doctor.fast_device()), TextTask(spec, tokenizer))
 
 
 def demo(folder: Path, seeds: int | None, shots: int | None, data: Path | None) -> None:
@@ -378,10 +377,6 @@ def _known(name: str, known: Mapping[str, Any]) -> str:
 def _trained_in(dtype: str) -> Literal["fast", "float32", "bfloat16", "float16"]:
     """The dtype of the backbone that a prompt was trained on; `fast` where it had several, or was quantised."""
     return dtype if dtype in ("float32", "bfloat16", "float16") else "fast"  # type: ignore[return-value]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _reads_head(method: str) -> bool:

@@ -58,7 +58,7 @@ class VLBackbone(Settings):
     )
 
     def load(self) -> DualEncoder:
-        dtype = doctor.fast_dtype(_device()) if self.dtype == "fast" else DTYPES[self.dtype]
+        dtype = doctor.fast_dtype(doctor.fast_device()) if self.dtype == "fast" else DTYPES[self.dtype]
         return load_backbone(self.name, self.revision, dtype)
 
 
@@ -534,7 +534,7 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
         raise InputError(str(error), file=artifact.folder, remedy="Name its backbone: --backbone") from error
     if encoder.preprocessing != spec.preprocessing:
         encoder.preprocessing = Preprocessing.model_validate(spec.preprocessing)
-    method = artifacts.load(artifact.folder, encoder).place(_device())
+    method = artifacts.load(artifact.folder, encoder).place(doctor.fast_device())
     assert isinstance(method, VLMethod)
     if isinstance(method, MVLPT) and len(method.columns) != len(spec.class_names):
         raise InputError(
@@ -591,7 +591,3 @@ def _listed(file: Path, text: str, label: str | None = None) -> Listed:
                 raise
             missing = missing or str(error)
     raise InputError(missing, remedy="Name the column of the image paths: --text")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -87,6 +87,11 @@ def cpu_has_fast_bf16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def fast_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which a frozen backbone computes fastest on a device, of those that training works in."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
@@ -115,6 +120,6 @@ def report(console: Console) -> None:
         console.print(problem, style="red", markup=False)
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     console.print(f"Python {platform.python_version()}, {os.cpu_count()} cores{_memory()}, GPU: {cuda}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = fast_device()
     why = "" if device.type == "cuda" or cpu_has_fast_bf16() else " (this CPU has neither avx512_bf16 nor amx)"
     console.print(f"precision to use for a frozen backbone: {str(fast_dtype(device)).removeprefix('torch.')}{why}")
