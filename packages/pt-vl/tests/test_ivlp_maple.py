@@ -118,8 +118,9 @@ def test_language_only_leaves_the_images_as_they_are(make_encoder: Callable[...,
 def test_more_blocks_than_a_tower_has_are_refused(make_encoder: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="prompts for 4 blocks, the tower has 3"):
         maple(make_encoder(), depth=4)
-    with pytest.raises(InputError, match="prompts for 5 blocks"):
-        ivlp(make_encoder(), text_depth=5)
+    for field in ("text_depth", "image_depth"):
+        with pytest.raises(InputError, match=f"field '{field}': prompts for 5 blocks"):
+            ivlp(make_encoder(), **{field: 5})
 
 
 def test_the_prompt_carries_over_to_other_classes(make_encoder: Callable[..., Any]) -> None:

@@ -57,5 +57,5 @@ def test_text_is_that_of_the_frozen_model(make_encoder: Callable[..., Any]) -> N
 
 
 def test_more_blocks_than_the_tower_has_are_refused(make_encoder: Callable[..., Any]) -> None:
-    with pytest.raises(InputError, match="prompts for 4 blocks, the image tower has 3"):
+    with pytest.raises(InputError, match="prompts for 4 blocks, the tower has 3"):
         vpt(make_encoder(), depth=4)

@@ -12,7 +12,7 @@ from pt_core.errors import InputError
 from pt_core.method import MethodConfig
 from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.method import Sentences, VLConfig, VLMethod
-from pt_vl.methods.vpt import visual_start
+from pt_vl.methods.vpt import check_depth, visual_start
 
 
 class IVLPConfig(VLConfig):
@@ -50,11 +50,6 @@ def words_and_start(backbone: DualEncoder, init: str, length: int, generator: to
     raise InputError(f"{length} tokens of {init!r} end inside of a word", field="init", remedy="Use another phrase")
 
 
-def check_depth(depth: int, blocks: int, field: str) -> None:
-    if depth > blocks:
-        raise InputError(f"prompts for {depth} blocks, the tower has {blocks}", field=field, remedy=f"At most {blocks}")
-
-
 class IVLP(VLMethod):
     """IVLP: deep prompts in the text tower and in the image tower that know nothing of each other.
 
@@ -84,6 +79,7 @@ class IVLP(VLMethod):
         self.context = nn.Parameter(context)
         self.deep = nn.Parameter(torch.randn(depth - 1, *context.shape, generator=self.generator) * 0.02)
         depth = backbone.image_layers if c.image_depth is None else c.image_depth
+        check_depth(depth, backbone.image_layers, "image_depth")
         self.visual = nn.Parameter(visual_start(backbone, depth, c.image_length, "normal", self.generator))
         self.trains_image = depth > 0  # type: ignore[misc]
         self.sentences = Sentences(backbone, c.class_names, c.text_length, words=words)

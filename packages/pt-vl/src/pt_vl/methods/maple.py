@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pt_core.method import MethodConfig
 from pt_vl.backbones import DualEncoder, TowerPrompt
 from pt_vl.method import Sentences, VLConfig, VLMethod
-from pt_vl.methods.ivlp import check_depth, words_and_start
+from pt_vl.methods.ivlp import words_and_start
+from pt_vl.methods.vpt import check_depth
 
 
 class MaPLeConfig(VLConfig):

@@ -41,18 +41,16 @@ def uniform_bound(patch: int, width: int) -> float:
     return math.sqrt(6 / (3 * patch**2 + width))
 
 
-def visual_start(backbone: DualEncoder, depth: int, length: int, init: str, generator: torch.Generator) -> Tensor:
-    """Start values of visual prompts, [J, n, d_v].
-
-    Raises:
-        InputError: the tower has fewer blocks.
-    """
-    if depth > backbone.image_layers:
+def check_depth(depth: int, blocks: int, field: str) -> None:
+    """Refuse prompts for more blocks than a tower has; `field` is the setting that asks for them."""
+    if depth > blocks:
         raise InputError(
-            f"prompts for {depth} blocks, the image tower has {backbone.image_layers}",
-            field="depth",
-            remedy=f"Use at most {backbone.image_layers}",
+            f"prompts for {depth} blocks, the tower has {blocks}", field=field, remedy=f"Use at most {blocks}"
         )
+
+
+def visual_start(backbone: DualEncoder, depth: int, length: int, init: str, generator: torch.Generator) -> Tensor:
+    """Start values of visual prompts, [J, n, d_v]."""
     shape = (depth, length, backbone.image_width)
     if init == "uniform":
         bound = uniform_bound(backbone.patch_size, backbone.image_width)
@@ -82,6 +80,7 @@ class VPT(VLMethod):
         super().__init__(backbone, config)
         c = self.config
         depth = backbone.image_layers if c.depth is None else c.depth
+        check_depth(depth, backbone.image_layers, "depth")
         self.visual = nn.Parameter(visual_start(backbone, depth, c.prompt_length, c.init, self.generator))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
