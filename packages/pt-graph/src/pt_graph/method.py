@@ -157,8 +157,7 @@ class GraphMethod(Method):
             found = self.embed(send_to_device(batch["graphs"], device)).float().cpu()
             rows += zip(found, torch.as_tensor(batch["labels"]), strict=True)
         self.train(was_training)
-        ids = list(range(len(split))) if split.ids is None else split.ids
-        return replace(split, rows=rows, collate=_collate, ids=ids)
+        return replace(split, rows=rows, collate=_collate, ids=split.row_ids)
 
 
 def _collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:

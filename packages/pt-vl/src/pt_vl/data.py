@@ -679,14 +679,14 @@ class ImageTask:
                 raise InputError(f"there are no test images of {shown}", field="data.test", remedy="Add some")
             if not rows:
                 continue
-            ids = split.ids or range(len(images))
             kept = ImageRows(
                 [images.sources[i] for i in rows],
                 [new[images.labels[i]] for i in rows],
                 images.preprocessing,
                 images.crop_scale,
             )
-            made = Split(kept, split.collate, split.metrics, num_classes=len(names), ids=[ids[i] for i in rows])
+            ids = [split.row_ids[i] for i in rows]
+            made = Split(kept, split.collate, split.metrics, num_classes=len(names), ids=ids)
             setattr(task, name, made)
         return task
 

@@ -75,21 +75,24 @@ class Split:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def row_ids(self) -> Sequence[str | int]:
+        """`ids`, or else the numbers of the rows."""
+        return range(len(self)) if self.ids is None else self.ids
+
     def subset(self, indices: Sequence[int]) -> Split:
         """The rows at `indices`, in that order; they keep their ids and are still read only when asked for."""
         indices = list(indices)
-        ids = range(len(self)) if self.ids is None else self.ids
         return replace(
             self,
             rows=cast(Sequence[Any], Subset(cast(Any, self.rows), indices)),
             lengths=None if self.lengths is None else [self.lengths[i] for i in indices],
-            ids=[ids[i] for i in indices],
+            ids=[self.row_ids[i] for i in indices],
         )
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The collated rows at `indices`; "sample_ids" holds their ids, unless `collate` has set it."""
-        ids = range(len(self)) if self.ids is None else self.ids
-        return {"sample_ids": [ids[i] for i in indices]} | self.collate([self.rows[i] for i in indices])
+        return {"sample_ids": [self.row_ids[i] for i in indices]} | self.collate([self.rows[i] for i in indices])
 
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         """Batches of `batch_size` rows in order (of `indices`, or of the rows); the last one may be smaller."""

@@ -236,7 +236,7 @@ def union(splits: Mapping[str, Split | None], tasks: Mapping[str, Sequence[str]]
         raise InputError("no task has rows", field="splits")
     parts = list(given.values())
     rows = cast(Any, ConcatDataset([_Tagged(split, name, sizes) for name, split in given.items()]))
-    ids = [f"{name}/{i}" for name, split in given.items() for i in (split.ids or range(len(split)))]
+    ids = [f"{name}/{i}" for name, split in given.items() for i in split.row_ids]
     fixed = all(getattr(split.collate, "fixed", False) for split in parts)
     names = list(sizes)
 
