@@ -186,14 +186,12 @@ def register_family(family: Family) -> None:
 def _family(backbone: nn.Module) -> Family:
     from pt_core.registry import packages
 
-    for family in _FAMILIES:
-        if family.matches(backbone):
-            return family
-    for module in packages().values():
-        importlib.import_module(f"{module}.backbones")
-    for family in _FAMILIES:
-        if family.matches(backbone):
-            return family
+    for modules in ((), packages().values()):  # packages that nobody has imported are asked last
+        for module in modules:
+            importlib.import_module(f"{module}.backbones")
+        for family in _FAMILIES:
+            if family.matches(backbone):
+                return family
     if "_orig_mod" in backbone._modules:
         raise InputError(
             "prompts are not attached to what `torch.compile` returns",
