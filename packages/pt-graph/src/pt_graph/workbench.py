@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pt_core import artifacts, recipe, registry
-from pt_core.data import Split
+from pt_core.data import Split, read_table
 from pt_core.errors import InputError
 from pt_core.evaluation import evaluate
 from pt_core.frozen import fingerprint
@@ -254,8 +254,6 @@ class Session:
         if self.spec.kind == "nodes":
             return list(self._subgraphs(file).items())
         self._only_molecules()
-        from pt_core.data import read_table
-
         return [row["text"] for row in read_table(file, {"text": text})]
 
     @torch.no_grad()
