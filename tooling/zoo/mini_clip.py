@@ -53,6 +53,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from pt_core.files import write
+from pt_vl.icons import shipped
 
 PACKAGE, SHA256 = "@iconify/json@2.2.535", "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
 LICENCES = ("MIT", "ISC", "BSD-3-Clause", "Apache-2.0", "CC0-1.0", "Unlicense", "CC-BY-4.0", "CC-BY-3.0")
@@ -306,10 +307,10 @@ def print_near_names(work: Path = WORK) -> None:
     for name, others in near.items():
         print(f"{name}: {', '.join(others)}")
     table = json.loads((ZOO / "icons/icons.json").read_text("utf-8"))["images"]
-    shipped = {name for name, flag in zip(table["concept"], table["unseen"], strict=True) if flag}
+    in_zoo = {name for name, flag in zip(table["concept"], table["unseen"], strict=True) if flag}
     said = unseen & {name for known in lexicon().values() for name in known}
     print(
-        f"{len(near)} of {len(unseen)} unseen concepts, {len(shipped & near.keys())} of the {len(shipped)} in zoo/icons"
+        f"{len(near)} of {len(unseen)} unseen concepts, {len(in_zoo & near.keys())} of the {len(in_zoo)} in zoo/icons"
     )
     print(f"names of classes as well: {', '.join(sorted(said))}")
 
@@ -653,7 +654,7 @@ def evaluate(work: Path = WORK) -> None:
         print("the shipped weights", flush=True)
     result = accuracy(model, tokenizer, work)
     if (ZOO / "icons").is_dir():
-        result |= on_shipped(model, tokenizer, *read_shipped(ZOO / "icons"))
+        result |= on_shipped(model, tokenizer, *read_shipped())
     write(work / "evaluation.json", json.dumps(result, indent=1))
     print(results(result))
 
@@ -738,13 +739,11 @@ def png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def read_shipped(folder: Path) -> tuple[Tensor, dict[str, list[Any]]]:
+def read_shipped() -> tuple[Tensor, dict[str, list[Any]]]:
     """uint8 (n, 3, SIZE, SIZE), and columns class, group, concept, domain, set, split, unseen."""
-    file, table = load_file(folder / "icons.safetensors"), json.loads((folder / "icons.json").read_text("utf-8"))
-    data, ends = file["png"].numpy().tobytes(), file["ends"].tolist()
-    parts = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    images = np.stack([np.asarray(Image.open(io.BytesIO(part)).convert("RGB")) for part in parts])
-    return torch.from_numpy(images).permute(0, 3, 1, 2), table["images"]
+    about, pngs = shipped()
+    images = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in pngs])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), about["images"]
 
 
 def on_shipped(
@@ -829,7 +828,7 @@ def export(work: Path = WORK) -> None:
         "images": table,
     }
     write(icons / "icons.json", json.dumps(written, separators=(",", ":")) + "\n")
-    scores = accuracy(model, tokenizer, work) | on_shipped(model, tokenizer, *read_shipped(icons))
+    scores = accuracy(model, tokenizer, work) | on_shipped(model, tokenizer, *read_shipped())
     write(work / "evaluation.json", json.dumps(scores, indent=1))
     trained = {row["set"] for row in rows} - set(used)
     fill("mini-clip.md", clip / "README.md", {"results": results(scores), "sets": credits(sets, trained)})
