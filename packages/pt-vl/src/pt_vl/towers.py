@@ -157,6 +157,8 @@ class OpenClipBlocks(Tower):
 
 
 class OpenClipText(OpenClipBlocks):
+    """Words [b, n, d_t]; the slot pooled (the highest id, the end's or the last), [b, d_t] -> features [b, d]."""
+
     def __init__(self, model: Any) -> None:
         self.tower = getattr(model, "text", model)
         if getattr(self.tower, "cls_emb", None) is not None or getattr(self.tower, "use_pad_mask", False):
@@ -189,6 +191,8 @@ class OpenClipText(OpenClipBlocks):
 
 
 class OpenClipImage(OpenClipBlocks):
+    """Pixels [B, 3, H, W] -> CLS and patches [B, n, d_v], ln_pre, pooled as the model says -> features [B, d]."""
+
     first = 1
 
     def __init__(self, visual: Any) -> None:

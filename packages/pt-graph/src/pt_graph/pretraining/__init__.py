@@ -1,8 +1,10 @@
-"""Pre-training of graph backbones on unlabeled graphs: one entry, `pretrain`, and one file for each objective.
+"""Pre-training of graph backbones on unlabeled graphs.
 
-backbone = ChemGNN()
-pretrain(backbone, graphs, "attribute-masking", FitConfig(epochs=100, batch_size=256, optimiser="adam"), "runs/mask")
-save_backbone(backbone, "my-gin")
+One entry, `pretrain`, and one file for each objective:
+
+    backbone = ChemGNN()
+    pretrain(backbone, graphs, "attribute-masking", FitConfig(epochs=100, batch_size=256, optimiser="adam"), "runs/mask")
+    save_backbone(backbone, "my-gin")
 """
 
 from __future__ import annotations
