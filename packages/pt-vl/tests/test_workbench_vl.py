@@ -576,6 +576,7 @@ def test_the_recipe_of_the_real_model_has_published_settings_and_every_method_ta
 def test_the_recipe_of_the_shipped_model_builds_all_its_runs_on_its_own_data() -> None:
     _, checked = recipe.load("vl/mini-clip")
     bench = Bench(checked)  # type: ignore[arg-type]
+    assert {*demo.UNSEEN} <= {*demo.SHOWN} <= {*checked.labels()}
     for label in checked.labels():
         job, config = bench.job(label, 1)
         assert (len(job.train), len(job.validation or ()), len(job.test or ())) == (63 * 4, 63, 317)
@@ -610,8 +611,12 @@ def test_of_a_domain_with_some_of_the_classes_only_their_logits_are_compared(fol
     assert scores["accuracy/part"] == pytest.approx(float(right.float().mean()))
 
 
-def test_the_demo_runs_on_a_folder_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_runs_on_a_folder_of_ones_own(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "SHOWN", ("zero-shot", "tip-adapter", "coop"))
+    monkeypatch.setattr(demo, "UNSEEN", ("zero-shot", "coop"))
     workbench.demo(folder / "demo", 1, 2, folder)
     told = capsys.readouterr().out
     assert "in a fresh process, image.png -> " in told and "base-to-new" in told
