@@ -28,7 +28,8 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import v2
 
-from pt_core.data import Split, base_to_new, class_names, encode_labels, few_shot_split, read_table
+from pt_core.data import Split, base_to_new, encode_labels, few_shot_split, read_table
+from pt_core.data import class_names as names_in
 from pt_core.errors import InputError
 from pt_core.files import FILE_BROWSERS
 from pt_core.settings import Settings
@@ -614,7 +615,7 @@ class ImageTask:
             names = list(class_names)
             keys = [str(name) for name in names]
         else:
-            mapping = read_class_names(class_names, class_names_of(first), first.file)
+            mapping = read_class_names(class_names, names_in(first.labels, first.file), first.file)
             keys, names = list(mapping), list(mapping.values())
         _distinct(names, first.file, backbone)
         templates = (templates,) if isinstance(templates, str) else tuple(templates)
@@ -693,11 +694,6 @@ class ImageTask:
     def pixels(self, image: Source) -> Tensor:
         """What the backbone takes of one image, [3, H, W]."""
         return self.spec.preprocessing(read_image(image))
-
-
-def class_names_of(listed: Listed) -> list[str]:
-    """The distinct labels of a split as text, sorted."""
-    return class_names(listed.labels, listed.file)
 
 
 def draw(
