@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from pt_core.data import Split
+from pt_core.testing import one_thread
 from pt_graph.backbones import ChemConfig, ChemGNN, GraphBackbone, NodeGIN, NodeGINConfig
 
 
@@ -83,3 +84,9 @@ def make_backbone() -> Callable[..., GraphBackbone]:
         return {"node-gin": node_gin, "chem": chem}[kind](seed, **changes)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield

@@ -17,7 +17,7 @@ from torch_geometric.data import Data
 from torch_geometric.utils import k_hop_subgraph, subgraph
 
 from pt_core import InputError, fit
-from pt_core.testing import SHORT, one_thread
+from pt_core.testing import SHORT
 from pt_graph import data
 from pt_graph.data import (
     GraphTask,
@@ -135,8 +135,7 @@ def test_a_molecule_without_bonds_goes_through_a_task_and_a_backbone(make_backbo
     rows = [{"smiles": s, "a": str(i % 2)} for i, s in enumerate(["C", "CC", "[Na+].[Cl-]", "CCO"] * 5)]
     task = GraphTask.from_smiles(rows, ["a"], split="random")
     method = GPF(make_backbone("chem"), GPFConfig(num_outputs=1))
-    with one_thread():
-        result = fit(method, task.train, task.validation, SHORT)
+    result = fit(method, task.train, task.validation, SHORT)
     assert result.steps == 6
 
 

@@ -41,14 +41,6 @@ from pt_graph.methods.relief.ppo import (
 from pt_graph.methods.relief.rollout import Episodes, Rollout, roll_out
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

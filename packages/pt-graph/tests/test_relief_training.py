@@ -30,14 +30,6 @@ from relief_plain import PlainRELIEF
 SIZES = [5, 1, 9, 4, 7, 2, 8, 6, 3, 5, 7, 4]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(**changes: Any) -> RELIEFConfig:
     return RELIEFConfig(
         **{"num_outputs": 2, "task": "multiclass", "minibatch": 8, "ppo_passes": 3, "first_best_epoch": 1} | changes

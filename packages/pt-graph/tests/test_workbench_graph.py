@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch_geometric.data import Data
 
 from pt_core import InputError, artifacts, cli, recipe, registry, runs
-from pt_core.testing import one_thread
 from pt_graph.backbones import save_backbone
 from pt_graph.methods.relief import setting, settings
 from pt_graph.workbench import Bench, Recipe, Session, open_artifact
@@ -64,8 +63,7 @@ def test_a_molecule_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -
     job, config = bench.job("gpf", 1)
     assert (job.method.config.num_outputs, job.method.config.task, len(job.train)) == (2, "multilabel", 12)
     assert job.backbone_name is None
-    with one_thread():
-        outcome = runs.train(job, config, folder / "run")
+    outcome = runs.train(job, config, folder / "run")
     assert outcome.artifact is not None and "roc-auc" in outcome.result.metrics
     session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "gin"))
     told = session.predict(["CCO", "c1ccccc1"])
@@ -84,8 +82,7 @@ def test_molecules_of_several_classes_are_trained_on_and_named(folder: Path) -> 
     data = {"train": str(folder / "kinds.csv"), "labels": ["kind"], "multiclass": True}
     job, config = Bench(made(folder, data=data)).job("gpf", 1)
     assert (job.method.config.num_outputs, job.method.config.task) == (3, "multiclass")
-    with one_thread():
-        outcome = runs.train(job, config, folder / "run")
+    outcome = runs.train(job, config, folder / "run")
     assert outcome.artifact is not None and {"accuracy", "macro-f1"} <= outcome.result.metrics.keys()
     session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "gin"))
     (told,) = session.predict(["CCO"])
@@ -113,8 +110,7 @@ def test_a_node_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -> No
     bench = Bench(made(folder, "nodes"))
     job, config = bench.job("gpf", 0)
     assert (job.method.config.num_outputs, job.method.config.task, len(job.train)) == (3, "multiclass", 12)
-    with one_thread():
-        outcome = runs.train(job, config, folder / "run")
+    outcome = runs.train(job, config, folder / "run")
     assert outcome.artifact is not None
     session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "node-gin"))
     told = session.predict(session.inputs(folder / "graph.safetensors"))
@@ -142,8 +138,7 @@ def test_relief_reports_coverage_and_magnitude_and_predicts_the_same_in_any_comp
     bench = Bench(made(folder, method=relief))
     job, config = bench.job("relief", 0)
     assert job.method.config.level == "graph"
-    with one_thread():
-        outcome = runs.train(job, config.model_copy(update={"max_steps": 2}), folder / "run")
+    outcome = runs.train(job, config.model_copy(update={"max_steps": 2}), folder / "run")
     assert {"roc-auc", "pcr", "apm"} <= set(outcome.result.metrics)
     assert outcome.artifact is not None
     session = open_artifact(artifacts.load_artifact(outcome.artifact), str(folder / "gin"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,8 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+
+from pt_core.testing import one_thread
 
 VOCAB, WIDTH = 48, 16
 
@@ -95,3 +97,9 @@ def words() -> hf.PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         padding_side="left",
     )
+
+
+@pytest.fixture(autouse=True)
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield

@@ -25,7 +25,7 @@ from pt_core.data import few_shot
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.plan import FitConfig
-from pt_core.testing import one_thread, watch
+from pt_core.testing import watch
 from pt_nlp.data import TextTask
 from pt_nlp.methods.in_context import InContext, InContextConfig
 from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
@@ -36,12 +36,6 @@ ROWS = [{"text": text, "label": "yes" if i % 2 else "no"} for i, text in enumera
 RUN = FitConfig(epochs=1, device="cpu", eval_batch_size=2, progress=False)
 SEPARATOR = 14  # ;
 V = 16
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    with one_thread():
-        yield
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

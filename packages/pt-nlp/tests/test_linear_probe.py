@@ -16,18 +16,11 @@ from pt_core.evaluation import evaluate
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.plan import FitConfig
 from pt_core.probe import agreement, regression
-from pt_core.testing import one_thread
 from pt_nlp.data import pad
 from pt_nlp.methods.linear_probe import LinearProbe, LinearProbeConfig
 
 D, V, C = 16, 24, 3
 RUN = FitConfig(epochs=1, device="cpu", eval_batch_size=7, progress=False)
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    with one_thread():
-        yield
 
 
 def bert() -> BertModel:

@@ -23,18 +23,11 @@ from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, identity, snapshot
 from pt_core.plan import FitConfig
-from pt_core.testing import one_thread
 from pt_core.training import Loop
 from pt_nlp.methods.peft_peers import IA3, AdapterMethod, IA3Config, LoRA, LoRAConfig, shared_copy
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 D, V = 16, 24
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    with one_thread():
-        yield
 
 
 def llama(tied: bool = False) -> LlamaForCausalLM:

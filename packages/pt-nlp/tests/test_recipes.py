@@ -9,7 +9,6 @@ import pytest
 
 from pt_core import artifacts, recipe, registry
 from pt_core.assets import Unavailable
-from pt_core.testing import one_thread
 from pt_nlp import assets, workbench
 from pt_nlp.methods.ptec import PTEC
 
@@ -69,7 +68,7 @@ def test_a_recipe_runs_on_its_real_model_and_data(
     changes += ["data.validation_shots=1", "data.shots=2"]
     settings = [part for change in changes for part in ("--set", change)]
     monkeypatch.setattr("sys.argv", ["pt", "train", "nlp/bbc-topics", *settings, "-o", str(tmp_path / "run")])
-    with one_thread(), pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
     assert "prompt-tuning" in capsys.readouterr().out

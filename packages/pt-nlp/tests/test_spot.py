@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pt_core.artifacts import load
 from pt_core.errors import InputError
 from pt_core.plan import FitConfig
-from pt_core.testing import one_thread
 from pt_nlp.data import TextTask
 from pt_nlp.interop import export_peft, import_peft
 from pt_nlp.methods.prefix_tuning import PrefixTuning
@@ -28,12 +27,6 @@ ROWS = [
     for label, word in (("positive", "film"), ("negative", "news"))
     for colour in ("red", "blue", "green", "great")
 ]
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    with one_thread():
-        yield
 
 
 def task_of(words, **labels: str) -> TextTask:

@@ -15,7 +15,6 @@ from pt_core import artifacts, runs
 from pt_core.errors import InputError
 from pt_core.evaluation import evaluate
 from pt_core.plan import FitConfig
-from pt_core.testing import one_thread
 from pt_nlp.constrained import constrained_labels, label_ids, labels_as_text
 from pt_nlp.data import TextTask
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
@@ -32,12 +31,6 @@ ROWS = [
     {"text": "awful news", "label": ["blue rain", "red", "red sun"]},
 ]
 RUN = {"batch_size": 5, "device": "cpu", "progress": False}
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,6 @@ from tokenizers.processors import TemplateProcessing
 
 from pt_core import artifacts, doctor, recipe, runs
 from pt_core.errors import InputError
-from pt_core.testing import one_thread
 from pt_nlp import demo, workbench
 from pt_nlp.backbones import load_backbone
 from pt_nlp.data import TaskSpec, TextTask
@@ -45,12 +44,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "T5": ("seq2seq", {"name": "prompt-tuning", "prompt_length": 4, "lr": 0.3}, {}),
 }
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pt_core.artifacts import load_artifact
 from pt_core.errors import InputError
 from pt_core.frozen import assert_unchanged, snapshot
 from pt_core.plan import FitConfig
-from pt_core.testing import one_thread
 from pt_nlp.data import TextTask
 from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
 
@@ -19,12 +18,6 @@ WORDS = "<pad> </s> <unk> the a was film news great awful red blue good bad NA i
 TEXTS = ["the film was great", "a awful film", "the news was red", "it was blue a a", "great"]
 ROWS = [{"text": text, "label": ("yes", "no", "so")[i % 3]} for i, text in enumerate(TEXTS)]
 RUN = FitConfig(epochs=1, device="cpu", eval_batch_size=2, progress=False)
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    with one_thread():
-        yield
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
