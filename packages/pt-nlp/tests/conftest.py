@@ -81,7 +81,7 @@ def tiny() -> Callable[..., nn.Module]:
     return build
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def words() -> hf.PreTrainedTokenizerFast:
     """A tokenizer of the words of a small language; ids below 40."""
     known = "good bad film news sport the a was is great awful red blue green Topic : positive negative first second rain sun"
