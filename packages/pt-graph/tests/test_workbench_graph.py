@@ -58,6 +58,13 @@ def made(folder: Path, kind: str = "molecules", method: dict[str, Any] | None = 
     return Recipe.model_validate(content | more)
 
 
+@pytest.mark.parametrize(("key", "value"), [("num_outputs", 5), ("task", "multiclass")])
+def test_what_the_data_say_is_no_setting_of_a_method(folder: Path, key: str, value: Any) -> None:
+    checked = made(folder, method={"name": "gpf", key: value})
+    with pytest.raises(InputError, match=rf"'method\.{key}': the data say it: .*data\..*\. Leave it out here"):
+        checked.config()
+
+
 def test_a_molecule_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -> None:
     bench = Bench(made(folder))
     job, config = bench.job("gpf", 1)

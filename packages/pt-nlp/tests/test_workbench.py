@@ -253,6 +253,27 @@ def test_a_recipe_that_cannot_work_is_refused(
     assert re.search(problem, message), message
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("prompt-tuning", "num_labels", 7),
+        ("ptec", "multilabel", True),
+        ("prompt-tuning", "label_ids", [[3], [4]]),
+        ("trie-search", "label_tokens", []),
+        ("trie-search", "end_id", 5),
+        ("trie-search", "pad_id", 5),
+    ],
+)
+def test_what_the_data_say_is_no_setting_of_a_method(folder: Path, name: str, key: str, value: Any) -> None:
+    checked = made(folder, {"name": name, key: value}, {"kind": "classification"})
+    with pytest.raises(InputError, match=rf"'method\.{key}': the (data|tokenizer) says?.*\. Leave it out here"):
+        checked.config()
+    checked = made(folder, {"name": "prompt-tuning", "lenght": 2}, {"kind": "classification"})
+    with pytest.raises(InputError, match=r"Allowed there: .*prompt_length") as caught:
+        checked.config()
+    assert "num_labels" not in str(caught.value)
+
+
 def test_label_words_may_be_named_with_a_head_where_a_method_reads_them(folder: Path) -> None:
     words: dict[str, Any] = {"kind": "multilabel", "verbalizer": {"positive": "good"}}
     made(folder, {"name": "prompt-tuning", "init": "labels"}, words)

@@ -515,6 +515,27 @@ def test_a_prompt_whose_labels_do_not_fit_its_classes_is_refused(folder: Path) -
         open_artifact(artifacts.load_artifact(path), "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [("coop", "class_names"), ("mvlpt", "class_names"), ("mvlpt", "tasks"), ("tip-adapter", "cache_size")],
+)
+def test_what_the_data_say_is_no_setting_of_a_method(folder: Path, method: str, key: str) -> None:
+    value = {"class_names": NAMES[::-1], "tasks": {"all": NAMES[::-1]}, "cache_size": 8}[key]
+    problem = rf"\.{key}': the data say (it|them): data\..*\. Leave it out here"
+    checked = settings(folder, {"name": method, key: value}) | {"package": "vl"}
+    (folder / "own.yaml").write_text(json.dumps(checked))
+    with pytest.raises(InputError, match=f"'method{problem}"):
+        recipe.load(str(folder / "own.yaml"))
+    checked = settings(folder) | {"package": "vl", "compare": {"other": {"method": method, key: value}}}
+    (folder / "own.yaml").write_text(json.dumps(checked))
+    with pytest.raises(InputError, match=rf"'compare\.other{problem}"):
+        recipe.load(str(folder / "own.yaml"))
+    (folder / "own.yaml").write_text(json.dumps(settings(folder, {"name": method, "lrr": 1}) | {"package": "vl"}))
+    with pytest.raises(InputError, match="unknown key") as caught:
+        recipe.load(str(folder / "own.yaml"))
+    assert key not in str(caught.value)
+
+
 def test_a_prompt_of_the_shipped_model_opens_by_itself(folder: Path) -> None:
     backbone = load_backbone("zoo:mini-clip")
     method = registry.find_method("vl", "coop")(backbone, CoOpConfig(class_names=NAMES))

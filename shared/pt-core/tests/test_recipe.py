@@ -27,6 +27,7 @@ class ToyData(BaseModel):
 
 class Recipe(recipe.Recipe):
     package = "toy"
+    told_elsewhere = {"seed": "the recipe says it: seed", "rows": "the data say it"}
     data: ToyData
 """
 METHODS = """
@@ -129,7 +130,13 @@ def test_a_file_elsewhere_names_its_package(tmp_path: Path) -> None:
         ({"method": {"length": 3}}, ["field 'method.name'", "is missing"]),
         ({"method.name": "tinny"}, ["unknown method 'tinny'", "Those of toy: lost, tiny-prompt"]),
         ({"method.name": ["a"]}, ["field 'method.name'", "valid string"]),
-        ({"method.lenght": 3}, ["field 'method.lenght'", "did you mean 'length'?", "bias_lr, length, lr, noise, seed"]),
+        (
+            {"method.lenght": 3},
+            ["field 'method.lenght'", "did you mean 'length'?", "there: bias_lr, length, lr, noise"],
+        ),
+        ({"method.seed": 3}, ["field 'method.seed': the recipe says it: seed. Leave it out here"]),
+        ({"compare.noisy.seed": 3}, ["field 'compare.noisy.seed': the recipe says it: seed. Leave it out here"]),
+        ({"method.rows": 3}, ["field 'method.rows': unknown key"]),  # of another method
         ({"method.length": "long"}, ["field 'method.length'", "valid integer", "got 'long'"]),
         ({"method.name": "lost", "method.length": 1}, ["'lost' needs no_such_library, which is not installed"]),
         ({"compare.noisy.nois": 1}, ["field 'compare.noisy.nois'", "did you mean 'noise'?"]),

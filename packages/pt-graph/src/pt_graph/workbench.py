@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -157,6 +157,10 @@ class Recipe(recipe.Recipe):
     """A recipe for graphs."""
 
     package = "graph"
+    told_elsewhere: ClassVar[Mapping[str, str]] = {
+        "num_outputs": "the data say it: as many as data.labels",
+        "task": "the data say it: data.kind and data.multiclass",
+    }
 
     backbone: GraphModel
     data: GraphData

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from torch import nn
@@ -178,6 +178,14 @@ class Recipe(recipe.Recipe):
     """A recipe for text."""
 
     package = "nlp"
+    told_elsewhere: ClassVar[Mapping[str, str]] = {
+        "num_labels": "the data say it: data.kind and its labels",
+        "multilabel": "the data say it: data.kind",
+        "label_ids": "the data say them: data.verbalizer",
+        "label_tokens": "the data say them: data.verbalizer",
+        "end_id": "the tokenizer says it",
+        "pad_id": "the tokenizer says it",
+    }
 
     backbone: TextBackbone
     data: TextData

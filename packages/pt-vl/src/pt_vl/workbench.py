@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from accelerate.utils import send_to_device
@@ -193,6 +193,11 @@ class Recipe(recipe.Recipe):
     """A recipe for images and text."""
 
     package = "vl"
+    told_elsewhere: ClassVar[Mapping[str, str]] = {
+        "class_names": "the data say them: data.class_names",
+        "tasks": "the data say them: data.class_names of each of data.tasks",
+        "cache_size": "the data say it: data.shots of each class",
+    }
 
     backbone: VLBackbone
     data: VLData

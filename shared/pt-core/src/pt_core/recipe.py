@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -43,6 +43,8 @@ class Recipe(Settings):
     """What every recipe has. A package adds its `backbone` and `data` (`Recipe` of its `workbench` module)."""
 
     package: ClassVar[str]  # short name of the package whose methods the recipe may name
+    # Settings of methods that follow from the rest of the recipe, and where from: two values of one thing could differ.
+    told_elsewhere: ClassVar[Mapping[str, str]] = {}
 
     about: str = Field("", description="what the recipe shows, for `pt list --recipes`")
     method: MethodChoice
@@ -106,14 +108,20 @@ class Recipe(Settings):
             section: where the settings stand, for messages.
             known: what only the data can tell (classes, seed); used where the method has such a setting and the recipe
                 leaves it open.
+
+        Raises:
+            InputError: a setting is unknown, has no such value, or follows from the rest of the recipe (`told_elsewhere`).
         """
         settings = self.method.model_extra or {}
         schema = registry.find_method(self.package, self.method.name).config_class
+        for name, source in self.told_elsewhere.items():
+            if name in settings and name in schema.model_fields:
+                raise InputError(source, field=f"{section}.{name}", remedy="Leave it out here")
         fitting = {k: v for k, v in known.items() if k in schema.model_fields}
         try:
             return schema.model_validate(fitting | settings)
         except ValidationError as error:
-            raise explain(error, schema, section) from error
+            raise explain(error, schema, section, hidden=self.told_elsewhere) from error
 
 
 def find(name: str) -> tuple[str, Path]:
@@ -239,7 +247,11 @@ def check_head(artifact: Artifact, labels: int, outputs: int | None) -> None:
 
 
 def explain(
-    error: ValidationError, model: type[BaseModel], section: str = "", file: str | Path | None = None
+    error: ValidationError,
+    model: type[BaseModel],
+    section: str = "",
+    file: str | Path | None = None,
+    hidden: Collection[str] = (),
 ) -> InputError:
     """What pydantic found first, as one line: the key, what is wrong, and what is allowed.
 
@@ -247,6 +259,7 @@ def explain(
         error: of the validation of `model`.
         section: key under which the model's own keys stand.
         file: where they were read.
+        hidden: keys of the model that are not allowed there.
     """
     unknown = ("extra_forbidden", "invalid_key")  # shown before others: a misspelt key explains a missing one
     first = min(error.errors(), key=lambda found: found["type"] not in unknown)
@@ -256,7 +269,7 @@ def explain(
     if first["type"] == "missing":
         problem = "is missing"
     elif first["type"] == "extra_forbidden":
-        allowed = _keys(model, first["loc"][:-1])
+        allowed = [key for key in _keys(model, first["loc"][:-1]) if key not in hidden]
         like = get_close_matches(str(first["loc"][-1]), allowed, 1)
         problem = f"unknown key (did you mean {like[0]!r}?)" if like else "unknown key"
         remedy = f"Allowed there: {', '.join(allowed)}" if allowed else ""
