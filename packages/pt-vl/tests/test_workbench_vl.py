@@ -515,6 +515,18 @@ def test_a_prompt_whose_labels_do_not_fit_its_classes_is_refused(folder: Path) -
         open_artifact(artifacts.load_artifact(path), "nowhere")
 
 
+@pytest.mark.parametrize("name", ["coop", "mvlpt"])
+def test_a_prompt_whose_task_names_its_classes_otherwise_is_refused(folder: Path, name: str) -> None:
+    bench = Bench(made(folder, {"name": name, "prompt_length": 2}))
+    task, method = bench.task(0).spec.model_dump(), bench.job(name, 0)[0].method
+    path = method.save_pretrained(folder / "saved", task=task | {"class_names": ("cat", "bird", "dog", "tree")})
+    problem = r"config\.json, field 'task\.class_names': class 1 of the task is 'cat', that of the prompt 'bird'"
+    with pytest.raises(InputError, match=problem):
+        open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+    path = method.save_pretrained(folder / "saved", task=task)
+    open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+
+
 @pytest.mark.parametrize(
     ("method", "key"),
     [("coop", "class_names"), ("mvlpt", "class_names"), ("mvlpt", "tasks"), ("tip-adapter", "cache_size")],

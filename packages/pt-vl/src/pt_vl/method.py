@@ -261,6 +261,11 @@ class VLMethod(Method):
         """Whether what is trained means nothing for other classes."""
         return False
 
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Class names of the logits' columns."""
+        return tuple(self.config.class_names)
+
     # --- contract ---------------------------------------------------------------------------------------------------
     def text_features(self) -> Tensor:
         """Class features [C, d]. Those that no gradient is wanted for are computed once for the values at hand."""

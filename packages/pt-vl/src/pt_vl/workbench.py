@@ -523,7 +523,8 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
     """Load the backbone of an artifact (its own, unless another is named) in its dtype and put the prompt on it.
 
     Raises:
-        InputError: the artifact was saved without its task, or its backbone cannot be loaded.
+        InputError: the artifact was saved without its task, or with the class names of another, or its backbone cannot be
+            loaded.
     """
     config = artifact.config
     names = {"class_names": config.method_config.get("class_names")}
@@ -547,6 +548,14 @@ def open_artifact(artifact: artifacts.Artifact, backbone: str | None = None) -> 
             file=artifact.folder,
             remedy="Save what `for_target` makes of it for the classes of one task",
         )
+    for place, (told, own) in enumerate(zip(spec.class_names, method.column_names, strict=True), start=1):
+        if written(told) != written(own):  # answers would be misnamed
+            raise InputError(
+                f"class {place} of the task is {told!r}, that of the prompt {own!r}",
+                file=artifact.folder / artifacts.CONFIG,
+                field="task.class_names",
+                remedy="Save the prompt with the task that it was trained on",
+            )
     return Session(method, spec)
 
 

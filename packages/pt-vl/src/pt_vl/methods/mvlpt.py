@@ -123,6 +123,10 @@ class MVLPT(VLMethod):
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.prompted.encode_image(pixels)
 
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        return tuple(name for names in self.config.tasks.values() for name in names)
+
     def own_columns(self, tasks: Tensor) -> Tensor:
         """Which columns are of each row's task, bool [B, sum C]."""
         return self.owners == tasks[:, None]
