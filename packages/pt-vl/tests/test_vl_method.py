@@ -26,6 +26,7 @@ from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.method import VLConfig, cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
+from pt_vl.methods.mvlpt import MVLPT, MVLPTConfig
 from pt_vl.methods.restore import RESTORE, RESTOREConfig
 from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
 from pt_vl.preprocessing import Preprocessing
@@ -240,6 +241,15 @@ def test_new_class_names_keep_the_prompt(make_encoder: Make, make_images: Make) 
     assert logits.shape == (4, 4)
     assert_close(logits[:, 3], old[:, 0], rtol=1e-4, atol=1e-4)  # the class that both know
     assert new.training == method.training
+
+
+def test_one_text_is_not_the_new_class_names(make_encoder: Make) -> None:
+    method, shared = coop(make_encoder()), MVLPT(make_encoder(), MVLPTConfig(tasks={"one": CLASSES}, prompt_length=3))
+    for ask in (method.with_classes, shared.for_target):
+        with pytest.raises(InputError, match="field 'class_names': 'dog' is one text, not the class names"):
+            ask("dog")
+    probe = ZeroShot(make_encoder(), ZeroShotConfig(class_names=CLASSES))
+    assert probe.with_classes(("dog", "cat"), "the {}.").config.templates == ("the {}.",)
 
 
 def test_what_belongs_to_its_classes_has_no_new_ones(make_encoder: Make) -> None:

@@ -59,6 +59,19 @@ def alike(names: Sequence[str], read: Callable[[str], Hashable] = written) -> tu
     return None
 
 
+def several(names: Sequence[str]) -> tuple[str, ...]:
+    """Class names as a tuple.
+
+    Raises:
+        InputError: it is one text, whose letters would be classes.
+    """
+    if isinstance(names, str):
+        raise InputError(
+            f"{names!r} is one text, not the class names", field="class_names", remedy="Give a list or tuple of names"
+        )
+    return tuple(names)
+
+
 def check_templates(templates: Sequence[str]) -> None:
     """Raise ValueError unless each has one place for the class name."""
     for template in templates:
@@ -320,12 +333,12 @@ class VLMethod(Method):
             templates: of these classes, where the text is not prompted; default: its own.
 
         Raises:
-            InputError: what was trained belongs to the classes, or a name does not fit.
+            InputError: what was trained belongs to the classes, or a name does not fit, or is given by itself.
         """
         if self.class_bound:
             raise InputError(f"what {self.name} has trained belongs to its own classes", field="class_names")
-        settings = self.config.model_dump() | {"class_names": tuple(names)}
-        settings |= {} if templates is None else {"templates": tuple(templates)}
+        settings = self.config.model_dump() | {"class_names": several(names)}
+        settings |= {} if templates is None else {"templates": templates}
         try:
             config = self.config_class.model_validate(settings)
         except ValidationError as error:

@@ -20,7 +20,7 @@ from pt_core.method import Batch, Loss, MethodConfig, Output
 from pt_core.plan import FitConfig
 from pt_core.training import FitResult
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import Position, Stacked, VLConfig, VLMethod, written
+from pt_vl.method import Position, Stacked, VLConfig, VLMethod, several, written
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.upt import UPT, UPTConfig
 from pt_vl.methods.vpt import VPT, VPTConfig
@@ -108,7 +108,7 @@ class MVLPT(VLMethod):
     def _build(self, names: Sequence[str]) -> VLMethod:
         """The method that has the prompt, on some classes."""
         c = self.config
-        common = c.model_dump(include={"templates", "text_chunk", "seed", "lr"}) | {"class_names": tuple(names)}
+        common = c.model_dump(include={"templates", "text_chunk", "seed", "lr"}) | {"class_names": several(names)}
         if c.prompt == "text":
             return CoOp(self.backbone, CoOpConfig(prompt_length=c.prompt_length or 16, position=c.position, **common))
         if c.prompt == "visual":
