@@ -101,6 +101,18 @@ def test_a_union_of_other_tasks_than_the_methods_is_refused(make_encoder: Callab
         union({"things": images(3)}, TASKS)
 
 
+def test_the_union_is_called_as_its_tasks_are(make_encoder: Callable[..., Any]) -> None:
+    parts = {"things": images(2, 4, 10), "animals": images(3, 6, 0)}
+    for name, split in parts.items():
+        split.class_names = TASKS[name]
+    assert union(parts, TASKS).class_names == [*TASKS["animals"], *TASKS["things"]]
+    assert mvlpt(make_encoder()).column_names == (*TASKS["animals"], *TASKS["things"])
+    assert union({"things": parts["things"]}, TASKS).class_names is None
+    parts["things"].class_names = TASKS["things"][::-1]
+    with pytest.raises(InputError, match=f"label 3 is {TASKS['things'][1]!r} in the training rows"):
+        mvlpt(make_encoder()).fit(union(parts, TASKS), None, run())
+
+
 def test_with_the_tasks_splits_come_in_any_order_and_may_be_missing(make_encoder: Callable[..., Any]) -> None:
     turned = union({"things": images(2, 4, 10), "animals": images(3, 6, 0)}, TASKS)
     batch = turned.batch(range(10))

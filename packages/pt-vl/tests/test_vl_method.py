@@ -6,6 +6,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ from pt_vl.method import VLConfig, cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.linear_probe import LinearProbe, LinearProbeConfig
 from pt_vl.methods.mvlpt import MVLPT, MVLPTConfig
+from pt_vl.methods.r_amt import RAMT
 from pt_vl.methods.restore import RESTORE, RESTOREConfig
+from pt_vl.methods.tip_adapter import TipAdapter, TipAdapterF
 from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
 from pt_vl.preprocessing import Preprocessing
 
@@ -241,6 +244,32 @@ def test_new_class_names_keep_the_prompt(make_encoder: Make, make_images: Make) 
     assert logits.shape == (4, 4)
     assert_close(logits[:, 3], old[:, 0], rtol=1e-4, atol=1e-4)  # the class that both know
     assert new.training == method.training
+
+
+@pytest.mark.parametrize(
+    "cls", [CoOp, RAMT, RESTORE, LinearProbe, TipAdapter, TipAdapterF, ZeroShot], ids=lambda cls: cls.name
+)
+def test_rows_of_other_classes_or_of_another_order_are_refused(cls: Any, make_encoder: Make, make_images: Make) -> None:
+    split = make_images(6)
+    named = replace(split, class_names=("cat", "big house", "red_car"))
+    settings = {"coop": {"prompt_length": 3}, "restore": {"depth": 2}}
+    settings |= {name: {"cache_size": 6} for name in ("tip-adapter", "tip-adapter-f")}
+    backbone, more = make_encoder(), settings.get(cls.name, {})
+
+    def refused(names: tuple[str, ...], train: Any, validation: Any = None) -> str:
+        method = cls(backbone, cls.config_class(class_names=names, **more))
+        with pytest.raises(InputError, match=r"field 'class_names': .*Give .* names that the data have") as caught:
+            method.fit(train, validation, RUN)
+        return str(caught.value)
+
+    assert f"training rows are of 3 classes, {cls.name} was made for 2" in refused(CLASSES[:2], split)
+    assert f"validation rows are of 3 classes, {cls.name} was made for 4" in refused(
+        (*CLASSES, "dog"), replace(split, num_classes=4), split
+    )
+    assert f"label 0 is 'cat' in the training rows, 'red car' in {cls.name}" in refused(CLASSES[::-1], named)
+    assert "label 0 is 'cat' in the validation rows" in refused(CLASSES[::-1], split, named)
+    if cls is ZeroShot:
+        cls(backbone, cls.config_class(class_names=CLASSES)).fit(named, named, RUN)  # underscores are spaces
 
 
 def test_one_text_is_not_the_new_class_names(make_encoder: Make) -> None:

@@ -83,6 +83,7 @@ def test_sample_ids_set_by_collate_are_kept():
         ({"rows": [1], "task": "ranking"}, "unknown task 'ranking'.*multiclass, multilabel"),
         ({"rows": [1, 2], "lengths": [1]}, "field 'lengths': 1 values for 2 rows"),
         ({"rows": [1, 2], "ids": ["a", "b", "c"]}, "field 'ids': 3 values for 2 rows"),
+        ({"rows": [1], "num_classes": 3, "class_names": "ab"}, "field 'class_names': 2 names, num_classes is 3"),
     ],
 )
 def test_a_bad_split_is_refused(arguments, message):

@@ -392,12 +392,16 @@ class VLMethod(Method):
         """The run that the method was published with, for these rows: what `fit` does where no other is given."""
         return FitConfig(**(FAMILY | self.run))
 
-    def run_of(self, train: Split, config: FitConfig | None) -> FitConfig:
+    def run_of(self, train: Split, config: FitConfig | None, validation: Split | None = None) -> FitConfig:
         """The run that is asked for, or `published`.
 
         Raises:
-            InputError: it is bf16 on a CPU, whose autocast does not take the backbone's weights in float16.
+            InputError: it is bf16 on a CPU, whose autocast does not take the backbone's weights in float16; the rows are of
+                other classes than the method, or of these in another order, as far as the splits know.
         """
+        for rows, split in (("training", train), ("validation", validation)):
+            if split is not None:
+                self._check_classes(rows, split)
         config = config or self.published(train)
         half = self.backbone.text_tower.words.weight.dtype == torch.float16
         if half and config.precision == "bf16" and device_of(config).type == "cpu":
@@ -407,6 +411,16 @@ class VLMethod(Method):
                 remedy="Load it in float32 or bfloat16, or leave precision out",
             )
         return config
+
+    def _check_classes(self, rows: str, split: Split) -> None:
+        own, remedy = self.column_names, "Give the method the names that the data have: task.spec.class_names"
+        if split.num_classes not in (None, len(own)):
+            problem = f"the {rows} rows are of {split.num_classes} classes, {self.name} was made for {len(own)}"
+            raise InputError(problem, field="class_names", remedy=remedy)
+        for label, (theirs, ours) in enumerate(zip(split.class_names or (), own, strict=False)):
+            if written(theirs) != written(ours):
+                problem = f"label {label} is {theirs!r} in the {rows} rows, {ours!r} in {self.name}"
+                raise InputError(problem, field="class_names", remedy=remedy)
 
     def fit(
         self,
@@ -419,8 +433,11 @@ class VLMethod(Method):
 
         Args:
             config: default: `published`.
+
+        Raises:
+            InputError: see `run_of`.
         """
-        config = self.run_of(train, config)
+        config = self.run_of(train, config, validation)
         if not self.trains_image:
             self.place(device_of(config))
             train = cache_features(train, self.backbone, config.eval_batch_size)

@@ -48,9 +48,11 @@ class Split:
         ids: name of each row in logs and predictions; default: its position.
         missing: the value of a multi-label cell whose label is not known.
         scorer: (method, split, batch size) -> metrics, where they are not a function of logits and labels: generation, ranking.
+        class_names: what the classes are called, in the order of the labels, where that is known.
 
     Raises:
-        InputError: no rows, an unknown task or metric, or as many lengths or ids as there are not rows.
+        InputError: no rows, an unknown task or metric, as many lengths or ids as there are not rows, or as many class names
+            as there are not classes.
     """
 
     rows: Sequence[Any]
@@ -62,6 +64,7 @@ class Split:
     ids: Sequence[str | int] | None = None
     missing: int | None = None
     scorer: Callable[[Any, Split, int], dict[str, float]] | None = None
+    class_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_names(self.metrics if self.scorer is None else (), self.task, self.num_classes)
@@ -71,6 +74,8 @@ class Split:
             values = getattr(self, field)
             if values is not None and len(values) != len(self.rows):
                 raise InputError(f"{len(values)} values for {len(self.rows)} rows", field=field)
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise InputError(f"{len(self.class_names)} names, num_classes is {self.num_classes}", field="class_names")
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -94,7 +94,7 @@ class LinearProbe(VLMethod):
         Raises:
             InputError: a class has no row in `train`, or its rows are augmented and have no fixed view.
         """
-        config = self.run_of(train, config)
+        config = self.run_of(train, config, validation)
         self.place(device_of(config))
         features, labels = self._read(fixed_views(train), config)
         counts = np.bincount(labels, minlength=len(self.config.class_names))

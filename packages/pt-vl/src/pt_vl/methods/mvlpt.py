@@ -243,6 +243,7 @@ def union(splits: Mapping[str, Split | None], tasks: Mapping[str, Sequence[str]]
     ids = [f"{name}/{i}" for name, split in given.items() for i in split.row_ids]
     fixed = all(getattr(split.collate, "fixed", False) for split in parts)
     names = list(sizes)
+    called = [given[name].class_names if name in given else None for name in names]
 
     def score(method: MVLPT, split: Split, batch_size: int) -> dict[str, float]:
         return per_task_accuracy(method, split, names, batch_size)
@@ -252,6 +253,7 @@ def union(splits: Mapping[str, Split | None], tasks: Mapping[str, Sequence[str]]
         rows=rows,
         collate=Stacked(fixed),
         num_classes=sum(sizes.values()),
+        class_names=None if None in called else [name for part in called for name in part or ()],
         ids=ids,
         metrics=(),
         lengths=None,

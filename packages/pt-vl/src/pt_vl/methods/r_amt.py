@@ -203,7 +203,7 @@ class RAMT(VLMethod):
         Raises:
             InputError: micro-batches are asked for: where gradients disagree is a question to the whole batch.
         """
-        config = self.run_of(train, config)
+        config = self.run_of(train, config, validation)
         if config.micro_batch_size is not None and config.micro_batch_size < min(config.batch_size, len(train)):
             raise InputError(
                 f"{self.name} takes a batch as a whole",

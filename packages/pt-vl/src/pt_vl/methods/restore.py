@@ -186,7 +186,7 @@ class RESTORE(MaPLe):
         output_dir: str | Path | None = None,
     ) -> FitResult:
         """Supervised training; alphas grow once, when epoch floor(E / 3), counted from 0, has ended."""
-        config = self.run_of(train, config)
+        config = self.run_of(train, config, validation)
         # Every run starts so, also one that goes on from trained prompts; one that is resumed loads its own.
         with torch.no_grad():
             self.alphas.copy_(self.alphas.new_tensor([self.config.alpha_text, self.config.alpha_image]))

@@ -102,7 +102,7 @@ class TipAdapter(VLMethod):
         Raises:
             InputError: `train` has another number of rows than the configuration says.
         """
-        config = self.run_of(train, config)
+        config = self.run_of(train, config, validation)
         self.place(device_of(config))
         self.build_cache(train, config)
         return FitResult(metrics={} if validation is None else self.search(validation, config))
@@ -196,7 +196,7 @@ class TipAdapterF(TipAdapter):
         config: FitConfig | None = None,
         output_dir: str | Path | None = None,
     ) -> FitResult:
-        config = self.run_of(train, config)
+        config = self.run_of(train, config, validation)
         self.place(device_of(config))
         self.build_cache(train, config)
         result = VLMethod.fit(self, train, validation, config, output_dir)
