@@ -770,8 +770,30 @@ def test_open_clip_models_load_by_name_and_by_weight_file(tmp_path: Path) -> Non
     pixels = random(2, 3, 16, 16)
     same(loaded.image(pixels), made.image(pixels))
     assert loaded.encode_text(["a cat."]).shape == (1, 4)
-    with pytest.raises(InputError, match="open_clip cannot load nonsense"):
+    with pytest.raises(InputError, match="open_clip cannot load nonsense") as caught:
         load_backbone("open-clip:nonsense")
+    assert len(str(caught.value)) < 200
+    with pytest.raises(InputError, match="it knows no model 'ViT-B'. Did you mean .*ViT-B-32"):
+        load_backbone("open-clip:ViT-B/32")
+
+
+def test_a_folder_of_open_clip_loads_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 4}
+    text = {"context_length": 20, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}
+    config = {"embed_dim": 4, "vision_cfg": vision, "text_cfg": text}
+    content = {"model_cfg": config, "preprocess_cfg": {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    model = open_clip.CLIP(4, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    monkeypatch.chdir(tmp_path.parent)
+    for place in (tmp_path, Path(tmp_path.name)):  # absolute and relative
+        made = load_backbone(f"open-clip:local-dir:{place}")
+        assert made.source is None, "a path stays on this machine"
+        assert torch.equal(made.model.state_dict()["token_embedding.weight"], model.token_embedding.weight)
+        assert made.preprocessing.mean == (0.5, 0.5, 0.5)
+    with pytest.raises(InputError, match="open_clip cannot load local-dir:/no/such"):
+        load_backbone("open-clip:local-dir:/no/such")
 
 
 def test_a_name_that_leads_nowhere_is_an_input_error(tmp_path: Path) -> None:

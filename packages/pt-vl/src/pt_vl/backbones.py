@@ -36,6 +36,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,7 @@ from pt_vl.shared_prefix import behind, last_block, prefix_keys, together
 from pt_vl.towers import HFImage, HFText, OpenClipImage, OpenClipSettings, OpenClipText
 
 ZOO = Path(__file__).parent / "zoo"  # what ships with this package
+PLACES = ("hf-hub:", "local-dir:")  # what open_clip's names of models start with that say where it lies
 Place = Literal["before-ln-pre", "after-cls"]
 After = Callable[[int, Tokens], Tokens]
 
@@ -560,7 +562,8 @@ def load_backbone(
     Args:
         name: a hub id or folder of a CLIP or SigLIP model; `zoo:mini-clip`, which ships with this package; or
             `open-clip:MODEL/PRETRAINED`, where PRETRAINED is one of open_clip's tags or a weight file (`open-clip:hf-hub:...`
-            for its hub models); `open-clip:MODEL` has random weights, others whenever it is loaded.
+            for its hub models, `open-clip:local-dir:...` for a folder of one); `open-clip:MODEL` has random weights, others
+            whenever it is loaded.
         revision: commit or tag on the hub.
         dtype: of the weights.
         device: where to put it.
@@ -573,7 +576,7 @@ def load_backbone(
         inner = name.removeprefix("open-clip:")
         model, tokeniser = _load_open_clip(inner)
         made = DualEncoder(model.to(dtype=dtype), tokeniser)
-        weights = inner if inner.startswith("hf-hub:") else inner.partition("/")[2]
+        weights = inner if inner.startswith("hf-hub:") else _parts(inner)[1]  # of local-dir: none
         # A path stays on this machine, and no name leads back to random weights.
         made.source = None if not weights or Path(weights).is_file() else name
         return made.to(device or "cpu").eval()
@@ -643,12 +646,22 @@ def _around(processor: Any) -> tuple[Callable[[str], str], int | None]:
     return processor.clean_fn, processor.tokenizer.sep_token_id if processor.strip_sep_token else None
 
 
+def _parts(name: str) -> tuple[str, str]:
+    """Model and weights of what follows `open-clip:`. In a place there may be slashes, and it holds its weights itself."""
+    model, _, weights = (name, "", "") if name.startswith(PLACES) else name.partition("/")
+    return model, weights
+
+
 def _load_open_clip(name: str) -> tuple[Any, Any]:
     try:
         open_clip = importlib.import_module("open_clip")
     except ImportError as error:
         raise InputError("open_clip is not installed", remedy="Install the extra `open-clip` of pt-vl") from error
-    model, _, weights = (name, "", "") if name.startswith("hf-hub:") else name.partition("/")
+    model, weights = _parts(name)
+    if not model.startswith(PLACES) and model not in (known := open_clip.list_models()):
+        like = ", ".join(get_close_matches(model, known))
+        remedy = f"Did you mean {like}?" if like else "See open_clip.list_models()"
+        raise InputError(f"open_clip cannot load {name}: it knows no model {model!r}", remedy=remedy)
     try:
         made = open_clip.create_model(model, pretrained=weights or None)
         return made, open_clip.get_tokenizer(model)
