@@ -796,6 +796,22 @@ def test_a_folder_of_open_clip_loads_by_its_path(tmp_path: Path, monkeypatch: py
         load_backbone("open-clip:local-dir:/no/such")
 
 
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_folder_without_a_tokenizer_is_refused(
+    family: str, tmp_path: Path, make_encoder: Callable[..., DualEncoder]
+) -> None:
+    made, problem = make_encoder(family), "holds no tokenizer. Save it there with processor.save_pretrained"
+    made.model.save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(InputError, match=problem):
+        load_backbone(str(tmp_path))
+    if family == "clip":  # transformers makes one of special tokens
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+        with pytest.raises(InputError, match=problem):
+            load_backbone(str(tmp_path))
+    made.tokeniser.save_pretrained(tmp_path)
+    assert load_backbone(str(tmp_path)).tokeniser_hash == made.tokeniser_hash
+
+
 def test_a_name_that_leads_nowhere_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
         load_backbone(str(tmp_path))

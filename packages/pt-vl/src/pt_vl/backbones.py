@@ -60,6 +60,7 @@ from pt_vl.towers import HFImage, HFText, OpenClipImage, OpenClipSettings, OpenC
 
 ZOO = Path(__file__).parent / "zoo"  # what ships with this package
 PLACES = ("hf-hub:", "local-dir:")  # what open_clip's names of models start with that say where it lies
+TOKENISER = ("tokenizer*", "vocab*", "*.model")  # files of one
 Place = Literal["before-ln-pre", "after-cls"]
 After = Callable[[int, Tokens], Tokens]
 
@@ -569,8 +570,8 @@ def load_backbone(
         device: where to put it.
 
     Raises:
-        InputError: there is no such model, its weights are damaged or not all there, what says how its images are prepared
-            cannot be read, or open_clip is not installed.
+        InputError: there is no such model, its weights are damaged or not all there, it has no tokenizer, what says how its
+            images are prepared cannot be read, or open_clip is not installed.
     """
     if name.startswith("open-clip:"):
         inner = name.removeprefix("open-clip:")
@@ -583,6 +584,9 @@ def load_backbone(
     transformers, place = importlib.import_module("transformers"), name
     if name.startswith("zoo:"):
         place = str(shipped_model(name.removeprefix("zoo:")))
+    no_words = InputError(f"{name} holds no tokenizer", remedy="Save it there with processor.save_pretrained")
+    if Path(place, "config.json").is_file() and not any(file for kind in TOKENISER for file in Path(place).glob(kind)):
+        raise no_words
     try:
         # Shapes that differ are read from the report, which names the tensors.
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -611,6 +615,9 @@ def load_backbone(
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         remedy = "They are of another model or half downloaded: fetch them again"
         raise InputError(f"the weights of {name} are not those of its configuration: {wrong[0]}{more}", remedy=remedy)
+    # Without files of one, transformers makes a tokenizer of special tokens only, to which all texts are the same.
+    if len(tokeniser) < made.text_tower.words.num_embeddings // 2:
+        raise no_words
     made.source = name if name.startswith("zoo:") else None
     return made.to(device or "cpu").eval()
 
