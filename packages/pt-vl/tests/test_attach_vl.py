@@ -159,6 +159,12 @@ def test_what_does_not_fit_is_refused(make_model: Make, make_encoder: Make) -> N
         model.text_model(input_ids=ids, output_hidden_states=True)
 
 
+def test_a_dual_encoder_itself_takes_no_prompt(make_encoder: Make) -> None:
+    for family in ("clip", "siglip"):
+        with pytest.raises(InputError, match=r"Attach it to the model inside: attach\(backbone\.model, prompt\)"):
+            attach(make_encoder(family), TowerPrompt(context=torch.zeros(2, 16)))
+
+
 def test_a_mask_that_changes_what_is_read_is_refused(make_encoder: Make) -> None:
     for family in ("clip", "siglip"):
         backbone = make_encoder(family)

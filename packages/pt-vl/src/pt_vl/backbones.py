@@ -716,9 +716,15 @@ class DualEncoderFamily:
     name = "dual-encoder"
 
     def matches(self, backbone: nn.Module) -> bool:
-        return bool({cls.__name__ for cls in type(backbone).__mro__} & {"CLIPModel", "SiglipModel"})
+        kinds = {cls.__name__ for cls in type(backbone).__mro__} & {"CLIPModel", "SiglipModel"}
+        return bool(kinds) or isinstance(backbone, DualEncoder)  # which is matched to be refused
 
     def check(self, backbone: nn.Module, prompt: Prompt) -> None:
+        if isinstance(backbone, DualEncoder):
+            raise InputError(
+                "a DualEncoder takes no prompt itself",
+                remedy="Attach it to the model inside: attach(backbone.model, prompt)",
+            )
         if not isinstance(prompt, TowerPrompt):
             raise InputError(
                 f"a {type(prompt).__name__} does not say which tower it is for", remedy="Attach a pt_vl TowerPrompt"
