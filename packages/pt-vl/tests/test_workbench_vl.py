@@ -548,6 +548,40 @@ def test_what_the_data_say_is_no_setting_of_a_method(folder: Path, method: str, 
     assert key not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "read"),
+    [
+        ({"name": "zero-shot"}, True),
+        ({"name": "vpt"}, True),
+        ({"name": "tip-adapter"}, True),
+        ({"name": "r-amt"}, True),
+        ({"name": "mvlpt", "prompt": "visual"}, True),
+        ({"name": "mvlpt", "prompt": "text"}, False),
+        ({"name": "mvlpt"}, False),
+        ({"name": "coop"}, False),
+        ({"name": "cocoop"}, False),
+        ({"name": "ivlp"}, False),
+        ({"name": "maple"}, False),
+        ({"name": "restore"}, False),
+        ({"name": "upt"}, False),
+        ({"name": "linear-probe"}, False),
+    ],
+)
+def test_templates_are_a_setting_of_methods_that_read_them(folder: Path, method: dict[str, Any], read: bool) -> None:
+    given = method | {"templates": "a big {}."}
+    checked = made(folder, given)
+    others = checked.model_copy(update={"compare": {"other": recipe.Variant(method=given.pop("name"), **given)}})
+    if read:
+        assert checked.config().templates == others.with_method("other").config().templates == ("a big {}.",)
+        return
+    problem = rf"\.templates': {method['name']} reads no templates, so they have no effect. Leave them out"
+    with pytest.raises(InputError, match=f"'method{problem}"):
+        checked.config()
+    with pytest.raises(InputError, match=rf"'compare\.other{problem}"):
+        others.with_method("other")
+    assert made(folder, method, templates="a big {}.").config()  # those of the data are for all methods
+
+
 def test_a_prompt_of_the_shipped_model_opens_by_itself(folder: Path) -> None:
     backbone = load_backbone("zoo:mini-clip")
     method = registry.find_method("vl", "coop")(backbone, CoOpConfig(class_names=NAMES))

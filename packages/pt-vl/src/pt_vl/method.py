@@ -274,6 +274,11 @@ class VLMethod(Method):
         """Whether what is trained means nothing for other classes."""
         return False
 
+    @classmethod
+    def reads_templates(cls, config: Any) -> bool:
+        """Whether with these settings class features are those of the templates."""
+        return not cls.trains_text
+
     @property
     def column_names(self) -> tuple[str, ...]:
         """Class names of the logits' columns."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -206,7 +206,14 @@ class Recipe(recipe.Recipe):
         # What the data tell is not known yet when a recipe is checked: stand-ins take its place.
         names = ("first class", "second class")
         stand_ins: dict[str, Any] = {"class_names": names, "cache_size": 2, "tasks": {"all": names}}
-        return super().config(section, **(stand_ins | known))
+        config, cls = super().config(section, **(stand_ins | known)), registry.find_method("vl", self.method.name)
+        if "templates" in (self.method.model_extra or {}) and not cast(type[VLMethod], cls).reads_templates(config):
+            raise InputError(
+                f"{self.method.name} reads no templates, so they have no effect",
+                field=f"{section}.templates",
+                remedy="Leave them out",
+            )
+        return config
 
 
 class Bench:

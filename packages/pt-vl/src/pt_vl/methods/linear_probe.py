@@ -58,6 +58,10 @@ class LinearProbe(VLMethod):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @classmethod
+    def reads_templates(cls, config: Any) -> bool:
+        return False
+
     @property
     def class_bound(self) -> bool:
         return True

@@ -123,6 +123,10 @@ class MVLPT(VLMethod):
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.prompted.encode_image(pixels)
 
+    @classmethod
+    def reads_templates(cls, config: Any) -> bool:
+        return bool(config.prompt == "visual")
+
     @property
     def column_names(self) -> tuple[str, ...]:
         return tuple(name for names in self.config.tasks.values() for name in names)
