@@ -151,6 +151,8 @@ def test_text_is_cut_at_the_longest_class_exactly(make_encoder: Make) -> None:
 def test_words_to_start_from_must_have_the_contexts_length(make_encoder: Make) -> None:
     with pytest.raises(InputError, match="'a photo of a' has 4 tokens, the context 3"):
         coop(make_encoder(), init="a photo of a", prompt_length=3)
+    with pytest.raises(InputError, match="field 'init': ' ' has no words to start from. Give some, or leave it out"):
+        coop(make_encoder(), init=" ")
 
 
 def test_it_learns_to_tell_patterns_apart(make_encoder: Make, make_images: Make) -> None:

@@ -548,6 +548,12 @@ def test_what_the_data_say_is_no_setting_of_a_method(folder: Path, method: str, 
     assert key not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["coop", "cocoop"])
+def test_no_words_to_start_from_are_refused(folder: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"field 'method\.init': String should have at least 1 character \(got ''\)"):
+        made(folder, {"name": name, "init": ""}).config()
+
+
 @pytest.mark.parametrize(
     ("method", "read"),
     [

@@ -20,7 +20,7 @@ class CoCoOpConfig(VLConfig):
     """Settings of CoCoOp."""
 
     prompt_length: int | None = Field(None, ge=1, description="M; default: 16, or the tokens of `init`")
-    init: str | None = Field("a photo of a", description="CoCoOp, vit_b16_c4_ep10_batch1_ctxv1.yaml")
+    init: str | None = Field("a photo of a", min_length=1, description="CoCoOp, vit_b16_c4_ep10_batch1_ctxv1.yaml")
     reduction: int = Field(16, ge=1, description="d / width of the meta-net's hidden layer; CoCoOp, section 3.2")
     lr: float = Field(0.002, gt=0, description="CoCoOp, vit_b16_c4_ep10_batch1_ctxv1.yaml; SGD, epoch-cosine")
 

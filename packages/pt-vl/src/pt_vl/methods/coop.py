@@ -25,7 +25,9 @@ class CoOpConfig(VLConfig):
         None, ge=1, description="M; default: 16 (CoOp, vit_b16.yaml), or the tokens of `init`"
     )
     init: str | None = Field(
-        None, description='words to start from ("a photo of a": M = 4, CoOp\'s base-to-new setting); None: N(0, 0.02^2)'
+        None,
+        min_length=1,
+        description='words to start from ("a photo of a": M = 4, CoOp\'s base-to-new setting); None: N(0, 0.02^2)',
     )
     position: Position = Field("end", description="of the class name; CoOp, train.py")
     class_specific: bool = Field(False, description="a context for each class; CoOp, train.py: CSC False")
@@ -47,7 +49,11 @@ def start(backbone: DualEncoder, config: CoOpConfig, generator: torch.Generator)
     if config.init is None:
         return torch.randn(*copies, length or 16, backbone.text_width, generator=generator) * 0.02
     ids = backbone.plain_ids(config.init)
-    if not ids or length not in (None, len(ids)):
+    if not ids:
+        raise InputError(
+            f"{config.init!r} has no words to start from", field="init", remedy="Give some, or leave it out"
+        )
+    if length not in (None, len(ids)):
         raise InputError(
             f"{config.init!r} has {len(ids)} tokens, the context {length}",
             field="init",
