@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pt_core import FitConfig, InputError
 from pt_core.data import Split
+from pt_core.evaluation import evaluate
 from pt_core.method import Loss
 from pt_core.training import Loop
 from pt_vl.method import Stacked
@@ -115,6 +116,20 @@ def switched(method: RAMT) -> RAMT:
             mask[torch.rand(mask.shape, generator=draw) < 0.3] = 0.0
     assert 0.25 < method.sparsity() < 0.35
     return method
+
+
+def test_evaluation_has_the_cross_entropy_alone_before_and_after_saving(
+    make_encoder: Callable[..., Any], tmp_path: Path
+) -> None:
+    method, rows = switched(ramt(make_encoder(), l2=0.5)), images()
+    batch = rows.batch(range(6))
+    entropy = float(F.cross_entropy(method(batch).logits, batch["labels"]))
+    assert float(method.loss(batch).value) > entropy + 0.01  # in training
+    loaded = RAMT.from_pretrained(method.save_pretrained(tmp_path / "prompt"), make_encoder())
+    for each in (method, loaded):
+        assert evaluate(each, rows)["loss"] == pytest.approx(entropy, rel=1e-4)
+    logged = method.fit(rows, rows, run(evaluate_every=4)).metrics["loss"]
+    assert logged == pytest.approx(evaluate(method, rows)["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["clip", "open-clip"])

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pt_core import FitConfig, InputError
 from pt_core.data import Split
+from pt_core.evaluation import evaluate
 from pt_core.tokens import Tokens
 from pt_vl.method import Stacked
 from pt_vl.methods.maple import MaPLe, MaPLeConfig
@@ -128,6 +129,16 @@ def test_the_loss_is_by_hand_cross_entropy_and_gamma_times_the_sum_over_blocks(
     found, by_hand = (torch.autograd.grad(total, list(prompts.values())) for total in (loss.total, expected))
     for name, gradient, other in zip(prompts, found, by_hand, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("shift", ["gram", "feature"])
+def test_evaluation_has_the_cross_entropy_alone(shift: str, make_encoder: Callable[..., Any]) -> None:
+    method, batch = restore(make_encoder(), shift=shift, gamma=50.0), images().batch(range(4))
+    with torch.no_grad():
+        method.deep.mul_(torch.tensor([1.3, 1.6])[:, None, None])
+        entropy = float(F.cross_entropy(method(batch).logits, batch["labels"]))
+        assert float(method.loss(batch).value) > entropy + 0.01  # in training
+    assert evaluate(method, images().subset(range(4)))["loss"] == pytest.approx(entropy, rel=1e-4)
 
 
 def test_the_defaults_are_the_released_ones() -> None:

@@ -106,7 +106,10 @@ class Method(nn.Module):
         return loss
 
     def loss_of(self, output: Output, batch: Batch) -> Loss | None:
-        """The loss of a batch from what `forward` made of it; None where `loss` needs a pass of its own."""
+        """The loss of a batch from what `forward` made of it; None where `loss` needs a pass of its own.
+
+        Penalties on what is trained belong to training mode: in eval mode losses of different methods are compared.
+        """
         return None
 
     @classmethod

@@ -175,6 +175,9 @@ class RAMT(VLMethod):
         return Loss(total, len(logits))
 
     def loss_of(self, output: Output, batch: Batch) -> Loss:
+        """`task_loss`; in eval mode the cross-entropy alone, which other methods have too and which the kept bits decide."""
+        if not self.training:
+            return super().loss_of(output, batch)
         return self.task_loss(cast(Tensor, output.logits), batch["labels"])
 
     def agreement(self, logits: Tensor, teacher: Tensor) -> Tensor:
