@@ -66,7 +66,7 @@ def test_text(readme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert (Path("stars-dept") / "prompt.safetensors").is_file()
 
 
-def test_images_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_and_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     load = pt_vl.load_backbone
     monkeypatch.setattr(pt_vl, "load_backbone", lambda name: load("zoo:mini-clip"))
     published = pt_vl.CoOp.published
@@ -79,11 +79,15 @@ def test_images_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    (block,) = blocks("packages/pt-vl/README.md")
+    Image.new("RGB", (40, 30)).save("new.jpg")
+    train, use = blocks("packages/pt-vl/README.md")
     made: dict[str, Any] = {}
-    exec(block, made)
+    exec(train, made)
     assert made["other"].config.class_names == ("hamster", "rabbit")
     assert (Path("pets-coop") / "prompt.safetensors").is_file()
+    exec(use, {})
+    told = capsys.readouterr().out
+    assert "[{'label': " in told and "'accuracy': " in told
 
 
 def test_graphs() -> None:

@@ -597,3 +597,34 @@ def test_a_run_from_a_folder_to_a_saved_prompt_and_back(folder: Path, tmp_path: 
     zero = ZeroShot(backbone, ZeroShotConfig(class_names=task.spec.class_names, templates=task.spec.templates))
     assert task.test is not None
     assert zero(task.test.batch([0, 1])).logits.shape == (2, 3)
+
+
+# --- prediction ------------------------------------------------------------------------------------------------------
+def test_a_task_predicts_files_bytes_arrays_and_pillows_images(folder: Path, make_encoder: Make) -> None:
+    backbone = make_encoder()
+    task = ImageTask(ImageTask.from_folder(folder / "train", backbone).spec)
+    method = CoOp(backbone, CoOpConfig(class_names=task.spec.class_names, prompt_length=2)).train()
+    file = folder / "test" / "dog" / "1.png"
+    image = Image.open(file)
+    told = task.predict(method, [file, str(file), file.read_bytes(), np.asarray(image), image], batch_size=2)
+    assert method.training and image.mode == "RGB"
+    expected = method.eval()({"pixels": task.pixels(file)[None]}).logits.softmax(-1)[0].tolist()
+    assert len(told) == 5
+    for answer in told:
+        assert list(answer["scores"]) == list(task.spec.class_names)
+        assert list(answer["scores"].values()) == pytest.approx(expected, rel=1e-4)
+        assert answer["label"] == task.spec.class_names[expected.index(max(expected))]
+    assert task.predict(method, []) == []
+    floats, deep = Image.new("F", (4, 4)), Image.fromarray(np.full((4, 4), 25700, dtype=np.uint16))
+    assert np.asarray(read_image(deep)).max() == 100
+    with pytest.raises(InputError, match="row 2: the image cannot be read .*floating point"):
+        task.predict(method, [image, floats])
+    (folder / "bad.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"bad\.png, row 2: the image cannot be read"):
+        task.predict(method, [file, folder / "bad.png"])
+    with pytest.raises(InputError, match="one image in the place of a list"):
+        task.predict(method, str(file))
+    with pytest.raises(InputError, match="the batch size is 0"):
+        task.predict(method, [file], batch_size=0)
+    with pytest.raises(InputError, match="the method answers for 2 classes, the task has 3"):
+        task.predict(method.with_classes(("cat", "dog")), [file])

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import numpy as np
+import torch
 from PIL import Image, features
 from pydantic import Field
 from torch import Tensor
@@ -34,7 +35,7 @@ from pt_core.errors import InputError
 from pt_core.files import FILE_BROWSERS
 from pt_core.settings import Settings
 from pt_vl.backbones import DualEncoder
-from pt_vl.method import Stacked, alike, check_templates, written
+from pt_vl.method import Stacked, VLMethod, alike, check_templates, written
 from pt_vl.preprocessing import Preprocessing
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -68,7 +69,7 @@ SPLITS = ("train", "validation", "test")
 # Times the shorter side: resizing the latter to the model's makes gigabytes of an image of a few kilobytes.
 LONGEST = 100
 
-Source = Path | bytes | np.ndarray[Any, Any]
+Source = str | Path | bytes | np.ndarray[Any, Any] | Image.Image
 Unreadable = Literal["refuse", "skip"]
 
 
@@ -92,7 +93,7 @@ def read_image(source: Source) -> Image.Image:
     released code (`datasets` applies it when it decodes).
 
     Args:
-        source: a file, the bytes of one, or uint8 [H, W, 3] or [H, W].
+        source: a file, the bytes of one, uint8 [H, W, 3] or [H, W], or an image of Pillow, which stays as it is.
 
     Raises:
         OSError: the file is missing, damaged, truncated or no image, or one side is more than `LONGEST` times the other.
@@ -100,19 +101,25 @@ def read_image(source: Source) -> Image.Image:
     try:
         if isinstance(source, np.ndarray):
             return _no_strip(Image.fromarray(source)).convert("RGB")
+        if isinstance(source, Image.Image):
+            return _rgb(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            _no_strip(image).load()
-            if image.mode == "F":
-                raise OSError("holds floating point values, whose scale is not known")
-            if image.mode == "I" and image.format not in ("PNG", "PPM"):
-                raise OSError("holds integers of 32 bits, whose scale is not known")
-            if image.mode.startswith("I"):
-                values = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
-                return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return _rgb(image)
     # What Pillow's decoders raise.
     except (SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    _no_strip(image).load()
+    if image.mode == "F":
+        raise OSError("holds floating point values, whose scale is not known")
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise OSError("holds integers of 32 bits, whose scale is not known")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def _no_strip(image: Image.Image) -> Image.Image:
@@ -694,6 +701,54 @@ class ImageTask:
     def pixels(self, image: Source) -> Tensor:
         """What the backbone takes of one image, [3, H, W]."""
         return self.spec.preprocessing(read_image(image))
+
+    def predict(self, method: VLMethod, images: Iterable[Source], batch_size: int = 32) -> list[dict[str, Any]]:
+        """Answers of a trained method: `label`, and `scores`, the probability of every class.
+
+        Args:
+            method: with its prompt on the backbone; it is asked in eval mode and put back.
+            images: files, the bytes of files, arrays or images of Pillow (see `read_image`).
+            batch_size: images of a forward pass; no more of them are in memory at a time.
+
+        Raises:
+            InputError: an image cannot be read (its row and, if it is one, its file), the method answers for other classes,
+                or the batch size is below 1.
+        """
+        if batch_size < 1:
+            raise InputError(f"the batch size is {batch_size}", remedy="Use 1 or more", field="batch_size")
+        if isinstance(images, str | bytes):
+            raise InputError("one image in the place of a list of them", remedy="Write [image]", field="images")
+        found, batch = list[dict[str, Any]](), list[Tensor]()
+        for row, image in enumerate(images, start=1):
+            try:
+                batch.append(self.pixels(image))
+            except OSError as error:
+                file = image if isinstance(image, str | Path) else None
+                raise InputError(f"the image cannot be read ({error})", file=file, row=row) from error
+            if len(batch) == batch_size:
+                found += self.answers(method, torch.stack(batch))
+                batch.clear()
+        return found + (self.answers(method, torch.stack(batch)) if batch else [])
+
+    @torch.no_grad()
+    def answers(self, method: VLMethod, pixels: Tensor) -> list[dict[str, Any]]:
+        """What `predict` answers, of one batch of pixels [B, 3, H, W].
+
+        Raises:
+            InputError: the method answers for other classes.
+        """
+        names, was_training = self.spec.class_names, method.training
+        if was_training:
+            method.eval()
+        try:
+            logits = method({"pixels": pixels.to(method.backbone.device)}).logits
+        finally:
+            if was_training:
+                method.train()
+        if logits.shape[1] != len(names):
+            raise InputError(f"the method answers for {logits.shape[1]} classes, the task has {len(names)}")
+        told = [dict(zip(names, row, strict=True)) for row in logits.float().softmax(-1).tolist()]
+        return [{"label": max(scores, key=scores.__getitem__), "scores": scores} for scores in told]
 
 
 def draw(

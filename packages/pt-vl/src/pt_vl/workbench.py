@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from pydantic import Field, field_validator, model_validator
@@ -587,11 +588,12 @@ def _rows(task: ImageTask) -> dict[str, Any]:
 
 def _state(source: Source) -> Any:
     """Size and time of a file, or the hash of an image in memory."""
-    if isinstance(source, Path):
-        known = source.stat()
+    if isinstance(source, str | Path):
+        known = Path(source).stat()
         return known.st_size, known.st_mtime_ns
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
+    source = np.asarray(source)
     return source.shape, hashlib.sha256(source.tobytes()).hexdigest()
 
 
