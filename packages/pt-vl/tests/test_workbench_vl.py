@@ -454,7 +454,7 @@ def test_bad_inputs_of_a_session_are_named(folder: Path) -> None:
     path = job.method.save_pretrained(folder / "saved", task=job.task)
     session = open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
     (folder / "bad.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"bad\.png: cannot be read"):
+    with pytest.raises(InputError, match=r"1 of 1 images cannot be read: .*bad\.png \(cannot identify"):
         session.predict([str(folder / "bad.png")])
     (folder / "rows.csv").write_text("text,label\ntest/cat/0.png,horse\n")
     with pytest.raises(InputError, match=r"rows\.csv, row 1, field 'label': 'horse' is no class of the prompt"):
@@ -492,6 +492,52 @@ def test_a_session_reads_what_recipes_read_and_answers_by_its_paths(folder: Path
     (folder / "rows.csv").write_text("path,label\ntest/bird/0.png,bird\ntest/cat/0.png,bus\n")
     with pytest.raises(InputError, match="row 2, field 'label': 'bus' is no class of the prompt. Classes: bird, cat"):
         session.evaluate(folder / "rows.csv")
+
+
+def test_folders_of_images_are_predicted_and_one_that_cannot_be_read_costs_no_other_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, _ = Bench(made(folder)).job("coop", 0)
+    path = job.method.save_pretrained(folder / "saved", task=job.task)
+    flat = folder / "flat"
+    (flat / "more").mkdir(parents=True)
+    (flat / ".hidden").mkdir()
+    for i, name in enumerate(NAMES):
+        shutil.copy(folder / "test" / name / "0.png", flat / ("more" if i > 1 else "") / f"{name}.png")
+    shutil.copy(flat / "cat.png", flat / ".hidden" / "cat.png")
+    (flat / "notes.txt").write_text("no image")
+    monkeypatch.chdir(folder)
+    pt = command(monkeypatch, capsys, "predict", path, "--backbone", folder / "backbone")
+    names = ["bird.png", "cat.png", "more/dog.png", "more/tree.png"]
+    code, out, err = pt("flat", "test/tree/1.png")
+    assert code == 0, err
+    told = [json.loads(line) for line in out.splitlines()]
+    assert [answer["image"] for answer in told] == [*(f"flat/{name}" for name in names), "test/tree/1.png"]
+    session = open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+    assert session.predict(["test/tree/1.png"]) == told[-1:]
+    code, out, err = pt("--data", "flat")
+    assert code == 0 and [json.loads(line)["image"] for line in out.splitlines()] == names, err
+    (flat / "cat.png").write_bytes(b"damaged")
+    code, out, err = pt("flat", "gone.png")
+    assert code == 2 and [json.loads(line) for line in out.splitlines()] == [told[0], *told[2:4]]
+    last = err.splitlines()[-1]
+    assert last.startswith("pt: 2 of 5 images cannot be read: flat/cat.png (cannot identify image file")
+    assert "gone.png ([Errno 2]" in last
+    (folder / "none").mkdir()
+    code, out, err = pt("none")
+    assert (code, out) == (2, "") and "pt: none: has no images. Images end in ." in err
+
+
+def test_answers_come_a_batch_at_a_time(folder: Path) -> None:
+    job, _ = Bench(made(folder)).job("coop", 0)
+    path = job.method.save_pretrained(folder / "saved", task=job.task)
+    session = open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+    passes = list[int]()
+    session.method.register_forward_pre_hook(lambda _, given: passes.append(len(given[0]["pixels"])))
+    answers = session.stream([str(folder / "test")], batch_size=6)
+    next(answers)
+    assert passes == [6]
+    assert len(list(answers)) == 15 and passes == [6, 6, 4]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

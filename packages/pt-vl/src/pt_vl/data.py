@@ -248,8 +248,7 @@ def list_folder(folder: str | Path) -> Listed:
         raise InputError("has no class folders", file=folder, remedy="Make one folder for each class, images in it")
     found, others = Listed(file=folder), list[str]()
     for each in classes:
-        seen = sorted(path for path in each.rglob("*") if path.is_file())
-        seen = [path for path in seen if not any(p.startswith(".") for p in path.relative_to(each).parts)]
+        seen = [each / name for name in _files(each)]
         files = [path for path in seen if path.suffix.lower() in SUFFIXES]
         strange = [path for path in seen if path.suffix.lower() not in SUFFIXES | BESIDE]
         others += [path.relative_to(folder).as_posix() for path in strange if path.name not in FILE_BROWSERS]
@@ -263,6 +262,26 @@ def list_folder(folder: str | Path) -> Listed:
         what = f"{len(others)} file{'s' * (len(others) > 1)} of {folder} ignored, the first is {others[0]}"
         warnings.warn(f"{what}. Images end in {', '.join(sorted(SUFFIXES))}", UserWarning, stacklevel=3)
     return found
+
+
+def list_images(folder: str | Path) -> list[str]:
+    """Paths of all images in a folder and in those below it, relative to it and sorted; hidden ones are left out.
+
+    Raises:
+        InputError: there is no such folder, or it has no images.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError("no such folder", file=folder)
+    if not (found := [name for name in _files(folder) if Path(name).suffix.lower() in SUFFIXES]):
+        raise InputError("has no images", file=folder, remedy=f"Images end in {', '.join(sorted(SUFFIXES))}")
+    return found
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of all files that are not hidden in a folder and in those below it, relative to it and sorted."""
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return [name.as_posix() for name in sorted(names) if not any(part.startswith(".") for part in name.parts)]
 
 
 def list_table(file: str | Path, images: str | Path | None = None, path: str = "path", label: str = "label") -> Listed:

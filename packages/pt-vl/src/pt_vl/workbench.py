@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from pydantic import Field, field_validator, model_validator
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pt_core import artifacts, doctor, recipe, registry
 from pt_core.data import Split
@@ -35,8 +36,8 @@ from pt_vl.data import (
     Source,
     Unreadable,
     list_folder,
+    list_images,
     list_table,
-    read_image,
     readable,
 )
 from pt_vl.icons import IconChoice
@@ -478,31 +479,52 @@ class Session:
         self.method, self.spec = method, spec
 
     def inputs(self, file: Path, text: str = "text") -> list[tuple[str, Source]]:
-        """The images of a table, or of a folder with a folder for each class: the path as it stands there, and the file.
+        """The images of a table, or of a folder and those below it: the path as it stands there, and the file.
 
         Args:
             text: column of the paths, which are relative to the table; in the place of "text" there may be "path".
         """
+        if file.is_dir():
+            return [(name, file / name) for name in list_images(file)]
         listed = _listed(file, text)
         return list(zip(listed.ids, listed.sources, strict=True))
 
-    @torch.no_grad()
     def predict(self, inputs: Sequence[str | tuple[str, Source]]) -> list[dict[str, Any]]:
-        """The class of each image file (or of what `inputs` gives), and the probability of every class."""
-        answers = []
+        """The class of each image file, of those of each folder, or of what `inputs` gives, and all classes' probabilities.
+
+        Raises:
+            InputError: as `stream` does.
+        """
+        return list(self.stream(inputs))
+
+    def stream(self, inputs: Sequence[str | tuple[str, Source]], batch_size: int = 32) -> Iterator[dict[str, Any]]:
+        """The answers of `predict`, a batch at a time.
+
+        Raises:
+            InputError: a folder has no images, before the first answer; images cannot be read, behind the last one: how many,
+                which, and why.
+        """
+        named, bad = list[tuple[str, Source]](), list[str]()
         for given in inputs:
-            name, source = (given, Path(given)) if isinstance(given, str) else given
-            try:
-                image = read_image(source)
-            except OSError as error:
-                raise InputError(f"cannot be read ({error})", file=name, remedy="Give an image") from error
-            pixels = self.spec.preprocessing(image)[None].to(self.method.backbone.device)
-            scores = self.method({"pixels": pixels}).logits.float().softmax(-1)[0]
-            names = self.spec.class_names
-            best = names[int(scores.argmax())]
-            shown = {n: round(float(s), 4) for n, s in zip(names, scores, strict=True)}
-            answers.append({"image": name, "label": best, "scores": shown})
-        return answers
+            if isinstance(given, str) and Path(given).is_dir():
+                named += [(str(Path(given) / name), Path(given) / name) for name in list_images(given)]
+            else:
+                named.append((given, Path(given)) if isinstance(given, str) else given)
+        task = ImageTask(self.spec)
+        for start in range(0, len(named), batch_size):
+            pixels = dict[int, Tensor]()
+            for i, (name, source) in enumerate(named[start : start + batch_size], start=start):
+                try:
+                    pixels[i] = task.pixels(source)
+                except OSError as error:
+                    bad.append(f"{name} ({str(error).splitlines()[0]})")
+            answers = task.answers(self.method, torch.stack(list(pixels.values()))) if pixels else []
+            for i, answer in zip(pixels, answers, strict=True):
+                shown = {name: round(score, 4) for name, score in answer["scores"].items()}
+                yield {"image": named[i][0], "label": answer["label"], "scores": shown}
+        if bad:
+            problem = f"{len(bad)} of {len(named)} images cannot be read: {', '.join(bad)}"
+            raise InputError(problem, remedy="Mend or remove them")
 
     def evaluate(self, file: Path, text: str = "text", label: str = "label") -> dict[str, float]:
         """Metrics on a table of images and labels, or on a folder with a folder for each class.

@@ -8,7 +8,9 @@ A workbench offers:
                                                     `.folder` is set to the output folder, in which it may keep what
                                                     later processes then need not compute
     open_artifact(artifact, backbone) -> session    a trained prompt on its backbone: `.inputs(file, text)`,
-                                                    `.predict(inputs)`, `.evaluate(file, text, label)`
+                                                    `.predict(inputs)`, `.evaluate(file, text, label)`; with
+                                                    `.stream(inputs)` answers are printed as they come, and what it
+                                                    raises behind them names the inputs that have none
     demo(folder, seeds, shots, data)                the package's demo; None: its own default
 
 where prompts have another library's format,
@@ -229,8 +231,10 @@ def evaluate(
 @app.command()
 def predict(
     prompt: Prompt,
-    inputs: Annotated[list[str] | None, typer.Argument(help="inputs, one argument each")] = None,
-    data: Annotated[Path | None, typer.Option(help="file with rows to predict")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="inputs, one argument each; of images also folders")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="file with rows to predict, or folder")] = None,
     text: Annotated[str, typer.Option(help="column of the input in the file")] = "text",
     backbone: Backbone = None,
 ) -> None:
@@ -239,8 +243,9 @@ def predict(
         raise InputError("give either inputs or --data")
     _check_there(data)
     session = _open(prompt, backbone)
-    for answer in session.predict(inputs if data is None else session.inputs(data, text=text)):
-        print(json.dumps(answer, ensure_ascii=False))
+    answers = getattr(session, "stream", session.predict)
+    for answer in answers(inputs if data is None else session.inputs(data, text=text)):
+        print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
 @app.command()
