@@ -528,6 +528,61 @@ def test_folders_of_images_are_predicted_and_one_that_cannot_be_read_costs_no_ot
     assert (code, out) == (2, "") and "pt: none: has no images. Images end in ." in err
 
 
+def test_a_prompt_is_tested_on_whatever_it_could_be_trained_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    bench = Bench(made(folder))
+    job, _ = bench.job("coop", 0)
+    path = job.method.save_pretrained(folder / "saved", task=job.task)
+    assert job.test is not None
+    expected = f"{evaluate(job.method, job.test)['accuracy']:.4f}"
+    pictures = [(f"{name}/{i}.png", label, name) for label, name in enumerate(NAMES) for i in range(4)]
+    (folder / "lists").mkdir()
+    rows = [f"{image},{name}" for image, _, name in pictures]
+    (folder / "lists" / "rows.csv").write_text("\n".join(["path,label", *rows]))
+    parts: dict[str, Any] = {"train": pictures[:4], "val": pictures[:5], "test": pictures}
+    (folder / "lists" / "split.json").write_text(json.dumps(parts))
+    features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=list(NAMES))})
+    images = [{"path": None, "bytes": (folder / "test" / image).read_bytes()} for image, _, _ in pictures]
+    part = datasets.Dataset.from_dict({"photo": images, "kind": [y for _, y, _ in pictures]}, features=features)
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(str(folder / "both"))
+    datasets.DatasetDict({"train": part, "validation": part}).save_to_disk(str(folder / "other"))
+    part.save_to_disk(str(folder / "alone"))
+    monkeypatch.chdir(folder)
+
+    def pt(verb: str, *arguments: object) -> tuple[int, str, str]:
+        return command(monkeypatch, capsys, verb, path, "--backbone", folder / "backbone")(*arguments)
+
+    columns = ("--set", "image=photo", "--label", "kind")
+    for given in (
+        ("lists/rows.csv", "--set", "images=test"),
+        ("lists/split.json", "--set", "images=test"),
+        ("both", *columns),
+        ("other", "--set", "split=validation", *columns),
+        ("alone", *columns),
+    ):
+        code, out, err = pt("eval", "--data", *given)
+        assert code == 0 and f"accuracy {expected}" in " ".join(out.replace("│", " ").split()), err
+        code, out, err = pt("predict", "--data", *(part for part in given if part not in ("--label", "kind")))
+        assert code == 0 and len(out.splitlines()) == 16, err
+    code, out, err = pt("predict", "--data", "lists/split.json", "--set", "images=test", "--set", "split=validation")
+    assert code == 0 and len(out.splitlines()) == 5
+    for given, problem in (
+        (("other", *columns), "field 'split': has several splits, and none is test. There are: train, validation."),
+        (("alone", "--set", "split=train", *columns), "has no split 'train'. There are: test"),
+        (("alone", "--set", "pictures=x"), "field 'pictures': unknown key. Allowed there: image, images, split"),
+        (("lists/rows.csv", "--set", "images=gone"), "field 'images': no such file or folder"),
+    ):
+        code, out, err = pt("eval", "--data", *given)
+        assert (code, out) == (2, "") and problem in err, err
+    code, out, err = pt("predict", "test/cat/0.png", "--set", "images=test")
+    assert code == 2 and "--set says how data are read. Give --data" in err
+    session = open_artifact(artifacts.load_artifact(path), str(folder / "backbone"))
+    monkeypatch.delattr(type(session), "reading")
+    assert "read without settings" in pt("eval", "--data", "lists/rows.csv", "--set", "images=test")[2]
+
+
 def test_answers_come_a_batch_at_a_time(folder: Path) -> None:
     job, _ = Bench(made(folder)).job("coop", 0)
     path = job.method.save_pretrained(folder / "saved", task=job.task)

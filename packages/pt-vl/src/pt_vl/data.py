@@ -338,8 +338,21 @@ def list_split_file(file: str | Path, images: str | Path) -> tuple[dict[str, Lis
     return found, [names[i] for i in range(len(names))]
 
 
+def is_split_file(file: Path) -> bool:
+    """Whether a file is a split file, rather than a table: JSON that holds an object."""
+    if file.suffix != ".json" or not file.is_file():
+        return False
+    with file.open(encoding="utf-8-sig", errors="replace") as text:
+        return text.read(1000).lstrip().startswith("{")
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether `datasets` has saved this folder."""
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
+
+
 def list_dataset(
-    source: Any, image: str = "image", label: str = "label", alone: str = "train"
+    source: Any, image: str = "image", label: str | None = "label", alone: str = "train"
 ) -> tuple[dict[str, Listed], list[str] | None]:
     """Splits and class names (if the label column has them) of a folder that `datasets` has saved, or of what it has loaded.
 
@@ -347,7 +360,7 @@ def list_dataset(
 
     Args:
         source: the folder, a `datasets.Dataset`, or a `DatasetDict`.
-        image, label: columns.
+        image, label: columns; without a label, all labels are "".
         alone: split that a `Dataset`, which has none, is taken for.
 
     Raises:
@@ -373,11 +386,11 @@ def list_dataset(
         if split not in SPLITS:
             continue
         for column in (image, label):
-            if column not in part.column_names:
+            if column is not None and column not in part.column_names:
                 raise InputError("no such column", file=folder, field=column, remedy=f"There are: {part.column_names}")
-        own = getattr(part.features[label], "names", None)
+        own = None if label is None else getattr(part.features[label], "names", None)
         names = names or own
-        listed = Listed(labels=list(part[label]), file=folder)
+        listed = Listed(labels=[""] * len(part) if label is None else list(part[label]), file=folder)
         if own is not None:
             listed.labels = [own[i] for i in _indices(listed, own, by_index=True)]
         try:  # not decoded by `datasets`, which would open whatever path a row names

@@ -35,8 +35,12 @@ from pt_vl.data import (
     Listed,
     Source,
     Unreadable,
+    is_dataset,
+    is_split_file,
+    list_dataset,
     list_folder,
     list_images,
+    list_split_file,
     list_table,
     readable,
 )
@@ -62,6 +66,12 @@ class VLBackbone(Settings):
     def load(self) -> DualEncoder:
         dtype = doctor.fast_dtype(doctor.fast_device()) if self.dtype == "fast" else DTYPES[self.dtype]
         return load_backbone(self.name, self.revision, dtype)
+
+
+def _existing(value: str | None) -> str | None:
+    if value is not None and not Path(value).exists():
+        raise ValueError("no such file or folder")
+    return value
 
 
 class Images(Settings):
@@ -92,12 +102,7 @@ class Images(Settings):
         "of the data that it belongs to. A method with `templates` of its own keeps these",
     )
 
-    @field_validator("train", "validation", "test", "split_file", "images")
-    @classmethod
-    def _exists(cls, value: str | None) -> str | None:
-        if value is not None and not Path(value).exists():
-            raise ValueError("no such file or folder")
-        return value
+    _exists = field_validator("train", "validation", "test", "split_file", "images")(_existing)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -137,7 +142,7 @@ class Images(Settings):
         rest: dict[str, Any] = {"validation": self.validation, "test": self.test}
         options |= {"class_names": self.class_names}
         path = Path(str(first))
-        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+        if is_dataset(path):
             return ImageTask.from_dataset(path, backbone, image=self.image, label=self.label, **rest, **options)
         rest |= {} if self.train else {"test": None}  # these are the first already
         if path.is_file():
@@ -472,21 +477,39 @@ class _Featured(Sequence[dict[str, Any]]):
         return self._rows[dtype]
 
 
+class Reading(Settings):
+    """How the data of `pt eval` and `pt predict` are read, beside the columns: what a recipe says under `data`."""
+
+    images: str | None = Field(
+        None, description="folder that the paths of a table or split file are relative to; default: the file's"
+    )
+    image: str = Field("image", description="column of datasets")
+    split: Literal["train", "validation", "test"] | None = Field(
+        None, description="of a split file or of datasets; default: test, or the only one"
+    )
+
+    _exists = field_validator("images")(_existing)
+
+
 class Session:
     """A trained prompt on its backbone."""
+
+    reading = Reading
 
     def __init__(self, method: VLMethod, spec: ImageSpec) -> None:
         self.method, self.spec = method, spec
 
-    def inputs(self, file: Path, text: str = "text") -> list[tuple[str, Source]]:
-        """The images of a table, or of a folder and those below it: the path as it stands there, and the file.
+    def inputs(self, file: Path, text: str = "text", reading: Reading = Reading()) -> list[tuple[str, Source]]:
+        """The images of a table, a split file, what `datasets` has saved, or a folder and those below it: the path as it stands
+        there (or split and row), and the image.
 
         Args:
-            text: column of the paths, which are relative to the table; in the place of "text" there may be "path".
+            text: column of the paths of a table; in the place of "text" there may be "path".
+            reading: where they lie, and which split.
         """
-        if file.is_dir():
+        if file.is_dir() and not is_dataset(file):
             return [(name, file / name) for name in list_images(file)]
-        listed = _listed(file, text)
+        listed = _listed(file, reading, text)
         return list(zip(listed.ids, listed.sources, strict=True))
 
     def predict(self, inputs: Sequence[str | tuple[str, Source]]) -> list[dict[str, Any]]:
@@ -526,12 +549,15 @@ class Session:
             problem = f"{len(bad)} of {len(named)} images cannot be read: {', '.join(bad)}"
             raise InputError(problem, remedy="Mend or remove them")
 
-    def evaluate(self, file: Path, text: str = "text", label: str = "label") -> dict[str, float]:
-        """Metrics on a table of images and labels, or on a folder with a folder for each class.
+    def evaluate(
+        self, file: Path, text: str = "text", label: str = "label", reading: Reading = Reading()
+    ) -> dict[str, float]:
+        """Metrics on whatever a recipe reads: a table of images and labels, a folder with a folder for each class, a split
+        file, or what `datasets` has saved.
 
         Labels are class names, or what the training data had in their place. Columns: see `inputs`.
         """
-        listed, spec = _listed(file, text, label), self.spec
+        listed, spec = _listed(file, reading, text, label), self.spec
         kinds = [{name: i for i, name in enumerate(names)} for names in (spec.labels, spec.class_names) if names]
         index = min(kinds, key=lambda known: sum(str(y) not in known for y in listed.labels))
         for row, given in enumerate(listed.labels, start=1):
@@ -619,20 +645,38 @@ def _state(source: Source) -> Any:
     return source.shape, hashlib.sha256(source.tobytes()).hexdigest()
 
 
-def _listed(file: Path, text: str, label: str | None = None) -> Listed:
-    """The images of a folder or a table.
+def _listed(file: Path, reading: Reading, text: str, label: str | None = None) -> Listed:
+    """The images of a folder, a table, a split file, or of what `datasets` has saved; labels as class names where it has any.
 
     Raises:
-        InputError: as `list_folder` and `list_table` do; the table has no column `text` (nor "path", where it is "text").
+        InputError: as `list_folder`, `list_table`, `list_split_file` and `list_dataset` do; a table has no column `text` (nor
+            "path", where it is "text"); the split is not there, or there are several.
     """
+    if is_dataset(file):
+        return _one_split(list_dataset(file, reading.image, label, alone="test")[0], reading.split, file)
     if file.is_dir():
         return list_folder(file)
+    if is_split_file(file):
+        found, names = list_split_file(file, reading.images or file.parent)
+        listed = _one_split(found, reading.split, file)
+        listed.labels = [names[int(index)] for index in listed.labels]
+        return listed
     missing = ""
     for column in (text, "path") if text == "text" else (text,):
         try:
-            return list_table(file, path=column, label=label or column)
+            return list_table(file, reading.images, path=column, label=label or column)
         except InputError as error:
             if f"field {column!r}: no such column" not in str(error):
                 raise
             missing = missing or str(error)
     raise InputError(missing, remedy="Name the column of the image paths: --text")
+
+
+def _one_split(found: Mapping[str, Listed], split: str | None, file: Path) -> Listed:
+    there = {name: part for name, part in found.items() if len(part)}
+    name = split or ("test" if "test" in there else next(iter(there), "test") if len(there) < 2 else "")
+    if name not in there:
+        problem = f"has no split {name!r}" if name else "has several splits, and none is test"
+        shown = f"There are: {', '.join(there) or 'none'}. Name one: --set split=..."
+        raise InputError(problem, file=file, field="split", remedy=shown)
+    return there[name]

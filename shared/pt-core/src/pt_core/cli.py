@@ -10,7 +10,9 @@ A workbench offers:
     open_artifact(artifact, backbone) -> session    a trained prompt on its backbone: `.inputs(file, text)`,
                                                     `.predict(inputs)`, `.evaluate(file, text, label)`; with
                                                     `.stream(inputs)` answers are printed as they come, and what it
-                                                    raises behind them names the inputs that have none
+                                                    raises behind them names the inputs that have none; with
+                                                    a schema `.reading` (pt_core.settings.Settings) `inputs` and
+                                                    `evaluate` take one as `reading`, made of `--set`
     demo(folder, seeds, shots, data)                the package's demo; None: its own default
 
 where prompts have another library's format,
@@ -54,6 +56,10 @@ def _new_or_folder(output: Path) -> Path:
 
 Setting = Annotated[
     list[str] | None, typer.Option("--set", help="change a key of the recipe: key.key=value (repeatable)")
+]
+Reading = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="how data are read, where recipes say so under `data`: key=value (repeatable)"),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="folder for results", callback=_new_or_folder)]
 Source = Annotated[str, typer.Argument(help="installed recipe (`pt list --recipes`) or path of a YAML file")]
@@ -213,17 +219,18 @@ def transfer(
 @app.command("eval")
 def evaluate(
     prompt: Prompt,
-    data: Annotated[Path, typer.Option(help="file with labelled rows")],
+    data: Annotated[Path, typer.Option(help="file with labelled rows, or folder")],
     text: Annotated[str, typer.Option(help="column of the input")] = "text",
     label: Annotated[str, typer.Option(help="column of the answer")] = "label",
+    settings: Reading = None,
     backbone: Backbone = None,
 ) -> None:
     """Evaluate a trained prompt on labelled data."""
     _check_there(data)
     from rich.table import Table
 
-    table = Table("metric", "value")
-    for name, value in _open(prompt, backbone).evaluate(data, text=text, label=label).items():
+    session, table = _open(prompt, backbone), Table("metric", "value")
+    for name, value in session.evaluate(data, text=text, label=label, **_reading(session, settings)).items():
         table.add_row(name, f"{value:.4f}")
     _show(table)
 
@@ -236,15 +243,18 @@ def predict(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="file with rows to predict, or folder")] = None,
     text: Annotated[str, typer.Option(help="column of the input in the file")] = "text",
+    settings: Reading = None,
     backbone: Backbone = None,
 ) -> None:
     """Predict with a trained prompt; prints one JSON object a line."""
     if bool(inputs) == (data is not None):
         raise InputError("give either inputs or --data")
+    if settings and data is None:
+        raise InputError("--set says how data are read", remedy="Give --data")
     _check_there(data)
     session = _open(prompt, backbone)
     answers = getattr(session, "stream", session.predict)
-    for answer in answers(inputs if data is None else session.inputs(data, text=text)):
+    for answer in answers(inputs if data is None else session.inputs(data, text=text, **_reading(session, settings))):
         print(json.dumps(answer, ensure_ascii=False), flush=True)
 
 
@@ -282,6 +292,23 @@ def _check_there(data: Path | None) -> None:
     """Refuse a missing file before the backbone is loaded for it."""
     if data is not None and not data.exists():
         raise InputError("no such file", file=data)
+
+
+def _reading(session: Any, lines: list[str] | None) -> dict[str, Any]:
+    """What a session is told beside columns, checked."""
+    if not lines:
+        return {}
+    from pydantic import ValidationError
+
+    from pt_core import recipe
+
+    changes = recipe.parse_settings(lines)
+    if (schema := getattr(session, "reading", None)) is None:
+        raise InputError("the data of this package are read without settings", field=next(iter(changes)))
+    try:
+        return {"reading": schema.model_validate(changes)}
+    except ValidationError as error:
+        raise recipe.explain(error, schema) from error
 
 
 def _open(prompt: str, backbone: str | None) -> Any:
