@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from threading import get_ident
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -20,9 +23,12 @@ from pt_core.artifacts import load_artifact
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.plan import FitConfig
+from pt_core.testing import Killed
+from pt_vl import data
 from pt_vl.data import SUFFIXES, TEMPLATES, ImageSpec, ImageTask, draw, list_folder, list_split_file, read_image
 from pt_vl.method import cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
+from pt_vl.methods.vpt import VPT, VPTConfig
 from pt_vl.methods.zero_shot import ZeroShot, ZeroShotConfig
 from pt_vl.preprocessing import Preprocessing
 
@@ -566,6 +572,130 @@ def test_augmentation_draws_anew_from_the_seeded_generator_and_only_for_training
     backbone = make_encoder()
     assert cache_features(task.train, backbone) is task.train, "augmented views are not cached"
     assert cache_features(task.validation, backbone) is not task.validation
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Images that were decoded; views are kept by a store of this test's own, and read by four threads."""
+    found = list[Any]()
+    monkeypatch.setattr(data, "VIEWS", data.Views(2**20))
+    monkeypatch.setattr(data, "read_image", lambda source: found.append(source) or read_image(source))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    return found
+
+
+@pytest.mark.parametrize("how", [{}, {"resize": 14}, {"squash": True, "interpolation": "bilinear"}])
+def test_fixed_views_are_decoded_once_and_come_to_the_same_bits(
+    how: dict[str, Any], folder: Path, decoded: list[Any]
+) -> None:
+    made = Preprocessing(size=12, **how)
+    listed = list_folder(folder / "train")
+    listed.sources[3] = Path(listed.sources[3]).read_bytes()  # type: ignore[arg-type]
+    rows = data.ImageRows(listed.sources, [0] * len(listed), made)
+    plain = [made(read_image(source)) for source in listed.sources]
+    for _ in range(2):
+        for order in ([3, 0, 17, 3, 5], range(18)):
+            assert all(map(torch.equal, [row["pixels"] for row in rows.__getitems__(order)], [plain[i] for i in order]))
+    assert len(decoded) == 19, "each once, and the one that was there twice in its batch"
+    assert torch.equal(rows[-1]["pixels"], plain[-1])
+    again = pickle.loads(pickle.dumps(rows))  # takes no view along, and shares those of the process
+    assert len(pickle.dumps(rows)) < 10_000 and torch.equal(again[4]["pixels"], plain[4])
+    assert torch.equal(data.ImageRows(listed.sources[:6], [0] * 6, made).fixed()[5]["pixels"], plain[5])
+    assert len(decoded) == 19
+    other = data.ImageRows(listed.sources, [0] * 18, Preprocessing(size=10))
+    assert other[0]["pixels"].shape == (3, 10, 10)
+    before = made(picture(77))
+    save(Path(listed.sources[1]), seed=77)  # type: ignore[arg-type]
+    assert torch.equal(rows[1]["pixels"], before), "another image in the place of one"
+
+
+def test_views_take_no_more_memory_than_they_may(folder: Path, decoded: list[Any]) -> None:
+    made, listed, size = Preprocessing(size=12), list_folder(folder / "train"), 3 * 12 * 12
+    data.VIEWS.limit = 5 * size + 20
+    rows = data.ImageRows(listed.sources, [0] * 18, made)
+    for _ in range(2):
+        for i, source in enumerate(listed.sources):
+            assert torch.equal(rows[i]["pixels"], made(read_image(source)))
+            assert data.VIEWS.held == size * len(data.VIEWS) <= data.VIEWS.limit
+    assert len(decoded) == 36 and len(data.VIEWS) == 5
+    rows.__getitems__(range(13, 18))
+    assert len(decoded) == 36, "the last ones are there"
+    whole = [Path(source).read_bytes() for source in listed.sources]  # type: ignore[arg-type]
+    rows = data.ImageRows(whole, [0] * 18, made)
+    rows.__getitems__(range(18))
+    assert len(data.VIEWS) < 5 and data.VIEWS.held <= data.VIEWS.limit, "bytes that are known by themselves count"
+    arrays = data.ImageRows([np.zeros((12, 12, 3), np.uint8)], [0], made)
+    before = arrays[0]["pixels"]
+    arrays.sources[0][:] = 9  # type: ignore[index]
+    assert not torch.equal(arrays[0]["pixels"], before)
+
+
+def test_images_are_decoded_ahead_in_order_and_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    made, taken, threads = list[int](), 0, set[int]()
+
+    def make(item: int) -> int:
+        made.append(item)
+        threads.add(get_ident())
+        sleep(0.001 * (item % 3))
+        if item == 29:
+            raise OSError("29")
+        return item
+
+    found = data.ahead(make, range(30))
+    with pytest.raises(OSError, match="29"):
+        for number in found:
+            assert number == taken
+            assert len(made) - taken <= 5
+            taken += 1
+    assert taken == 29 and 1 < len(threads) <= 4 and get_ident() not in threads
+    assert list(data.ahead(str, [])) == []
+
+
+def test_crops_of_a_batch_are_those_of_one_row_after_the_other(
+    folder: Path, decoded: list[Any], make_encoder: Make
+) -> None:
+    task = ImageTask.from_folder(folder / "train", make_encoder(), shots=4, augment=True)
+    assert task.train is not None
+    order = [5, 0, 11, 3, 3, 8]
+    torch.manual_seed(5)
+    one_by_one = torch.stack([task.train.rows[i]["pixels"] for i in order])
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(task.train.batch(order)["pixels"], one_by_one)
+    assert torch.equal(torch.rand(1), after)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_run_with_views_and_threads_goes_on_to_the_bits_of_a_plain_one(
+    augment: bool, folder: Path, tmp_path: Path, decoded: list[Any], make_encoder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(output: Path | None = None, stop: bool = False) -> dict[str, torch.Tensor]:
+        backbone = make_encoder()
+        task = ImageTask.from_folder(folder / "train", backbone, shots=4, augment=augment)
+        method = VPT(backbone, VPTConfig(class_names=task.spec.class_names, prompt_length=2))
+        run = FitConfig(max_steps=6, batch_size=5, device="cpu", progress=False, checkpoint_every=1)
+        assert task.train is not None
+        if stop:
+            loss = VPT.loss_of
+            monkeypatch.setattr(VPT, "loss_of", lambda *given: seen.append(0) or killed() or loss(*given))
+        try:
+            method.fit(task.train, task.validation, run, output)
+        finally:
+            monkeypatch.undo() if stop else None
+        return method.trained_state()
+
+    def killed() -> None:
+        if len(seen) == 4:
+            raise Killed
+
+    seen = list[int]()
+    fast = trained()
+    with pytest.raises(Killed):
+        trained(tmp_path / "run", stop=True)  # what follows has one thread, and its views are this process's
+    monkeypatch.setattr(data, "VIEWS", data.Views(0))
+    for state in (trained(tmp_path / "run"), trained()):
+        assert all(torch.equal(state[name], fast[name]) for name in fast)
 
 
 def test_features_kept_in_a_folder_are_those_of_the_images_not_of_their_ids(folder: Path, make_encoder: Make) -> None:

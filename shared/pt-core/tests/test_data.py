@@ -441,3 +441,16 @@ def test_study_data_reads(study_data):
         pytest.skip(f"{path} is not there")
     rows = read_table(path, {"text": "text", "label": "label"})
     assert len(rows) == 500 and len(class_names([row["label"] for row in rows])) == 6
+
+
+def test_rows_that_can_be_asked_for_together_are() -> None:
+    class Rows(list[int]):
+        def __getitems__(self, indices: list[int]) -> list[int]:
+            asked.append(indices)
+            return [self[i] for i in indices]
+
+    asked = list[list[int]]()
+    split = Split(Rows([5, 6, 7, 8]), lambda rows: {"rows": rows}, task="none")
+    assert split.batch([2, 0]) == {"sample_ids": [2, 0], "rows": [7, 5]}
+    assert split.subset([3, 1, 2]).batch([2, 0])["rows"] == [7, 8]
+    assert asked == [[2, 0], [2, 3]]

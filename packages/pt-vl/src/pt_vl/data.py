@@ -15,12 +15,15 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from threading import Lock
+from typing import Any, Literal, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -71,6 +74,7 @@ LONGEST = 100
 
 Source = str | Path | bytes | np.ndarray[Any, Any] | Image.Image
 Unreadable = Literal["refuse", "skip"]
+T, U = TypeVar("T"), TypeVar("U")
 
 
 class ImageSpec(Settings):
@@ -128,8 +132,84 @@ def _no_strip(image: Image.Image) -> Image.Image:
     return image
 
 
+class Views:
+    """Images as they are after resizing and cropping, uint8 [3, size, size]: the last ones that were asked for, up to a number
+    of bytes.
+
+    A file is known by its path, size and time, so that splits and tasks of one process share what they have in common, and
+    none holds a view that is no longer the file's. Arrays and Pillow's images may change, and are not kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._kept: OrderedDict[Hashable, tuple[Tensor, int]] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def key(self, source: Source, how: Preprocessing) -> Hashable | None:
+        """What the view of an image is known by; None where it is not kept.
+
+        Raises:
+            OSError: the file is missing.
+        """
+        geometry = (how.size, how.resize, how.squash, how.interpolation)
+        if isinstance(source, str | Path):
+            state = Path(source).stat()
+            return os.path.abspath(source), state.st_size, state.st_mtime_ns, geometry
+        return (source, geometry) if isinstance(source, bytes) else None
+
+    def get(self, key: Hashable | None) -> Tensor | None:
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+
+    def keep(self, key: Hashable | None, view: Tensor) -> None:
+        # Bytes that are a key live as long as the view does.
+        cost = view.nbytes + sum(len(part) for part in cast("tuple[Any, ...]", key or ()) if isinstance(part, bytes))
+        if key is None or cost > self.limit:
+            return
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = view, cost
+            self.held += cost
+            while self.held > self.limit:
+                self.held -= self._kept.popitem(last=False)[1][1]
+
+
+VIEWS = Views(2**30)
+"""The fixed views that a process keeps: up to 1 GiB, some 7,000 of 224 x 224 pixels. What goes beyond is decoded again."""
+
+
+def ahead(make: Callable[[T], U], items: Sequence[T]) -> Iterator[U]:
+    """`make` of each item, in order, made by as many threads as torch uses (at most four), which are no more than so many items
+    ahead: images of a camera are large when they are decoded. Pillow leaves the interpreter to others while it decodes."""
+    count = min(4, torch.get_num_threads(), len(items))
+    if count < 2:
+        yield from map(make, items)
+        return
+    with ThreadPoolExecutor(count) as pool:  # of one batch: a process that is forked off would inherit no threads
+        pending = deque[Future[U]]()
+        try:
+            for item in items:
+                pending.append(pool.submit(make, item))
+                if len(pending) > count:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
 class ImageRows(Sequence[dict[str, Any]]):
     """Images that are opened when they are asked for, and their labels.
+
+    Fixed views are decoded once, as far as `VIEWS` keeps them; crops are drawn in the order in which rows are asked for.
 
     Args:
         sources: one of each image.
@@ -157,10 +237,30 @@ class ImageRows(Sequence[dict[str, Any]]):
         return len(self.sources)
 
     def __getitem__(self, index: Any) -> Any:
-        image = read_image(self.sources[index])
-        if self._augment is None:
-            return {"pixels": self.preprocessing(image), "label": self.labels[index]}
-        return {"pixels": self.preprocessing.normalise(self._augment(image)), "label": self.labels[index]}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at `indices`, decoded by several threads: what torch's data loaders and `Split.batch` ask for."""
+        images = self._fixed if self._augment is None else self._cropped
+        pixels = map(self.preprocessing.normalise, images([self.sources[i] for i in indices]))
+        return [{"pixels": made, "label": self.labels[i]} for made, i in zip(pixels, indices, strict=True)]
+
+    def _fixed(self, sources: Sequence[Source]) -> Iterator[Tensor]:
+        keys = [VIEWS.key(source, self.preprocessing) for source in sources]
+        known = [VIEWS.get(key) for key in keys]
+        absent = [source for source, view in zip(sources, known, strict=True) if view is None]
+        made = ahead(self._view, absent)
+        for key, view in zip(keys, known, strict=True):
+            if view is None:
+                VIEWS.keep(key, view := next(made))
+            yield view
+
+    def _view(self, source: Source) -> Tensor:
+        return v2.functional.pil_to_tensor(self.preprocessing.view(read_image(source)))
+
+    def _cropped(self, sources: Sequence[Source]) -> Iterator[Any]:
+        assert self._augment is not None
+        yield from map(self._augment, ahead(read_image, sources))
 
     def fixed(self) -> ImageRows:
         """The same images in the fixed view."""
@@ -213,12 +313,7 @@ def readable(listed: Listed, unreadable: Unreadable) -> Listed:
     Raises:
         InputError: one cannot, and `unreadable` is "refuse": how many, the first by name, and why.
     """
-    bad: dict[int, str] = {}
-    for i, source in enumerate(listed.sources):
-        try:
-            read_image(source)
-        except OSError as error:
-            bad[i] = str(error).splitlines()[0]
+    bad = {i: why for i, why in enumerate(ahead(_problem, listed.sources)) if why}
     if not bad:
         return listed
     first = next(iter(bad))
@@ -228,6 +323,18 @@ def readable(listed: Listed, unreadable: Unreadable) -> Listed:
         raise InputError(problem, remedy="Mend or remove them; a recipe may say `unreadable: skip`", file=listed.file)
     warnings.warn(f"skipped: {problem}", UserWarning, stacklevel=3)
     return listed.take(i for i in range(len(listed)) if i not in bad)
+
+
+def _problem(source: Source) -> str:
+    try:
+        read_image(source)
+    except OSError as error:
+        return in_short(error)
+    return ""
+
+
+def in_short(error: OSError) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # --- the sources of images ---------------------------------------------------------------------------------------------

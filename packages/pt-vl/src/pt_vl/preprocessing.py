@@ -33,21 +33,23 @@ class Preprocessing(Settings):
         return InterpolationMode(self.interpolation)
 
     def normalise(self, image: Any) -> Tensor:
-        """A PIL image of the right size -> float32 [3, size, size]."""
+        """A PIL image of the right size, or uint8 [3, size, size] -> float32 [3, size, size]."""
         return v2.functional.normalize(
             v2.functional.to_dtype(v2.functional.to_image(image), torch.float32, scale=True),
             list(self.mean),
             list(self.std),
         )
 
+    def view(self, image: Any) -> Any:
+        """A PIL image, resized and cropped."""
+        if self.squash:
+            return v2.functional.resize(image, [self.size, self.size], self.mode)
+        image = v2.functional.resize(image, [self.resize or self.size], self.mode)
+        return v2.functional.center_crop(image, [self.size, self.size])
+
     def __call__(self, image: Any) -> Tensor:
         """A PIL image in RGB -> float32 [3, size, size]."""
-        if self.squash:
-            image = v2.functional.resize(image, [self.size, self.size], self.mode)
-        else:
-            image = v2.functional.resize(image, [self.resize or self.size], self.mode)
-            image = v2.functional.center_crop(image, [self.size, self.size])
-        return self.normalise(image)
+        return self.normalise(self.view(image))
 
 
 def hf_preprocessing(processor: Any, size: int) -> Preprocessing:

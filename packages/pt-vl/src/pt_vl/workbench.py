@@ -35,6 +35,8 @@ from pt_vl.data import (
     Listed,
     Source,
     Unreadable,
+    ahead,
+    in_short,
     is_dataset,
     is_split_file,
     list_dataset,
@@ -534,17 +536,25 @@ class Session:
             else:
                 named.append((given, Path(given)) if isinstance(given, str) else given)
         task = ImageTask(self.spec)
+
+        def read(source: Source) -> Tensor | OSError:
+            try:
+                return task.pixels(source)
+            except OSError as error:
+                return error
+
         for start in range(0, len(named), batch_size):
-            pixels = dict[int, Tensor]()
-            for i, (name, source) in enumerate(named[start : start + batch_size], start=start):
-                try:
-                    pixels[i] = task.pixels(source)
-                except OSError as error:
-                    bad.append(f"{name} ({str(error).splitlines()[0]})")
-            answers = task.answers(self.method, torch.stack(list(pixels.values()))) if pixels else []
-            for i, answer in zip(pixels, answers, strict=True):
-                shown = {name: round(score, 4) for name, score in answer["scores"].items()}
-                yield {"image": named[i][0], "label": answer["label"], "scores": shown}
+            part, names, pixels = named[start : start + batch_size], list[str](), list[Tensor]()
+            for (name, _), found in zip(part, ahead(read, [source for _, source in part]), strict=True):
+                if isinstance(found, OSError):
+                    bad.append(f"{name} ({in_short(found)})")
+                else:
+                    names.append(name)
+                    pixels.append(found)
+            answers = task.answers(self.method, torch.stack(pixels)) if pixels else []
+            for name, answer in zip(names, answers, strict=True):
+                shown = {label: round(score, 4) for label, score in answer["scores"].items()}
+                yield {"image": name, "label": answer["label"], "scores": shown}
         if bad:
             problem = f"{len(bad)} of {len(named)} images cannot be read: {', '.join(bad)}"
             raise InputError(problem, remedy="Mend or remove them")

@@ -39,7 +39,8 @@ class Split:
     """Rows of one split, and how they become batches.
 
     Args:
-        rows: anything with `len` and `[i]`; rows may be read or decoded when they are asked for.
+        rows: anything with `len` and `[i]`; rows may be read or decoded when they are asked for. With `__getitems__`
+            (indices -> rows, as torch's data sets have) those of a batch are asked for at once.
         collate: rows -> batch, a dict of tensors and lists.
         metrics: names known to `pt_core.metrics` for this task.
         task: one of "multiclass", "multilabel", "text", "regression", "none".
@@ -97,7 +98,9 @@ class Split:
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The collated rows at `indices`; "sample_ids" holds their ids, unless `collate` has set it."""
-        return {"sample_ids": [self.row_ids[i] for i in indices]} | self.collate([self.rows[i] for i in indices])
+        several = getattr(self.rows, "__getitems__", None)
+        rows = [self.rows[i] for i in indices] if several is None else several(list(indices))
+        return {"sample_ids": [self.row_ids[i] for i in indices]} | self.collate(rows)
 
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         """Batches of `batch_size` rows in order (of `indices`, or of the rows); the last one may be smaller."""
