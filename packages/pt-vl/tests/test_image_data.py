@@ -71,6 +71,65 @@ def test_a_split_file_may_begin_with_a_byte_order_mark_and_is_refused_where_it_c
         list_split_file(folder / "split.json", folder / "train")
 
 
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "dev"), ("test",)])
+def test_splits_are_no_classes(names: tuple[str, ...], tmp_path: Path, make_encoder: Make) -> None:
+    for name in names:
+        save(tmp_path / "shapes" / name / "cat" / "0.png")
+    each = ", ".join(str(tmp_path / "shapes" / name) for name in sorted(names))
+    with pytest.raises(InputError) as told:
+        list_folder(tmp_path / "shapes")
+    assert f"its folders are splits, not classes: {', '.join(sorted(names))}. Give each by itself: {each}" in str(
+        told.value
+    )
+    save(tmp_path / "shapes" / "bus" / "0.png")
+    assert set(list_folder(tmp_path / "shapes").labels) == {*names, "bus"}
+
+
+def test_links_in_a_folder_are_followed_once_and_never_back(folder: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "cat").symlink_to(folder / "train" / "cat")  # class folders, files and folders below a class
+    save(linked / "dog" / "own.png", seed=5)
+    (linked / "dog" / "link.png").symlink_to(folder / "train" / "dog" / "0.png")
+    (linked / "dog" / "batch").symlink_to(folder / "train" / "dog")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = list_folder(linked)
+    assert found.ids == [
+        *(f"cat/{i}.png" for i in range(6)),
+        *(f"dog/batch/{i}.png" for i in range(7)),
+        "dog/link.png",
+        "dog/own.png",
+    ]
+    for source, name in zip(found.sources, found.ids, strict=True):
+        assert np.array_equal(np.asarray(read_image(source)), np.asarray(Image.open(linked / name)))
+    for name, target in (("again", folder / "train" / "dog"), ("up", tmp_path), ("round", linked / "dog"), ("x", "y")):
+        (linked / "dog" / name).symlink_to(target)
+    (linked / "cat" / "circle.png").symlink_to("circle.png")
+    with pytest.warns(
+        UserWarning, match=r"5 files of .* ignored, the first is cat/circle\.png\. Links lead to what is"
+    ):
+        again = list_folder(linked)
+    assert len(again) == len(found) and set(again.ids) & {"dog/again/0.png"}, "the first of two links to one folder"
+
+
+def test_images_that_are_left_out_are_counted(folder: Path) -> None:
+    train = folder / "train"
+    before = list_folder(train).ids
+    for place in (train, train / "cat"):
+        for name in ("@eaDir", "__MACOSX"):
+            save(place / name / "thumb.jpg")
+    save(train / "loose.png")
+    (train / "labels.csv").write_text("x")
+    (train / "cat" / "gone.png").symlink_to("nowhere")
+    (train / "owl").symlink_to("nowhere")
+    with pytest.warns(UserWarning) as told:
+        assert list_folder(train).ids == before
+    (warning,) = told
+    assert f"3 files of {train} ignored, the first is loose.png. They lie in the folder of" in str(warning.message)
+    assert "Links lead to what is there" in str(warning.message) and "Images end" not in str(warning.message)
+
+
 def test_files_of_a_folder_that_are_no_images_are_counted_and_the_first_is_named(folder: Path) -> None:
     for name, more in (("1.JFIF", "JPEG"), ("2.avif", "AVIF")):
         if Path(name).suffix.lower() in SUFFIXES:

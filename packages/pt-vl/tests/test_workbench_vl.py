@@ -517,12 +517,14 @@ def test_folders_of_images_are_predicted_and_one_that_cannot_be_read_costs_no_ot
     assert session.predict(["test/tree/1.png"]) == told[-1:]
     code, out, err = pt("--data", "flat")
     assert code == 0 and [json.loads(line)["image"] for line in out.splitlines()] == names, err
-    (flat / "cat.png").write_bytes(b"damaged")
+    (flat / "cat.png").unlink()
+    (flat / "cat.png").symlink_to("nowhere")
+    (flat / "bad.png").write_bytes(b"damaged")
     code, out, err = pt("flat", "gone.png")
     assert code == 2 and [json.loads(line) for line in out.splitlines()] == [told[0], *told[2:4]]
     last = err.splitlines()[-1]
-    assert last.startswith("pt: 2 of 5 images cannot be read: flat/cat.png (cannot identify image file")
-    assert "gone.png ([Errno 2]" in last
+    assert last.startswith("pt: 3 of 6 images cannot be read: flat/bad.png (cannot identify image file")
+    assert "flat/cat.png ([Errno 2]" in last and "gone.png ([Errno 2]" in last
     (folder / "none").mkdir()
     code, out, err = pt("none")
     assert (code, out) == (2, "") and "pt: none: has no images. Images end in ." in err

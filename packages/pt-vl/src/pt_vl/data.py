@@ -68,7 +68,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 SUFFIXES |= {".avif"} if features.check("avif") else set()
 BESIDE = {".txt", ".json", ".csv", ".md"}  # of files that are expected beside images
+OF_SYSTEMS = {"@eaDir", "__MACOSX"}  # folders that a NAS and archives of macOS leave: previews, not images
 SPLITS = ("train", "validation", "test")
+NAMES_OF_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 # Times the shorter side: resizing the latter to the model's makes gigabytes of an image of a few kilobytes.
 LONGEST = 100
 
@@ -339,40 +341,54 @@ def in_short(error: OSError) -> str:
 
 # --- the sources of images ---------------------------------------------------------------------------------------------
 def list_folder(folder: str | Path) -> Listed:
-    """Images of a folder with one folder for each class.
+    """Images of a folder with one folder for each class; links in it are followed, hidden files and folders left out.
 
     Warns:
-        UserWarning: class folders have files that are taken for no images.
+        UserWarning: there are files that are taken for no images, images beside the class folders, or links that lead nowhere
+            (or back into the folder).
 
     Raises:
-        InputError: there is no such folder, it has no class folders, or one of them has no images.
+        InputError: there is no such folder, it has no class folders, or these are splits, or one of them has no images.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("no such folder", file=folder)
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries = sorted(entry for entry in folder.iterdir() if not _hidden(entry.name))
+    classes = [entry for entry in entries if entry.is_dir()]
     if not classes:
         raise InputError("has no class folders", file=folder, remedy="Make one folder for each class, images in it")
-    found, others = Listed(file=folder), list[str]()
+    if all(each.name.lower() in NAMES_OF_SPLITS for each in classes):
+        raise InputError(
+            f"its folders are splits, not classes: {', '.join(each.name for each in classes)}",
+            file=folder,
+            remedy=f"Give each by itself: {', '.join(str(each) for each in classes)}",
+        )
+    found, root = Listed(file=folder), folder.resolve()
+    strange, loose = list[str](), [e.name for e in entries if e.is_file() and e.suffix.lower() in SUFFIXES]
+    broken = [entry.name for entry in entries if not entry.exists()]
     for each in classes:
-        seen = [each / name for name in _files(each)]
-        files = [path for path in seen if path.suffix.lower() in SUFFIXES]
-        strange = [path for path in seen if path.suffix.lower() not in SUFFIXES | BESIDE]
-        others += [path.relative_to(folder).as_posix() for path in strange if path.name not in FILE_BROWSERS]
+        seen, lost = _files(each, root)
+        broken += [f"{each.name}/{name}" for name in lost]
+        files = [name for name in seen if Path(name).suffix.lower() in SUFFIXES]
+        others = [name for name in seen if Path(name).suffix.lower() not in SUFFIXES | BESIDE]
+        strange += [f"{each.name}/{name}" for name in others if Path(name).name not in FILE_BROWSERS]
         if not files:
             raise InputError(f"class {each.name!r} has no images", file=folder, remedy="Add some, or remove its folder")
-        names = [path.relative_to(folder).as_posix() for path in files]
-        found.sources += [inside(folder, name, folder) for name in names]
+        found.sources += [root / each.name / name for name in files]
         found.labels += [each.name] * len(files)
-        found.ids += names
-    if others:
-        what = f"{len(others)} file{'s' * (len(others) > 1)} of {folder} ignored, the first is {others[0]}"
-        warnings.warn(f"{what}. Images end in {', '.join(sorted(SUFFIXES))}", UserWarning, stacklevel=3)
+        found.ids += [f"{each.name}/{name}" for name in files]
+    if ignored := [*strange, *loose, *broken]:
+        told = [f"Images end in {', '.join(sorted(SUFFIXES))}"] if strange else []
+        told += ["They lie in the folder of their class"] if loose else []
+        told += ["Links lead to what is there, outside of the folder"] if broken else []
+        what = f"{len(ignored)} file{'s' * (len(ignored) > 1)} of {folder} ignored, the first is {ignored[0]}"
+        warnings.warn(f"{what}. {'. '.join(told)}", UserWarning, stacklevel=3)
     return found
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """Paths of all images in a folder and in those below it, relative to it and sorted; hidden ones are left out.
+    """Paths of all images in a folder and in those below it, relative to it and sorted; hidden ones are left out. Links are
+    followed; one to no image is among them, so that whoever reads it says so.
 
     Raises:
         InputError: there is no such folder, or it has no images.
@@ -380,15 +396,39 @@ def list_images(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("no such folder", file=folder)
-    if not (found := [name for name in _files(folder) if Path(name).suffix.lower() in SUFFIXES]):
+    files, lost = _files(folder, folder)
+    found = sorted((name for name in files + lost if Path(name).suffix.lower() in SUFFIXES), key=Path)
+    if not found:
         raise InputError("has no images", file=folder, remedy=f"Images end in {', '.join(sorted(SUFFIXES))}")
     return found
 
 
-def _files(folder: Path) -> list[str]:
-    """Paths of all files that are not hidden in a folder and in those below it, relative to it and sorted."""
-    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return [name.as_posix() for name in sorted(names) if not any(part.startswith(".") for part in name.parts)]
+def _files(folder: Path, root: Path) -> tuple[list[str], list[str]]:
+    """Paths of all files that are not hidden in a folder and in those below it, and of links that lead nowhere, or back into
+    `root` or above it; relative to the folder and sorted."""
+    top = root.resolve()
+    files, lost, entered = list[Path](), list[Path](), set[Path]()
+
+    def refuse(error: OSError) -> None:  # a folder that cannot be read is not one without files
+        raise error
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        here, own = Path(place).relative_to(folder), list[str]()
+        for name in sorted(name for name in folders if not _hidden(name)):
+            path = Path(place) / name
+            real = path.resolve()
+            back = path.is_symlink() and (real.is_relative_to(top) or top.is_relative_to(real) or real in entered)
+            (lost.append(here / name) if back else own.append(name))
+            entered.add(real)
+        folders[:] = own
+        for name in names:
+            if not _hidden(name):
+                (files if (Path(place) / name).is_file() else lost).append(here / name)
+    return [path.as_posix() for path in sorted(files)], [path.as_posix() for path in sorted(lost)]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in OF_SYSTEMS
 
 
 def list_table(file: str | Path, images: str | Path | None = None, path: str = "path", label: str = "label") -> Listed:
