@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import tracemalloc
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -267,6 +268,32 @@ def test_folders_of_datasets(folder: Path, tmp_path: Path, make_encoder: Make) -
     assert labels(task.train) == [1, 0, 0, 1]
     assert task.train is not None
     assert torch.equal(task.train.rows[2]["pixels"], task.spec.preprocessing(picture(2)))
+
+
+def test_images_of_datasets_are_read_when_they_are_asked_for(tmp_path: Path, make_encoder: Make) -> None:
+    datasets, arrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    raw = [save(tmp_path / f"{i}.png", picture(i, (200, 200))).read_bytes() for i in range(20)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
+    rows = {"image": [{"bytes": each, "path": None} for each in raw], "label": [i % 2 for i in range(20)]}
+    where = saved(tmp_path / "saved", datasets.Dataset.from_dict(rows, features=features))
+    before = arrow.total_allocated_bytes()
+    tracemalloc.start()
+    listed = data.list_dataset(where)[0]["train"]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held + arrow.total_allocated_bytes() - before < sum(map(len, raw)) / 4
+    for i, source in enumerate(listed.sources):
+        assert isinstance(source, data.Cell) and source.read() == raw[i]
+    task = ImageTask.from_dataset(where, make_encoder(), shots=2)
+    assert task.train is not None
+    first = task.train.rows[0]["pixels"]
+    again = pickle.loads(pickle.dumps(task.train.rows))
+    assert len(pickle.dumps(task.train.rows)) < sum(map(len, raw)) and torch.equal(again[0]["pixels"], first)
+    shuffled = datasets.load_from_disk(str(where)).shuffle(seed=1).with_format("torch")
+    listed = data.list_dataset(shuffled)[0]["train"]
+    order = shuffled._indices.column(0).to_pylist()
+    assert [source.read() for source in listed.sources] == [raw[i] for i in order]  # type: ignore[union-attr]
+    assert listed.labels == [("dog", "cat")[i % 2] for i in order]
 
 
 def saved(folder: Path, part: Any) -> Path:

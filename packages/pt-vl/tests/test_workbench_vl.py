@@ -414,6 +414,33 @@ def test_the_identity_follows_labels_pixels_and_weights_under_the_same_names(
     assert Bench(made(folder, shots=None, targets=domain)).identity["weights"] != other["weights"]
 
 
+def test_the_identity_follows_the_images_of_datasets(folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
+
+    def known(part: str) -> str:
+        cells = [{"bytes": (folder / part / name / "0.png").read_bytes(), "path": None} for name in NAMES]
+        rows = {"image": cells, "label": [0, 1, 2, 3]}
+        shutil.rmtree(folder / "hf", ignore_errors=True)
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder / "hf"))
+        return str(Bench(made(folder, train=str(folder / "hf"), test=None)).identity["images"])
+
+    first = known("train")
+    assert Bench(made(folder, train=str(folder / "hf"), test=None)).identity["images"] == first
+    shutil.copytree(folder / "hf", folder / "moved")
+    assert Bench(made(folder, train=str(folder / "moved"), test=None)).identity["images"] == first
+    assert known("domain") != first
+
+    def state() -> Any:
+        return workbench._state(workbench.list_dataset(folder / "moved")[0]["train"].sources[0])
+
+    before, (file,) = state(), (folder / "moved").glob("*.arrow")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 1
+    file.write_bytes(content)  # other bytes under the same description
+    assert state() != before
+
+
 def test_images_in_memory_are_known_by_their_bytes() -> None:
     values = np.zeros((2, 2, 3), np.uint8)
     assert workbench._state(values) == workbench._state(values.copy()) != workbench._state(values + 1)

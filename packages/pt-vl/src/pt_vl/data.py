@@ -12,6 +12,7 @@ task keeps are read once beforehand, so that a damaged file is known before trai
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
@@ -74,7 +75,27 @@ NAMES_OF_SPLITS = {"train", "training", "val", "valid", "validation", "test", "t
 # Times the shorter side: resizing the latter to the model's makes gigabytes of an image of a few kilobytes.
 LONGEST = 100
 
-Source = str | Path | bytes | np.ndarray[Any, Any] | Image.Image
+
+@dataclass(frozen=True)
+class Cell:
+    """An image of `datasets` that is read when it is asked for.
+
+    Args:
+        data: what `datasets` has loaded, images not decoded.
+        column, row: where it is.
+        state: what the data are known by.
+    """
+
+    data: Any = field(repr=False, compare=False)
+    column: str
+    row: int
+    state: str
+
+    def read(self) -> bytes:
+        return cast(bytes, self.data[self.row][self.column]["bytes"])
+
+
+Source = str | Path | bytes | np.ndarray[Any, Any] | Image.Image | Cell
 Unreadable = Literal["refuse", "skip"]
 T, U = TypeVar("T"), TypeVar("U")
 
@@ -99,7 +120,8 @@ def read_image(source: Source) -> Image.Image:
     released code (`datasets` applies it when it decodes).
 
     Args:
-        source: a file, the bytes of one, uint8 [H, W, 3] or [H, W], or an image of Pillow, which stays as it is.
+        source: a file, the bytes of one, uint8 [H, W, 3] or [H, W], an image of Pillow, which stays as it is, or one of
+            `datasets`.
 
     Raises:
         OSError: the file is missing, damaged, truncated or no image, or one side is more than `LONGEST` times the other.
@@ -109,6 +131,7 @@ def read_image(source: Source) -> Image.Image:
             return _no_strip(Image.fromarray(source)).convert("RGB")
         if isinstance(source, Image.Image):
             return _rgb(source)
+        source = source.read() if isinstance(source, Cell) else source
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _rgb(image)
     # What Pillow's decoders raise.
@@ -160,7 +183,7 @@ class Views:
         if isinstance(source, str | Path):
             state = Path(source).stat()
             return os.path.abspath(source), state.st_size, state.st_mtime_ns, geometry
-        return (source, geometry) if isinstance(source, bytes) else None
+        return (source, geometry) if isinstance(source, bytes | Cell) else None
 
     def get(self, key: Hashable | None) -> Tensor | None:
         with self._lock:
@@ -535,25 +558,44 @@ def list_dataset(
         for column in (image, label):
             if column is not None and column not in part.column_names:
                 raise InputError("no such column", file=folder, field=column, remedy=f"There are: {part.column_names}")
+        plain = part.with_format(None)
         own = None if label is None else getattr(part.features[label], "names", None)
         names = names or own
-        listed = Listed(labels=[""] * len(part) if label is None else list(part[label]), file=folder)
+        listed = Listed(labels=[""] * len(part) if label is None else list(plain[label]), file=folder)
         if own is not None:
             listed.labels = [own[i] for i in _indices(listed, own, by_index=True)]
         try:  # not decoded by `datasets`, which would open whatever path a row names
-            cells = part.cast_column(image, datasets.Image(decode=False))[image]
+            cells = plain.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+            there = list(_there(cells))
         except (TypeError, ValueError, NotImplementedError) as error:
             raise InputError("the column holds no images", file=folder, field=image) from error
-        for number, cell in enumerate(cells, start=1):
-            if cell is None or (cell["bytes"] is None and not cell["path"]):
-                raise InputError("there is no image", file=folder, row=number, field=image)
-            raw, path = cell["bytes"], cell["path"]
-            if raw is None:  # the paths of a data set at hand are the caller's own
-                raw = Path(path) if folder is None else inside(folder, path, folder, number)
-            listed.sources.append(raw)
-            listed.ids.append(f"{key}/{number}")
+        state = _state_of(part)
+        for row, (whole, path) in enumerate(there):
+            if not (whole or path):
+                raise InputError("there is no image", file=folder, row=row + 1, field=image)
+            if whole:
+                listed.sources.append(Cell(cells, image, row, state))
+            else:  # the paths of a data set at hand are the caller's own
+                listed.sources.append(Path(path) if folder is None else inside(folder, path, folder, row + 1))
+            listed.ids.append(f"{key}/{row + 1}")
         found[split] = listed
     return found, names
+
+
+def _there(cells: Any) -> Iterator[tuple[bool, str]]:
+    """Of each image of the one column, whether it is in the data, and its path; what is in them is not read."""
+    struct_field = importlib.import_module("pyarrow.compute").struct_field
+    for table in cells.with_format("arrow").iter(1000):
+        column = table.column(0)
+        whole, paths = (struct_field(column, name) for name in ("bytes", "path"))
+        yield from zip(whole.is_valid().to_pylist(), (path or "" for path in paths.to_pylist()), strict=True)
+
+
+def _state_of(part: Any) -> str:
+    """What `datasets` knows a data set by, and size and time of its files."""
+    files = [Path(each["filename"]) for each in part.cache_files]
+    known = [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([part._fingerprint, known]).encode()).hexdigest()
 
 
 def list_array(images: Any, labels: Any, name: str) -> Listed:

@@ -29,6 +29,7 @@ from pt_core.settings import Settings
 from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.data import (
     TEMPLATES,
+    Cell,
     ImageRows,
     ImageSpec,
     ImageTask,
@@ -645,7 +646,9 @@ def _rows(task: ImageTask) -> dict[str, Any]:
 
 
 def _state(source: Source) -> Any:
-    """Size and time of a file, or the hash of an image in memory."""
+    """Size and time of a file, or of those of a data set and the row; or the hash of an image in memory."""
+    if isinstance(source, Cell):
+        return source.state, source.column, source.row
     if isinstance(source, str | Path):
         known = Path(source).stat()
         return known.st_size, known.st_mtime_ns
