@@ -591,6 +591,27 @@ def test_without_a_validation_split_its_images_are_left_over_ones() -> None:
     assert set(draw([0, 1], None, ["cat", "dog"], 4, seed=0)) == {"train"}
 
 
+def test_classes_of_fewer_images_than_shots_are_named(folder: Path, make_encoder: Make) -> None:
+    backbone = make_encoder()
+
+    def told(shots: int, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            ImageTask.from_folder(folder / "train", backbone, shots=shots, **options)
+        return [str(each.message) for each in found]
+
+    assert told(4) == [] == told(2, validation=folder / "test")
+    assert told(5) == ["with 5 shots 1 of 3 classes have no images to validate on: 'big_house'"]
+    fewer = "1 of 3 classes have fewer training images: 'big_house' (5)"
+    assert told(6, validation=folder / "test") == [f"with 6 shots {fewer}"]
+    assert told(6) == [f"with 6 shots {fewer}; 2 of 3 classes have no images to validate on: 'big_house', 'cat'"]
+    all_of_them = "3 of 3 classes have fewer training images: 'big_house' (5), 'cat' (6), 'dog' (7)"
+    assert told(9) == [f"with 9 shots {all_of_them}"], "nothing is left to validate on, of no class"
+    for name in ("cat", "dog"):
+        save(folder / "held" / name / "0.png")
+    assert "1 of 3 classes have no images to validate on: 'big_house'" in told(4, validation=folder / "held")[0]
+
+
 def test_shots_of_a_task_are_disjoint_and_leave_the_test_split_whole(folder: Path, make_encoder: Make) -> None:
     task = ImageTask.from_folder(folder / "train", make_encoder(), test=folder / "test", shots=2, seed=3)
     assert task.train is not None

@@ -826,6 +826,9 @@ class ImageTask:
         Raises:
             InputError: a label is not among the classes; a class has no image; two class names are one, or one does not fit
                 into the text tower; an image cannot be read.
+
+        Warns:
+            UserWarning: a class has fewer training images than shots, or none to validate on where others have some.
         """
         if unknown := found.keys() - set(SPLITS):
             raise InputError(f"unknown splits {sorted(unknown)}", remedy=f"Splits are {', '.join(SPLITS)}")
@@ -866,6 +869,9 @@ class ImageTask:
         chosen: dict[str, Sequence[int]] = {split: range(len(listed[split])) for split in used}
         if shots is not None:
             chosen |= draw(labels["train"], labels.get("validation"), names, shots, seed)
+            held = labels["validation" if "validation" in listed else "train"]
+            validated = {held[i] for i in chosen["validation"]} if "validation" in chosen else set(range(len(names)))
+            _tell_of_few(Counter(labels["train"]), validated, names, shots)
         task = cls(spec, listed=listed)
         for split, rows in chosen.items():
             # What the training images leave over is validated on, where there is no validation split.
@@ -995,6 +1001,20 @@ def draw(
             drawn, _ = few_shot_split([name] * len(others), min(few, len(others)), 0, seed)
             found["validation"] += [others[i] for i in drawn]
     return {split: rows for split, rows in found.items() if rows}
+
+
+def _tell_of_few(counts: Mapping[int, int], validated: set[int], names: Sequence[str], shots: int) -> None:
+    """Warn of classes with fewer training images than shots, and of those that nothing is validated on."""
+    few = [f"{name!r} ({counts[i]})" for i, name in enumerate(names) if counts[i] < shots]
+    absent = [repr(name) for i, name in enumerate(names) if i not in validated]
+    what = ("have fewer training images", few), ("have no images to validate on", absent)
+    told = [
+        f"{len(which)} of {len(names)} classes {kind}: {', '.join(which[:5])}{', ...' * (len(which) > 5)}"
+        for kind, which in what
+        if which
+    ]
+    if told:
+        warnings.warn(f"with {shots} shots {'; '.join(told)}", UserWarning, stacklevel=4)
 
 
 def _by_class(labels: Sequence[int]) -> dict[int, list[int]]:
