@@ -1,6 +1,7 @@
 import csv
 import json
 import sys
+import unicodedata
 from collections import Counter
 from math import ceil
 
@@ -454,3 +455,14 @@ def test_rows_that_can_be_asked_for_together_are() -> None:
     assert split.batch([2, 0]) == {"sample_ids": [2, 0], "rows": [7, 5]}
     assert split.subset([3, 1, 2]).batch([2, 0])["rows"] == [7, 8]
     assert asked == [[2, 0], [2, 3]]
+
+
+def test_a_label_in_another_unicode_form_is_told_apart_from_an_unknown_one() -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
+    for known, label in ((composed, decomposed), (decomposed, composed)):
+        with pytest.raises(
+            InputError, match="row 1, field 'label': label 'Caf.*' differs from the known one in Unicode"
+        ):
+            encode_labels([label], [known, "tree"])
+    with pytest.raises(InputError, match="unknown label 'Cafe'. Known labels: Café, tree"):
+        encode_labels(["Cafe"], [composed, "tree"])

@@ -341,11 +341,20 @@ def _index(label: Any, lookup: dict[str | int, int], row: int, file: File, field
         return index
     names = [name for name in lookup if isinstance(name, str)]
     if isinstance(label, str) or all(map(_is_integer, names)):
-        more = f", ... ({len(names)} in all)" if len(names) > 20 else ""
-        problem, remedy = f"unknown label {label!r}", f"Known labels: {', '.join(names[:20])}{more}"
+        problem, remedy = unknown_label(label, names)
     else:
         problem, remedy = f"label {label} is out of range", f"Integer labels go from 0 to {len(names) - 1}"
     raise InputError(problem, remedy=remedy, file=file, row=row, field=field)
+
+
+def unknown_label(label: str | int, names: Sequence[str]) -> tuple[str, str]:
+    """What is wrong with a label that is not among the names, and the remedy."""
+    composed = unicodedata.normalize("NFC", str(label))
+    if any(unicodedata.normalize("NFC", name) == composed for name in names):
+        problem = f"label {label!r} differs from the known one in Unicode form only (composed or decomposed letters)"
+        return problem, "Write both alike, say in form NFC: some systems decompose the names of files"
+    more = f", ... ({len(names)} in all)" if len(names) > 20 else ""
+    return f"unknown label {label!r}", f"Known labels: {', '.join(names[:20])}{more}"
 
 
 # Tables
