@@ -127,7 +127,7 @@ def test_images_that_are_left_out_are_counted(folder: Path) -> None:
     with pytest.warns(UserWarning) as told:
         assert list_folder(train).ids == before
     (warning,) = told
-    assert f"3 files of {train} ignored, the first is loose.png. They lie in the folder of" in str(warning.message)
+    assert f"3 files of {train} ignored, the first is loose.png. Images lie in the folder of" in str(warning.message)
     assert "Links lead to what is there" in str(warning.message) and "Images end" not in str(warning.message)
 
 
@@ -428,8 +428,35 @@ def test_class_names_that_are_wrong_are_refused(folder: Path, make_encoder: Make
     with pytest.raises(InputError, match="needs one {}"):
         task(None, templates="a photo")
     save(folder / "test" / "owl" / "0.png")
-    with pytest.raises(InputError, match="row 7, field 'label': unknown label 'owl'"):
+    with pytest.raises(InputError, match=r"test/owl/0\.png: unknown label 'owl'. Known labels: big_house"):
         ImageTask.from_folder(folder / "train", make_encoder(), test=folder / "test")
+    shutil.move(folder / "train" / "cat", folder / "train" / "Caf\u00e9")
+    shutil.move(folder / "test" / "owl", folder / "test" / "Cafe\u0301")
+    shutil.rmtree(folder / "test" / "cat")
+    with pytest.raises(
+        InputError, match=r"test/Caf.*/0\.png: label .* differs from the known one in Unicode form only"
+    ):
+        ImageTask.from_folder(folder / "train", make_encoder(), test=folder / "test")
+
+
+def test_names_for_labels_that_are_numbers_are_a_mapping(folder: Path, make_encoder: Make) -> None:
+    (folder / "rows.csv").write_text("path,label\ntrain/cat/0.png,1\ntrain/dog/0.png,0\n")
+
+    def task(names: Any) -> ImageTask:
+        return ImageTask.from_files(folder / "rows.csv", make_encoder(), class_names=names)
+
+    with pytest.raises(InputError) as told:
+        task(["dog", "cat"])
+    assert str(told.value) == (
+        f"{folder / 'rows.csv'}, field 'class_names': none of the labels ('0', '1') is among the class names ('dog', 'cat'). "
+        'Names that are not the labels are given as a mapping from these: {"0": "dog", "1": "cat", ...}'
+    )
+    for names in ({0: "dog", 1: "cat"}, {"0": "dog", "1": "cat"}):
+        made = task(names)
+        assert made.spec.class_names == ("dog", "cat") and made.spec.labels == ("0", "1")
+        assert labels(made.train) == [1, 0]
+    with pytest.raises(InputError, match="True is no class name"):
+        task({True: "dog", 0: "cat"})
 
 
 def test_names_that_the_tokeniser_reads_as_one_are_refused(folder: Path, make_encoder: Make) -> None:

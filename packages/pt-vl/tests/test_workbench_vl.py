@@ -476,6 +476,24 @@ def test_bad_settings_are_refused(folder: Path, data: dict[str, Any], problem: s
         made(folder, **data)
 
 
+def test_paths_of_a_recipe_may_begin_at_home_and_class_names_be_a_mapping(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    for label, name in enumerate(NAMES):
+        (folder / "train" / name).rename(folder / "train" / str(label))
+    (folder / "names.json").write_text(json.dumps(dict(enumerate(NAMES))))
+    for names in ("~/names.json", dict(enumerate(NAMES))):
+        bench = Bench(made(folder, train="~/train", test=None, class_names=names))
+        assert bench.recipe.data.train == str(folder / "train")
+        assert bench.task(0).spec.class_names == NAMES and bench.task(0).spec.labels == ("0", "1", "2", "3")
+        assert bench.identity == json.loads(json.dumps(bench.identity))
+    assert workbench.Reading(images="~/train").images == str(folder / "train")
+    with pytest.raises(ValueError, match="no such file or folder"):
+        made(folder, train="~/gone")
+
+
 def test_bad_inputs_of_a_session_are_named(folder: Path) -> None:
     job, _ = Bench(made(folder)).job("coop", 0)
     path = job.method.save_pretrained(folder / "saved", task=job.task)
@@ -490,6 +508,10 @@ def test_bad_inputs_of_a_session_are_named(folder: Path) -> None:
     with pytest.raises(InputError, match="1 of 2 images cannot be read: bad.png .*a recipe may say `unreadable: skip`"):
         session.evaluate(folder / "rows.csv")
     (folder / "rows.csv").write_text("file,label\ntest/cat/0.png,cat\n")
+    (folder / "other" / "horse").mkdir(parents=True)
+    shutil.copy(folder / "test" / "cat" / "0.png", folder / "other" / "horse" / "0.png")
+    with pytest.raises(InputError, match=r"other/horse/0\.png: 'horse' is no class of the prompt"):
+        session.evaluate(folder / "other")
     with pytest.raises(InputError, match="field 'text': no such column. .*'file', 'label'. .*: --text"):
         session.evaluate(folder / "rows.csv")
     with pytest.raises(InputError, match="no such file"):

@@ -21,7 +21,7 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, Self, TypeVar, cast
@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import v2
 
-from pt_core.data import Split, base_to_new, encode_labels, few_shot_split, read_table
+from pt_core.data import Split, base_to_new, encode_labels, few_shot_split, read_table, unknown_label
 from pt_core.data import class_names as names_in
 from pt_core.errors import InputError
 from pt_core.files import FILE_BROWSERS
@@ -97,7 +97,8 @@ class Cell:
 
 Source = str | Path | bytes | np.ndarray[Any, Any] | Image.Image | Cell
 Unreadable = Literal["refuse", "skip"]
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class ImageSpec(Settings):
@@ -294,20 +295,31 @@ class ImageRows(Sequence[dict[str, Any]]):
 
 @dataclass
 class Listed:
-    """Images of one split before anything is drawn: sources, labels as they stand in the file, ids, and the file."""
+    """Images of one split before anything is drawn: sources, labels as they stand in the file, ids, and the file; or the
+    folder, whose folders are the labels and in which ids are paths."""
 
     sources: list[Source] = field(default_factory=list)
     labels: list[str | int] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     file: Path | None = None
+    folders: bool = False
 
     def __len__(self) -> int:
         return len(self.sources)
 
+    def where(self, row: int, field: str | None = "label") -> dict[str, Any]:
+        """Where the image at `row` stands, for messages: by its path in folders, which have no rows."""
+        if self.folders and self.file is not None:
+            return {"file": self.file / self.ids[row]}
+        return {"file": self.file, "row": row + 1, "field": field}
+
     def take(self, rows: Iterable[int]) -> Listed:
         rows = list(rows)
-        return Listed(
-            [self.sources[i] for i in rows], [self.labels[i] for i in rows], [self.ids[i] for i in rows], self.file
+        return replace(
+            self,
+            sources=[self.sources[i] for i in rows],
+            labels=[self.labels[i] for i in rows],
+            ids=[self.ids[i] for i in rows],
         )
 
 
@@ -386,7 +398,7 @@ def list_folder(folder: str | Path) -> Listed:
             file=folder,
             remedy=f"Give each by itself: {', '.join(str(each) for each in classes)}",
         )
-    found, root = Listed(file=folder), folder.resolve()
+    found, root = Listed(file=folder, folders=True), folder.resolve()
     strange, loose = list[str](), [e.name for e in entries if e.is_file() and e.suffix.lower() in SUFFIXES]
     broken = [entry.name for entry in entries if not entry.exists()]
     for each in classes:
@@ -402,7 +414,7 @@ def list_folder(folder: str | Path) -> Listed:
         found.ids += [f"{each.name}/{name}" for name in files]
     if ignored := [*strange, *loose, *broken]:
         told = [f"Images end in {', '.join(sorted(SUFFIXES))}"] if strange else []
-        told += ["They lie in the folder of their class"] if loose else []
+        told += ["Images lie in the folder of their class"] if loose else []
         told += ["Links lead to what is there, outside of the folder"] if broken else []
         what = f"{len(ignored)} file{'s' * (len(ignored) > 1)} of {folder} ignored, the first is {ignored[0]}"
         warnings.warn(f"{what}. {'. '.join(told)}", UserWarning, stacklevel=3)
@@ -619,8 +631,9 @@ def read_class_names(names: Any, labels: Sequence[str], file: Path | None) -> di
     """Label (a folder's name) -> class name, in the order of the logits.
 
     Args:
-        names: None: the labels themselves; a mapping, or a sequence (then names are labels); or a file: JSON with either of
-            the two, or text of lines `label name` (as CoOp's list for ImageNet) or `name`.
+        names: None: the labels themselves; a mapping (labels that are whole numbers may be numbers in it), or a sequence (then
+            names are labels); or a file: JSON with either of the two, or text of lines `label name` (as CoOp's list for
+            ImageNet) or `name`.
         labels: those that there are.
     """
     if names is None:
@@ -637,7 +650,9 @@ def read_class_names(names: Any, labels: Sequence[str], file: Path | None) -> di
         except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON
             raise InputError(f"cannot be read ({error})", file=path) from error
         file = path
-    found = names if isinstance(names, Mapping) else {name: name for name in names}
+    found = {name: name for name in names}
+    if isinstance(names, Mapping):
+        found = {str(key) if type(key) is int else key: name for key, name in names.items()}
     if not isinstance(names, Mapping) and len(found) < len(names):
         twice = [name for name, count in Counter(names).items() if count > 1]
         remedy = "Name each label once; names that are not the labels are given as a mapping from these"
@@ -846,8 +861,17 @@ class ImageTask:
             names = list(class_names)
             keys = [str(name) for name in names]
         else:
-            mapping = read_class_names(class_names, names_in(first.labels, first.file), first.file)
+            there = names_in(first.labels, first.file)
+            mapping = read_class_names(class_names, there, first.file)
             keys, names = list(mapping), list(mapping.values())
+            if not set(keys) & set(there):
+                pairs = ", ".join(f'"{label}": "{name}"' for label, name in zip(there[:2], names, strict=False))
+                raise InputError(
+                    f"none of the labels ({_shown(there)}) is among the class names ({_shown(keys)})",
+                    file=first.file,
+                    field="class_names",
+                    remedy=f"Names that are not the labels are given as a mapping from these: {{{pairs}, ...}}",
+                )
         _distinct(names, first.file, backbone)
         templates = (templates,) if isinstance(templates, str) else tuple(templates)
         try:
@@ -1026,6 +1050,13 @@ def _by_class(labels: Sequence[int]) -> dict[int, list[int]]:
 
 def _indices(listed: Listed, keys: Sequence[str], by_index: bool) -> list[int]:
     """Class indices of a split's labels."""
+    if not by_index and listed.folders:
+        index = {key: i for i, key in enumerate(keys)}
+        for row, label in enumerate(listed.labels):
+            if label not in index:
+                problem, remedy = unknown_label(label, keys)
+                raise InputError(problem, remedy=remedy, **listed.where(row))
+        return [index[str(label)] for label in listed.labels]
     if not by_index:
         return encode_labels([str(label) for label in listed.labels], keys, listed.file)
     for row, label in enumerate(listed.labels, start=1):
@@ -1038,6 +1069,10 @@ def _indices(listed: Listed, keys: Sequence[str], by_index: bool) -> list[int]:
                 field="label",
             )
     return [int(label) for label in listed.labels]
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _distinct(names: Sequence[str], file: Path | None, backbone: DualEncoder) -> None:

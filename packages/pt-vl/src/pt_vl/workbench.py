@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,13 @@ class VLBackbone(Settings):
         return load_backbone(self.name, self.revision, dtype)
 
 
+def _at_home(value: Any) -> Any:
+    """A path with the home folder in the place of ~, which no shell has expanded in `--set key=~/...`."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def _existing(value: str | None) -> str | None:
+    value = _at_home(value)
     if value is not None and not Path(value).exists():
         raise ValueError("no such file or folder")
     return value
@@ -96,8 +103,10 @@ class Images(Settings):
     path: str = Field("path", description="column of a table")
     image: str = Field("image", description="column of datasets")
     label: str = Field("label", description="column of a table, or of datasets")
-    class_names: str | tuple[str, ...] | None = Field(
-        None, description="file or list; default: folder names, the labels of the table, or those of datasets"
+    class_names: str | dict[str | int, str] | tuple[str, ...] | None = Field(
+        None,
+        description="file, list, or mapping from labels to names; default: folder names, the labels of the table, or those of "
+        "datasets",
     )
     templates: str | tuple[str, ...] | None = Field(
         None,
@@ -106,6 +115,7 @@ class Images(Settings):
     )
 
     _exists = field_validator("train", "validation", "test", "split_file", "images")(_existing)
+    _expanded = field_validator("class_names")(_at_home)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -571,15 +581,10 @@ class Session:
         listed, spec = _listed(file, reading, text, label), self.spec
         kinds = [{name: i for i, name in enumerate(names)} for names in (spec.labels, spec.class_names) if names]
         index = min(kinds, key=lambda known: sum(str(y) not in known for y in listed.labels))
-        for row, given in enumerate(listed.labels, start=1):
+        for row, given in enumerate(listed.labels):
             if str(given) not in index:
-                raise InputError(
-                    f"{str(given)!r} is no class of the prompt",
-                    file=file,
-                    row=None if file.is_dir() else row,
-                    field=None if file.is_dir() else label,
-                    remedy=f"Classes: {', '.join(index)}",
-                )
+                problem, remedy = f"{str(given)!r} is no class of the prompt", f"Classes: {', '.join(index)}"
+                raise InputError(problem, remedy=remedy, **listed.where(row, label))
         listed = readable(listed, "refuse")
         rows = ImageRows(listed.sources, [index[str(y)] for y in listed.labels], spec.preprocessing)
         split = Split(rows, Stacked(), ("accuracy", "macro-f1"), num_classes=len(index), ids=listed.ids)
