@@ -9,6 +9,7 @@ import tracemalloc
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from threading import get_ident
 from time import sleep
@@ -287,7 +288,7 @@ def test_images_of_datasets_are_read_when_they_are_asked_for(tmp_path: Path, mak
     task = ImageTask.from_dataset(where, make_encoder(), shots=2)
     assert task.train is not None
     first = task.train.rows[0]["pixels"]
-    again = pickle.loads(pickle.dumps(task.train.rows))
+    again = deepcopy(task.train.rows)
     assert len(pickle.dumps(task.train.rows)) < sum(map(len, raw)) and torch.equal(again[0]["pixels"], first)
     shuffled = datasets.load_from_disk(str(where)).shuffle(seed=1).with_format("torch")
     listed = data.list_dataset(shuffled)[0]["train"]
@@ -732,7 +733,7 @@ def test_fixed_views_are_decoded_once_and_come_to_the_same_bits(
             assert all(map(torch.equal, [row["pixels"] for row in rows.__getitems__(order)], [plain[i] for i in order]))
     assert len(decoded) == 19, "each once, and the one that was there twice in its batch"
     assert torch.equal(rows[-1]["pixels"], plain[-1])
-    again = pickle.loads(pickle.dumps(rows))  # takes no view along, and shares those of the process
+    again = deepcopy(rows)  # takes no view along, and shares those of the process
     assert len(pickle.dumps(rows)) < 10_000 and torch.equal(again[4]["pixels"], plain[4])
     assert torch.equal(data.ImageRows(listed.sources[:6], [0] * 6, made).fixed()[5]["pixels"], plain[5])
     assert len(decoded) == 19
