@@ -7,7 +7,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,7 +19,7 @@ from transformers import (
 from pt_core.errors import InputError
 from pt_core.evaluation import evaluate
 from pt_core.plan import FitConfig
-from pt_nlp.constrained import LabelTree, constrained_labels, labels_as_text, parse_labels, score_labels
+from pt_nlp.constrained import LabelTree, constrained_labels, label_ids, labels_as_text, parse_labels, score_labels
 from pt_nlp.data import TextTask
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
@@ -131,6 +131,16 @@ def test_training_targets_are_texts_of_the_tree(backbone):
         for at, token in enumerate(written):
             assert token in tree.allowed(written[:at]), (order, at)
         assert tree.read(written) == list(order)
+
+
+def test_labels_have_no_space_of_their_own_where_the_tokenizer_puts_one_in_front_of_every_text():
+    known = ["</s>", "<unk>", "▁", "▁a", "▁a;", "▁good", "▁good;"]
+    table = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
+    table.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    table.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=table, pad_token="</s>", eos_token="</s>", unk_token="<unk>")
+    alone, several = (5, 0), (6,)
+    assert label_ids(text_task(tokenizer), ["good"]) == ((several, alone, several, alone),)
 
 
 def test_labels_that_cannot_be_told_apart_are_refused():

@@ -429,6 +429,40 @@ def test_label_words_are_their_tokens_closed_only_for_encoder_decoders(words) ->
     assert batch["candidate_mask"].tolist() == [[1, 0], [1, 1]]
 
 
+def spaced(*known: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space of its own in front of every text, as those of Llama 2 and Mistral do."""
+    table = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["</s>", "<unk>", "▁", *known])}, unk_token="<unk>"))
+    table.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    table.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=table, pad_token="</s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_label_words_and_targets_have_the_tokens_that_they_have_behind_the_source() -> None:
+    tokenizer = spaced("▁a", "▁film", "▁Topic:", "▁good", "▁bad", "good", "bad", "\n")
+    for prefix, shown in ((None, " "), (" ", " "), ("", ""), ("\n", "\n")):
+        for kind, close in (("verbalizer", []), ("text-to-text", [0])):
+            spec = TaskSpec(kind=kind, labels=("good", "bad"), template="{text}\n", target_prefix=prefix)
+            encoder = Encoder(spec, tokenizer)
+            source = encoder.source({"text": "a film"})
+            for word in ("good", "bad"):
+                assert source + encoder.target(word) == [*ids(tokenizer, f"a film\n{shown}{word}"), *close]
+    first = Encoder(TaskSpec(kind="text-to-text", backbone="seq2seq"), tokenizer)
+    assert first.target("good") == [*ids(tokenizer, "good"), 0]  # nothing stands before it in the decoder
+
+
+def test_what_merges_with_the_text_ahead_is_encoded_by_itself() -> None:
+    known = ["</s>", "<unk>", "\n", "\ng", "g", "oo", "d", "red"]
+    table = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
+    table.pre_tokenizer = pre_tokenizers.Split("oo", "isolated")
+    merging = PreTrainedTokenizerFast(tokenizer_object=table, pad_token="</s>", eos_token="</s>", unk_token="<unk>")
+    encoder = Encoder(TaskSpec(kind="text-to-text", target_prefix=""), merging)
+    assert encoder.behind("good") == [4, 5, 6]  # "\ngood" begins with a token of its own
+    assert encoder.behind("red") == [7]  # "\nred" is unknown as a whole
+    assert encoder.behind("") == []
+
+
 def test_label_words_with_the_same_tokens_or_none_are_refused(words) -> None:
     with pytest.raises(InputError, match=r"field 'verbalizer': label word 'moon' has the tokens of 'star'"):
         verbalizer(words, a="star", b="moon").candidates()  # both unknown to this tokenizer

@@ -93,7 +93,7 @@ def label_ids(task: TextTask, labels: Sequence[str]) -> tuple[tuple[tuple[int, .
     start = tuple(task.encoder.target_head)  # of an encoder-decoder
 
     def ids(text: str) -> tuple[int, ...]:
-        return tuple(task.encoder.ids(f"{task.encoder.target_prefix}{text}", target=True))
+        return tuple(task.encoder.target_ids(text))
 
     ahead = ids(f"a{sign}")  # stands for the labels before
 

@@ -211,8 +211,25 @@ class Encoder:
         if None in self.target_tail:
             raise InputError("the tokenizer has no end-of-sequence token", remedy="Set its eos_token")
         limit = self.spec.max_target_length - len(self.target_head) - len(self.target_tail)
-        ids = self.ids(f"{self.target_prefix}{text}", target=True)[: max(limit, 0)]
-        return self.target_head + ids + self.target_tail
+        return self.target_head + self.target_ids(text)[: max(limit, 0)] + self.target_tail
+
+    def target_ids(self, text: str) -> list[int]:
+        """Token ids of a target or label word where it stands, with nothing around it: causal models write it behind the
+        source, encoder-decoders first."""
+        written = f"{self.target_prefix}{text}"
+        return self.behind(written) if self.spec.backbone == "causal-lm" else self.ids(written, target=True)
+
+    def behind(self, text: str) -> list[int]:
+        """Token ids of a text as it stands behind another: Llama 2 and Mistral put a space in front of every text they are
+        given, which makes a token of its own where a space is there already.
+
+        What would merge with the text ahead is encoded by itself.
+        """
+        ahead = "a" if text[:1].isspace() else "\n"
+        before, whole = self.ids(ahead), self.ids(f"{ahead}{text}")
+        if len(whole) <= len(before) or whole[: len(before)] != before:
+            return self.ids(text)
+        return whole[len(before) :]
 
     def ids(self, text: str, target: bool = False) -> list[int]:
         """Token ids of a text; some encoder-decoders (Marian) have others for targets."""
