@@ -71,7 +71,7 @@ SETTINGS = {
     "ia3": {"lr": 0.01},
     "linear-probe": {},
     "zero-shot": {"calibrate": "train-mean"},
-    "in-context": {"demonstrations": 1},
+    "in-context": {"demonstrations": 1, "separator_ids": (7,)},
 }
 # What a method needs: "verbalizer" reads label words, trained on their tokens or as "classes"; "head" trains one, "labels"
 # one for rows of several labels; "text" is trained on target tokens.

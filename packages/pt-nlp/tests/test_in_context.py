@@ -146,6 +146,18 @@ def test_generated_text_equals_that_with_the_demonstrations_written_in_front():
     assert method.fit(data.train, data.validation, RUN).metrics.keys() == {"exact-match", "token-f1"}
 
 
+def test_a_separator_whose_ids_are_not_given_is_refused_where_demonstrations_are_drawn():
+    assert InContextConfig().separator_text == "\n\n"
+    data = task()
+    with pytest.raises(InputError, match=r"'separator_ids': demonstrations are separated by '\\n\\n', whose token ids"):
+        InContext(llama()).fit(data.train, None, RUN)
+    for settings in ({"separator_text": ""}, {"separator_ids": ()}):
+        method = InContext(llama(), InContextConfig(**settings))
+        method.fit(data.train, None, RUN)
+        assert method.prompt.length > 0
+    InContext(llama(), InContextConfig(demonstrations=0)).fit(data.train, None, RUN)
+
+
 def test_demonstrations_are_k_rows_of_each_class_nested_and_shuffled_by_the_seed():
     data = task()
     words = {row["label"]: row["target"] for row in data.train.rows}

@@ -463,6 +463,20 @@ def test_what_merges_with_the_text_ahead_is_encoded_by_itself() -> None:
     assert encoder.behind("") == []
 
 
+def test_a_separator_has_the_tokens_that_it_has_between_texts(words) -> None:
+    lines = spaced("▁a", "a", "\n", "▁;")
+    encoder = Encoder(TaskSpec(kind="text-to-text"), lines)
+    assert encoder.between("\n\n") == ids(lines, "a\n\na")[1:-1] == [5, 5]
+    assert encoder.between(" ;\n") == ids(lines, "a ;\na")[1:-1] == [6, 5]
+    gpt2 = bytes_of(["ĊĊ"])  # two line breaks
+    gpt2.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert gpt2("a\n\n")["input_ids"] != gpt2("a\n\na")["input_ids"][:-1]  # at the end the breaks are one token
+    assert Encoder(TaskSpec(kind="text-to-text"), gpt2).between("\n\n") == gpt2("a\n\na")["input_ids"][1:-1]
+    own = Encoder(TaskSpec(kind="text-to-text"), words)
+    assert own.between("\n\n") == []  # what the tokenizer drops
+    assert own.between("the") == ids(words, "the")  # what merges with the text behind it
+
+
 def test_label_words_with_the_same_tokens_or_none_are_refused(words) -> None:
     with pytest.raises(InputError, match=r"field 'verbalizer': label word 'moon' has the tokens of 'star'"):
         verbalizer(words, a="star", b="moon").candidates()  # both unknown to this tokenizer

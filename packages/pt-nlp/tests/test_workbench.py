@@ -648,6 +648,18 @@ def test_the_demo_takes_whole_numbers_as_labels_and_refuses_one_class(tmp_path: 
         demo.settings(16, own)
 
 
+def test_demonstrations_of_the_recipe_and_the_demo_are_separated_by_an_empty_line(folder: Path, words: Any) -> None:
+    for changes in ({}, demo.settings(16, None)):
+        _, checked = recipe.load(demo.RECIPE, changes)
+        assert checked.with_method("in-context").config().separator_text == "\n\n"  # type: ignore[attr-defined]
+    lines = copy.deepcopy(words)
+    lines.add_tokens(["\n\n"])
+    lines.save_pretrained(folder / "backbone")
+    bench = Bench(made(folder, compare={"in-context": {}}))
+    job, _ = bench.job("in-context", 0)
+    assert job.method.config.separator_ids == (lines.convert_tokens_to_ids("\n\n"),)
+
+
 def test_the_demo_leaves_lora_out_where_peft_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     _, checked = recipe.load(demo.RECIPE, demo.settings(16, None))
@@ -671,10 +683,22 @@ def test_the_demo_scores_words_that_begin_others_by_their_mean(
     assert checked.data.length_normalised is normalised  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("positions", "room"), [(99, 4), (37, 2), (36, 1), (27, 1), (26, 0), (10, 0)])
-def test_the_demo_shows_as_many_texts_of_each_class_as_have_room(folder: Path, positions: int, room: int) -> None:
-    """Of four, with five tokens each and two classes, beside an input of 16 tokens and a label word of one."""
-    bench = Bench(made(folder, data={"template": "{text} :", "max_source_length": 16}))
+@pytest.mark.parametrize(
+    ("separator", "positions", "room"),
+    [
+        *[("\n\n", positions, room) for positions, room in ((99, 4), (37, 2), (36, 1), (27, 1), (26, 0), (10, 0))],
+        *[("news :", positions, room) for positions, room in ((99, 4), (45, 2), (44, 1), (31, 1), (30, 0))],
+    ],
+)
+def test_the_demo_shows_as_many_texts_of_each_class_as_have_room(
+    folder: Path, separator: str, positions: int, room: int
+) -> None:
+    """Of four, with five tokens each and two classes, beside an input of 16 tokens and a label word of one.
+
+    The tokenizer has no line breaks, and two tokens for the other separator.
+    """
+    shown = {"in-context": {"separator_text": separator}}
+    bench = Bench(made(folder, data={"template": "{text} :", "max_source_length": 16}, compare=shown))
     bench.backbone.config.max_position_embeddings = positions
     assert demo.demonstrations(bench, range(2)) == room
 

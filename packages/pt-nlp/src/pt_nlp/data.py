@@ -236,6 +236,14 @@ class Encoder:
         given = {"text_target" if target and self.spec.backbone == "seq2seq" else "text": text}
         return list(self.tokenizer(**given, add_special_tokens=False)["input_ids"]) if text else []
 
+    def between(self, text: str) -> list[int]:
+        """Token ids of a text as it stands between others: GPT-2 and SmolLM2 write an empty line there as two line breaks,
+        at the end of a text as one token."""
+        whole, last = self.behind(f"{text}a"), self.behind("a")
+        if len(whole) <= len(last) or whole[-len(last) :] != last:
+            return self.behind(text)
+        return whole[: -len(last)]
+
     def candidates(self) -> list[list[int]]:
         """Token ids of every label word.
 

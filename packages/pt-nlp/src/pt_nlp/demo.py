@@ -56,6 +56,7 @@ def settings(shots: int, data: Path | None) -> dict[str, Any]:
 def demonstrations(bench: Bench, seeds: Sequence[int]) -> int:
     """Training texts of each class that there are, and room for, in front of every input, whichever are drawn."""
     data, backbone = bench.recipe.data, cast(Model, bench.backbone)
+    shown: Any = bench.recipe.with_method("in-context").config()
     found = [data.shots or SHOWN_TOKENS]
     for seed in seeds:
         task = data.task(bench.rows, bench.tokenizer, bench.recipe.backbone.kind, seed)
@@ -66,7 +67,8 @@ def demonstrations(bench: Bench, seeds: Sequence[int]) -> int:
         last = data.max_source_length + max(map(len, task.encoder.candidates()))
         limit = getattr(backbone.config.get_text_config(), "max_position_embeddings", SHOWN_TOKENS + last)
         room = min(SHOWN_TOKENS, limit - last)
-        found.append(max(room, 0) // sum(longest.values()))
+        between = len(task.encoder.between(shown.separator_text))
+        found.append(max(room, 0) // (sum(longest.values()) + between * len(longest)))
     return min(found)
 
 

@@ -405,7 +405,7 @@ def _known_to_task(chosen: Recipe, task: TextTask) -> dict[str, Any]:
     elif getattr(settings, "init", None) == "labels":
         known |= {"init_ids": ids(" ".join(spec.labels)), "label_ids": tuple(map(ids, spec.words))}
     if text := getattr(settings, "separator_text", ""):
-        known["separator_ids"] = ids(text)
+        known["separator_ids"] = tuple(task.encoder.between(text))
     if getattr(settings, "calibrate", None) == "content-free":
         known["content_free_ids"] = tuple(tuple(row["source"]) for row in task.texts(NO_CONTENT))
     if "label_tokens" in type(settings).model_fields:

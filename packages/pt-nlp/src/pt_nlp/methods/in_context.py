@@ -32,9 +32,13 @@ class InContextConfig(ZeroShotConfig):
         1, ge=0, description="k for each class (of a text-to-text task: k in all); 0 is zero-shot. Design choice"
     )
     separator_text: str = Field(
-        "", description="text behind each demonstration, such as an empty line; recipes turn it into `separator_ids`"
+        "\n\n",
+        description="text behind each demonstration; an empty line as in the released code of Zhao et al. 2021; recipes turn "
+        "it into `separator_ids`",
     )
-    separator_ids: tuple[int, ...] = Field((), description="token ids behind each demonstration")
+    separator_ids: tuple[int, ...] = Field(
+        (), description="token ids behind each demonstration: those of `separator_text` between texts"
+    )
 
 
 class InContext(ZeroShot):
@@ -49,9 +53,11 @@ class InContext(ZeroShot):
 
     Parameters: none are trained; the ids of the demonstrations are saved.
 
-    Fidelity: Brown et al. draw other demonstrations for every test input and separate them by one or two line breaks;
-    here all inputs share one draw. A begin-of-sequence token that the tokenizer adds to every input stands in front of
-    each demonstration too, and in text-to-text tasks an end-of-sequence token behind its target.
+    Fidelity: an empty line stands behind each demonstration, as in Zhao et al.'s released code; Brown et al. separate by
+    one or two line breaks. A tokenizer that drops line breaks has nothing to separate by: name another `separator_text`
+    there. Brown et al. draw other demonstrations for every test input; here all inputs share one draw, as in Zhao et al.'s
+    code, which draws among all rows and not k of each class. A begin-of-sequence token that the tokenizer adds to every
+    input stands in front of each demonstration too, and in text-to-text tasks an end-of-sequence token behind its target.
 
     Reference: Brown et al. Language Models are Few-Shot Learners. NeurIPS 2020.
     """
@@ -82,8 +88,8 @@ class InContext(ZeroShot):
         """Draw the demonstrations from `train`, fit the calibration if there is one, and evaluate. Makes no steps.
 
         Raises:
-            InputError: rows without targets, too few of a class, or the demonstrations and the longest input are more
-                than the backbone has positions for.
+            InputError: rows without targets, too few of a class, a separator without token ids, or the demonstrations and
+                the longest input are more than the backbone has positions for.
         """
         ids = self.draw(train)
         lengths = [n for split in (train, validation) if split is not None for n in split.lengths or ()]
@@ -96,6 +102,12 @@ class InContext(ZeroShot):
         k, seed = self.config.demonstrations, self.config.seed
         if k == 0:
             return []
+        if self.config.separator_text and "separator_ids" not in self.config.model_fields_set:
+            raise InputError(
+                f"demonstrations are separated by {self.config.separator_text!r}, whose token ids are not given",
+                field="separator_ids",
+                remedy="Pass those of the backbone's tokenizer, such as TextTask.encoder.between('\\n\\n'); () for none",
+            )
         rows = [train.rows[i] for i in range(len(train))]
         if "target" not in rows[0]:
             raise InputError("the rows have no target to show", remedy="Use a verbalizer or text-to-text task")
