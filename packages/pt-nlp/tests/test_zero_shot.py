@@ -75,6 +75,22 @@ def logits(method: ZeroShot, made: TextTask) -> torch.Tensor:
     return method(made.train.batch(list(range(len(TEXTS))))).logits
 
 
+@pytest.mark.parametrize("objective", ["tokens", "classes"])
+@pytest.mark.parametrize("calibrate", ["none", "train-mean"])
+def test_the_loss_before_any_calibration_is_that_of_the_plain_scores(objective, calibrate):
+    backbone, made = llama(), task(objective=objective)
+    method, batch = ZeroShot(backbone, ZeroShotConfig(calibrate=calibrate)), made.train.batch([0, 1, 2])
+    with torch.no_grad():
+        found, wanted = method.loss(batch), 0.0
+        for row, text in zip(made.train.rows, TEXTS[:3], strict=False):
+            if objective == "classes":
+                wanted -= float(by_hand(backbone, made, text)[row["label"]])
+            else:
+                logits = backbone(torch.tensor([row["source"]])).logits[0, -1]
+                wanted -= float(logits.log_softmax(-1)[row["target"][0]])
+    assert float(found.total) == pytest.approx(wanted, abs=1e-4)
+
+
 CASES = [(llama, "causal-lm", False), (llama, "causal-lm", True), (t5, "seq2seq", True)]
 
 

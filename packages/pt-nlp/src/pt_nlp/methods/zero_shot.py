@@ -94,7 +94,7 @@ class ZeroShot(TextMethod):
         Raises:
             InputError: the calibration is one of another number of classes.
         """
-        if self.config.calibrate == "none" or not len(self.calibration):
+        if not self._calibrated:
             return super().forward(batch)
         scores = self.log_probabilities(batch)
         if len(self.calibration) != scores.shape[1]:
@@ -108,10 +108,14 @@ class ZeroShot(TextMethod):
 
     def loss_of(self, output: Output, batch: Mapping[str, Any]) -> Loss | None:
         """Over the classes where scores are calibrated: they are then no likelihoods of tokens."""
-        if not len(self.calibration) or "labels" not in batch:
+        if not self._calibrated or "labels" not in batch:
             return super().loss_of(output, batch)
         logits = cast(Tensor, output.logits)
         return self.class_loss(logits, batch["labels"].to(logits.device))
+
+    @property
+    def _calibrated(self) -> bool:
+        return self.config.calibrate != "none" and len(self.calibration) > 0
 
     def log_probabilities(self, batch: Mapping[str, Any]) -> Tensor:
         """Log-probability of each class among the classes, before calibration, [b, C]."""
