@@ -59,8 +59,10 @@ class ZeroShot(TextMethod):
 
     Parameters: none are trained.
 
-    Fidelity: Zhao et al. take softmax(p / p_cf) where this is softmax(log p - log p_cf): the same order of classes. Their
-    content-free inputs are "N/A", "[MASK]" and the empty text; pass them as encoded by the task
+    Fidelity: Zhao et al. take softmax(p / p_cf) where this is softmax(log p - log p_cf): the same order of classes. Here
+    p is scaled to sum 1 over the label words (as the paper's p, from memory) and p_cf is its mean over the inputs without
+    content. The released code takes the mean of the probabilities among all words and scales that: inputs after which a
+    label word is likely count for more. Theirs are "N/A", "[MASK]" and the empty text; pass them as encoded by the task
     (`[row["source"] for row in task.texts([...])]`). `train-mean` is that of this library's first experiments; it assumes
     that classes are about equally frequent in training.
 
