@@ -21,7 +21,7 @@ from transformers import (
 from pt_core.errors import InputError
 from pt_nlp import models
 from pt_nlp.methods.dept import DePTConfig
-from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig, sampled_rows
 
 VOCAB, WIDTH, LENGTH = 61, 32, 5
 TEXT = (7, 3, 11, 2, 5)
@@ -180,6 +180,17 @@ def test_vocabulary_start_takes_embedding_rows_of_the_first_ids_only() -> None:
     assert set(ids.tolist()) == {0, 1, 2}
     everywhere = PromptTuning(backbone, PromptTuningConfig(prompt_length=50)).prompt.weight.detach()
     assert int(torch.cdist(everywhere, table).argmin(1).max()) > 40
+
+
+def test_vocabulary_start_takes_no_row_twice_unless_there_are_too_few() -> None:
+    table = llama().get_input_embeddings()
+    for length, top, found in ((VOCAB, None, VOCAB), (12, 12, 12), (12, 20, 12), (13, 12, None)):
+        rows = sampled_rows(table, length, torch.Generator().manual_seed(1), top)
+        distinct = len(torch.unique(rows, dim=0))
+        assert len(rows) == length
+        assert distinct == found if found else 1 < distinct < 12  # drawn with replacement, as every one of them
+    first, again, other = (sampled_rows(table, 5, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_every_start_from_tokens_takes_them_as_the_backbone_reads_them() -> None:

@@ -119,12 +119,17 @@ def embedded(words: nn.Embedding, ids: Sequence[int] | Tensor) -> Tensor:
 def sampled_rows(
     words: nn.Embedding, length: int, generator: torch.Generator | None = None, top: int | None = None
 ) -> Tensor:
-    """`length` random tokens as they are read, with repetition, [l, d]; `top` restricts to the first ids.
+    """`length` random tokens as they are read, [l, d]; `top` restricts to the first ids.
 
-    Source: Lester et al. 2021, section 3.2 (the first 5000 ids are the most frequent pieces there).
+    No token comes twice, unless there are fewer than `length`: then each is drawn from all of them.
+
+    Source: Lester et al. 2021, section 3.2 (the first 5000 ids are the most frequent pieces there), and released code.
     """
     vocabulary = len(words.weight)
-    return embedded(words, torch.randint(0, min(top or vocabulary, vocabulary), (length,), generator=generator))
+    among = min(top or vocabulary, vocabulary)
+    if length > among:
+        return embedded(words, torch.randint(among, (length,), generator=generator))
+    return embedded(words, torch.randperm(among, generator=generator)[:length])
 
 
 def rows_of_text(words: nn.Embedding, ids: tuple[int, ...], length: int) -> Tensor:
