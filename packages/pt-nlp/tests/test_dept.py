@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from pt_nlp.carried import source_tokens
 from pt_nlp.data import TextTask
 from pt_nlp.methods.dept import RELEASED_INIT_TEXT, DecomposedPrompt, DePT, DePTConfig
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
+from pt_nlp.methods.spot import SPoT, SPoTConfig
 from pt_nlp.models import SHARED_PREFIX
 
 VOCAB, D, M, S, R = 61, 32, 4, 12, 3
@@ -299,11 +301,16 @@ def test_property_7_low_rank_frozen_backbone_and_two_rates(kind, backbone, head)
     ],
 )
 def test_the_rate_of_the_prompt_is_for_large_embeddings_on_t5_alone(kind, task, given, rate):
+    """By one rule for all methods of rows, so that DePT without an offset trains as prompt tuning does."""
     head = {"kind": "classification"} if kind == "bert" else {}
     method = dept(build(kind), lr=given, num_labels=2 if head else None)
     run = FitConfig(max_steps=1, log_every=1, device="cpu", progress=False)
     (row,) = method.fit(task_of(task, **head).train, None, run).history
     assert (row["lr/prompt"], row["lr/low-rank"], method.config.lr) == (rate, 5e-4, given)
+    method.remove()
+    for cls, config in ((PromptTuning, PromptTuningConfig), (SPoT, SPoTConfig), (DePT, partial(DePTConfig, rank=0))):
+        other = cls(build(kind), config(lr=given))
+        assert [(group["name"], group["lr"]) for group in other.parameter_groups()] == [("prompt", rate)]
 
 
 def test_the_defaults_learn_on_a_causal_model():

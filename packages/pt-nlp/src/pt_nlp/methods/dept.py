@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pt_core.errors import InputError
 from pt_core.prompts import LowRankOffset, Prompt, SoftPrompt
 from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
-from pt_nlp.models import RELATIVE_POSITIONS, base_of, shape_of
+from pt_nlp.models import base_of, shape_of
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -44,12 +44,6 @@ class DePTConfig(PromptTuningConfig):
         256, ge=1, description="s, rows of A; 256 in the released checkpoints, 348 for MultiRC, 512 for MRQA"
     )
     alpha: float = Field(8.0, gt=0, description="Delta is scaled by alpha / sqrt(r) (released code; not in the paper)")
-    lr: float | None = Field(  # type: ignore[assignment]
-        None,
-        gt=0,
-        description="rate of the prompt; None: 0.3 on T5, mT5 and umT5 (README, original T5: 0.3 or 0.4), else 5e-3: "
-        "embeddings of Llama, GPT-2 and BERT are small and take 1e-3 to 1e-2 (baselines card)",
-    )
     low_rank_lr: float = Field(
         5e-4,
         gt=0,
@@ -141,8 +135,8 @@ class DePT(PromptTuning):
       positions within the source, and tokens that are written (targets, label words, continuations) never get an offset.
       Calling the backbone's own `generate` with `use_cache=False` hides what is source: use `DePT.generate` for that.
     - Its weight-decay flag (1e-5) never reaches the optimiser: 0 is the faithful value.
-    - Its rate of the prompt is one for large embeddings, those of T5, mT5 and umT5; on all other backbones the default is
-      that of prompt tuning. What a run takes is in its log (`lr/prompt`).
+    - Its rate of the prompt (0.3 or 0.4 in the README) is one for the large embeddings of T5; the default is that of
+      `PromptTuning`, which is lower on other backbones. What a run takes is in its log (`lr/prompt`).
     - The released start is `init="text"` with the ids of `RELEASED_INIT_TEXT`, end-of-sequence token included (recipes
       add it to `init_text` on encoder-decoders); the default here is sampled embedding rows. The paper draws A from a
       Gaussian; the code's uniform start is used.
@@ -161,10 +155,7 @@ class DePT(PromptTuning):
         return DecomposedPrompt(start, config.max_source_length, config.rank, config.alpha, self.generator)
 
     def learning_rates(self) -> dict[str, float]:
-        lr = self.config.lr
-        if lr is None:
-            lr = 0.3 if self.backbone.config.model_type in RELATIVE_POSITIONS else 5e-3
-        return {"prompt": lr, "low-rank": self.config.low_rank_lr}
+        return {**super().learning_rates(), "low-rank": self.config.low_rank_lr}
 
     def fit(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pt_core.errors import InputError
 from pt_core.prompts import SoftPrompt, tile
 from pt_nlp.method import TextConfig, TextMethod
-from pt_nlp.models import device_of, shape_of
+from pt_nlp.models import RELATIVE_POSITIONS, device_of, shape_of
 
 
 class PromptTuningConfig(TextConfig):
@@ -35,10 +35,11 @@ class PromptTuningConfig(TextConfig):
         None, ge=1, description="sample from the first ids only; 5000 in Lester et al. 2021 (the most frequent of T5)"
     )
     uniform_scale: float = Field(0.5, gt=0, description="U(-s, s) of `init: uniform` (torch ports of Lester's start)")
-    lr: float = Field(
-        5e-3,
+    lr: float | None = Field(
+        None,
         gt=0,
-        description="1e-3 to 1e-2 for Llama, GPT-2 and BERT embeddings; 0.3 for the original T5's (baselines card)",
+        description="rate of the prompt; None: 0.3 on T5, mT5 and umT5 (Lester et al. 2021, ATTEMPT's and DePT's released "
+        "runs), else 5e-3: embeddings of Llama, GPT-2 and BERT are small and take 1e-3 to 1e-2 (baselines card)",
     )
 
     @model_validator(mode="after")
@@ -55,15 +56,15 @@ class PromptTuning(TextMethod):
 
     Parameters: l * d (plus the head, if one is asked for). T5-base, l = 100: 76,800.
 
-    Fidelity: the start, length and rates are fields with their sources. Lester et al. train with Adafactor, constant rate
-    0.3 and weight decay 1e-5; AdamW is this library's default because small-norm embeddings need 1e-3 to 1e-2 (baselines
-    card). `optimiser: adafactor` is torch's, not theirs: it scales steps by the prompt's root mean square, which they switch
-    off, and its rate is at most 1 / sqrt(step). Their z-loss of 1e-4 is not built. One set of rows is trained for
-    encoder-decoders, on the encoder's input; peft creates a second set that never receives gradient. `init: labels` fills
-    what the labels leave over with sampled rows, as the paper does; `init: uniform` is symmetric, where the released JAX
-    code draws from [0, s). Positions of real tokens come from the attention mask; peft ignores given positions and counts
-    padding on the left. The first token of a text is no target of a causal model; peft predicts it from the prompt's last
-    row, or from padding.
+    Fidelity: the start, length and rates are fields with their sources. Lester et al. train with Adafactor, constant
+    rate 0.3 and weight decay 1e-5; here the optimiser is AdamW unless told, and the rate 0.3 on T5, mT5 and umT5 alone,
+    whose embeddings are large; a run's log has it (`lr/prompt`). `optimiser: adafactor` is torch's, not theirs: it
+    scales steps by the prompt's root mean square, which they switch off, and its rate is at most 1 / sqrt(step). Their
+    z-loss of 1e-4 is not built. One set of rows is trained for encoder-decoders, on the encoder's input; peft creates a
+    second set that never receives gradient. `init: labels` fills what the labels leave over with sampled rows, as the
+    paper does; `init: uniform` is symmetric, where the released JAX code draws from [0, s). Positions of real tokens
+    come from the attention mask; peft ignores given positions and counts padding on the left. The first token of a text
+    is no target of a causal model; peft predicts it from the prompt's last row, or from padding.
 
     Reference: Lester, Al-Rfou, Constant. The Power of Scale for Parameter-Efficient Prompt Tuning. EMNLP 2021.
     """
@@ -74,6 +75,12 @@ class PromptTuning(TextMethod):
     def build_prompt(self) -> SoftPrompt:
         dim = shape_of(self.backbone).dim
         return SoftPrompt(self.config.prompt_length, dim, init=self.start(self.config, dim))
+
+    def learning_rates(self) -> dict[str, float]:
+        lr = self.config.lr
+        if lr is None:
+            lr = 0.3 if self.backbone.config.model_type in RELATIVE_POSITIONS else 5e-3
+        return {"prompt": lr}
 
     def start(self, config: Any, dim: int) -> Tensor:
         """Start values of the prompt, [l, d]."""

@@ -34,7 +34,7 @@ class TrieSearchConfig(PromptTuningConfig):
     init: Literal["vocabulary", "text", "labels", "random", "uniform"] = Field(
         "labels", description="start, as of prompt tuning; the label names in the released code"
     )
-    lr: float = Field(3e-3, gt=0, description="3e-3 in the released command line")
+    lr: float | None = Field(3e-3, gt=0, description="3e-3 in the released command line")
     multilabel: Literal[True] = Field(True, description="a row is a set of labels")
     label_tokens: tuple[tuple[tuple[int, ...], ...], ...] = Field(
         (), description="token ids of each label at its places, of `pt_nlp.constrained.label_ids`; recipes fill them in"
