@@ -135,6 +135,20 @@ def test_rows_of_a_zero_start_stay_equal_unless_dropout_tells_them_apart() -> No
         assert bool(apart) == (dropout > 0)
 
 
+def test_rows_of_a_zero_start_come_apart_where_attention_adds_a_bias_by_distance(tiny) -> None:
+    for kind, apart in (("T5", True), ("Mpt", True), ("Bart", False), ("GPTNeoX", False)):
+        method = prefix(tiny(kind), init="zero").train()
+        targets = torch.tensor([[7, 8, 9]])
+        batch = {"input_ids": torch.tensor([[5, 6, 7, 8, 9]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+        if not method.backbone.config.is_encoder_decoder:
+            targets = torch.tensor([[-100, -100, 7, 8, 9]])
+        method.loss(batch | {"target_ids": targets}).total.backward()
+        gradient = method.prompt.weight.grad
+        assert gradient.abs().max() > 0
+        largest = (gradient - gradient[:, :, :, :1]).abs().max() / gradient.abs().max()
+        assert largest > 0.05 if apart else largest < 1e-4
+
+
 def test_random_start_is_normal_with_its_own_seed() -> None:
     backbone = llama(layers=3, kv_heads=4)
     first, again, other = (prefix(backbone, seed=s).prompt.weight.detach() for s in (3, 3, 4))
