@@ -249,10 +249,21 @@ def test_left_and_right_padding_give_equal_states_of_real_tokens(make) -> None:
 
 def test_positions_of_an_encoder_go_on_behind_the_prefix_whether_given_or_not() -> None:
     method, batch = prefix(bert()), ragged()
-    with method.active():
-        plain = method.backbone(**batch).last_hidden_state
-        given = method.backbone(**batch, position_ids=torch.arange(9)[None]).last_hidden_state
-    torch.testing.assert_close(plain, given, atol=1e-6, rtol=0)
+    table, real = method.backbone.embeddings.position_embeddings.weight, batch["attention_mask"].bool()
+
+    def states(**given: Tensor) -> Tensor:
+        with method.active():
+            return method.backbone(**batch, **given).last_hidden_state[real]
+
+    plain, given = states(), {"position_ids": torch.arange(9)[None]}
+    torch.testing.assert_close(plain, states(**given), atol=1e-6, rtol=0)
+    read = range(LENGTH, LENGTH + 9)  # by the nine tokens of the longest text
+    with torch.no_grad():
+        for row in range(LENGTH + 12):
+            table[row, 0] += 2.0
+            for found in (states(), states(**given)):
+                assert bool((found - plain).abs().max() > 1e-2) == (row in read), row
+            table[row, 0] -= 2.0
 
 
 # --- fast == plain ----------------------------------------------------------------------------------------------------
