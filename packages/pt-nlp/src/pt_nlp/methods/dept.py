@@ -140,6 +140,12 @@ class DePT(PromptTuning):
     - The released start is `init="text"` with the ids of `RELEASED_INIT_TEXT`, end-of-sequence token included (recipes
       add it to `init_text` on encoder-decoders); the default here is sampled embedding rows. The paper draws A from a
       Gaussian; the code's uniform start is used.
+    - It trains with T5's dropout of 0.1 on; here the frozen model's is off unless asked for (`backbone_dropout`).
+    - Two of its scores are none of a text task here: Pearson's correlation of the numbers that STS-B's answers are, and the
+      F1 of class 1 of MultiRC (`macro-f1` is the mean over both classes).
+    - Its splits are not made here; give them as files. Of small tasks without a public test set, a permutation seeded 42
+      cuts the validation set in half, to validate and to test; of large ones, 1,000 training rows validate and the
+      validation set is the test.
     - Its start from the DePT of a source task (PETL transfer) is `load_trained_state` here; there is no recipe for it.
 
     Reference: Shi, Lipani. DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning. ICLR 2024.

@@ -54,11 +54,12 @@ class PTuning(TextMethod):
     one, unless training shall go on (`trained_state` holds the network).
 
     Fidelity: shapes and start are peft's, which with `encoder: lstm` and h = d / 2 are those of the released code. The
-    paper puts virtual tokens between the parts of a cloze template (3 + 3 + 3 around subject and mask) and can
-    train the language model too; here, as in peft, all of them stand in front and the backbone is frozen. peft's
-    number of encoder layers, which it ignores for the MLP, is not a setting. The released LAMA scripts train 3 + 3 + 3
-    tokens and the LSTM at 1e-5 with decay 0.98, weight decay 5e-4 and early stop 20; the defaults here are 20 tokens and the
-    MLP, as in peft, at a constant 1e-3 without weight decay, for the short runs that few examples allow (our choice).
+    paper puts virtual tokens between the parts of a cloze template (3 + 3 + 3 around subject and mask) and can train
+    the language model too; here, as in peft, all of them stand in front and the backbone is frozen. peft's number of
+    encoder layers, which it ignores for the MLP, is not a setting. The released LAMA scripts train 3 + 3 + 3 tokens and
+    the LSTM at 1e-5 with decay 0.98, weight decay 5e-4 and early stop 20; the defaults here are 20 tokens and the MLP,
+    as in peft, at a constant 1e-3 without weight decay, for the short runs that few examples allow (our choice). The scripts
+    train with the frozen model's dropout on (`backbone_dropout`); here it is off unless asked for.
 
     Reference: Liu, Zheng, Du, Ding, Qian, Yang, Tang. GPT Understands, Too. arXiv 2103.10385.
     """

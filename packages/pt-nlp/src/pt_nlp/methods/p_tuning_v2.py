@@ -36,7 +36,9 @@ class PTuningV2(PrefixTuning):
 
     Fidelity: start, dropout and rates follow the released code, which trains with batch 16 to 32, 60 to 120 epochs, at
     most 128 tokens and seed 11. Dropout draws one mask for a batch, the released code one for each row. The head reads
-    the last hidden state of the first token; the released code reads it through the checkpoint's frozen pooler. A
+    the last hidden state of the first token; the released code reads it through the checkpoint's frozen pooler. The
+    released code trains with the frozen model's dropout on (`backbone_dropout`), hidden states with the scripts' rate,
+    and drops the head's input at the same rate; here the model's is off unless asked for, and the head has none. A
     projection starts as in prefix tuning.
 
     Reference: Liu, Ji, Fu, Tam, Du, Yang, Tang. P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally

@@ -132,9 +132,11 @@ class LoRA(AdapterMethod):
     Parameters: sum over the adapted layers of r * (d_in + d_out) (plus the head, if one is asked for). T5-base, r = 8 on
     q and v (72 layers): 884,736.
 
-    Fidelity: peft does the work, so start (A kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(d_in), 1/sqrt(d_in)); B
-    zero), scale and default layers are peft's. The adapter is float32 on any backbone. The paper's RoBERTa runs also
-    start from an MNLI checkpoint for small tasks; the language model head cannot be adapted here.
+    Fidelity: peft does the work, so start (A kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(d_in), 1/sqrt(d_in));
+    B zero), scale and default layers are peft's. Released runs on RoBERTa train with the model's dropout on
+    (`backbone_dropout`); here it is off unless asked for, as in those on GPT-2, whose model has none. The adapter is
+    float32 on any backbone. The paper's RoBERTa runs also start from an MNLI checkpoint for small tasks; the language
+    model head cannot be adapted here.
 
     Reference: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen. LoRA: Low-Rank Adaptation of Large Language Models.
     ICLR 2022.
@@ -164,13 +166,15 @@ class IA3(AdapterMethod):
     Parameters: the widths of the scaled outputs, and of the scaled inputs of `feedforward` layers (plus the head, if one
     is asked for). T5-base, k, v and wo: 55,296 + 73,728 = 129,024.
 
-    Fidelity: peft does the work. In gated feed-forward layers it scales the input of the output matrix, T-Few the output
-    of the second branch: the same function. Its default layers are the paper's for T5 and Llama (keys, values,
-    feed-forward); for several other types they differ (queries and values for Qwen and Gemma, all of c_attn for GPT-2, the
-    output matrix of attention too for BERT): name `targets` and `feedforward` where that matters. T-Few's unlikelihood and
-    length-normalised losses are not part of it. Its run is not the default here: Adafactor for 1000 steps, the first 6 % of
-    them a linear warm-up (`warmup_steps: 60`). `optimiser: adafactor` is torch's: steps scale with the root mean square of
-    each vector (1 at the start), and the rate is at most 1 / sqrt(step), which leaves 3e-3 as it is for so many steps.
+    Fidelity: peft does the work. In gated feed-forward layers it scales the input of the output matrix, T-Few the
+    output of the second branch: the same function. Its default layers are the paper's for T5 and Llama (keys, values,
+    feed-forward); for several other types they differ (queries and values for Qwen and Gemma, all of c_attn for GPT-2,
+    the output matrix of attention too for BERT): name `targets` and `feedforward` where that matters. T-Few trains with
+    the dropout of T0 on (`backbone_dropout`); here it is off unless asked for. T-Few's unlikelihood and
+    length-normalised losses are not part of it. Its run is not the default here: Adafactor for 1000 steps, the first
+    6 % of them a linear warm-up (`warmup_steps: 60`). `optimiser: adafactor` is torch's: steps scale with the root mean
+    square of each vector (1 at the start), and the rate is at most 1 / sqrt(step), which leaves 3e-3 as it is for so
+    many steps.
 
     Reference: Liu, Tam, Muqeeth, Mohta, Huang, Bansal, Raffel. Few-Shot Parameter-Efficient Fine-Tuning is Better and
     Cheaper than In-Context Learning. NeurIPS 2022.

@@ -70,14 +70,15 @@ class PrefixTuning(TextMethod):
 
     Fidelity: forward and projection (embedding, Linear, tanh, Linear) follow the paper and the released code, the
     layout follows peft. Start and rate are the better ones of peft's method comparison; peft itself starts from N(0, 1)
-    unless told, a projection from torch's layers (`init: random`). Even a prefix of zeros takes attention: the start is
-    not the identity. Without a projection and without dropout its rows have one gradient and stay equal to each other,
-    in peft too: l then is the weight of one trained row. Only where attention adds a bias by distance (T5, ALiBi as in
-    MPT) do they come apart. peft narrows the projection's embeddings to d_kv under grouped-query attention; here they
-    are d wide. Encoder-decoders get a prefix in the decoder's self-attention only, as in peft; the paper also puts one
-    in the encoder and in cross-attention. There, each layer has its own prefix: peft 0.21 doubles the list of columns
-    and cuts it in four, so that its T5 layer i reads the columns 4i and 4i+1 modulo 2N, and for even N layers i and i +
-    N/2 share theirs while half of the columns never get a gradient.
+    unless told, a projection from torch's layers (`init: random`). Dropout in the frozen model is off, as released for
+    GPT-2 (`use_dropout` no); for BART the released code leaves it on (`backbone_dropout`). Even a prefix of zeros takes
+    attention: the start is not the identity. Without a projection and without dropout its rows have one gradient and
+    stay equal to each other, in peft too: l then is the weight of one trained row. Only where attention adds a bias by
+    distance (T5, ALiBi as in MPT) do they come apart. peft narrows the projection's embeddings to d_kv under
+    grouped-query attention; here they are d wide. Encoder-decoders get a prefix in the decoder's self-attention only,
+    as in peft; the paper also puts one in the encoder and in cross-attention. There, each layer has its own prefix:
+    peft 0.21 doubles the list of columns and cuts it in four, so that its T5 layer i reads the columns 4i and 4i+1
+    modulo 2N, and for even N layers i and i + N/2 share theirs while half of the columns never get a gradient.
 
     Reference: Li, Liang. Prefix-Tuning: Optimizing Continuous Prompts for Generation. ACL 2021.
     """

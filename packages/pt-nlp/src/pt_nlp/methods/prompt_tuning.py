@@ -60,11 +60,13 @@ class PromptTuning(TextMethod):
     rate 0.3 and weight decay 1e-5; here the optimiser is AdamW unless told, and the rate 0.3 on T5, mT5 and umT5 alone,
     whose embeddings are large; a run's log has it (`lr/prompt`). `optimiser: adafactor` is torch's, not theirs: it
     scales steps by the prompt's root mean square, which they switch off, and its rate is at most 1 / sqrt(step). Their
-    z-loss of 1e-4 is not built. One set of rows is trained for encoder-decoders, on the encoder's input; peft creates a
-    second set that never receives gradient. `init: labels` fills what the labels leave over with sampled rows, as the
-    paper does; `init: uniform` is symmetric, where the released JAX code draws from [0, s). Positions of real tokens
-    come from the attention mask; peft ignores given positions and counts padding on the left. The first token of a text
-    is no target of a causal model; peft predicts it from the prompt's last row, or from padding.
+    z-loss of 1e-4 is not built. Dropout in the frozen model is off, as in their configurations unless told; ATTEMPT's
+    reruns leave T5's 0.1 on (`backbone_dropout`). One set of rows is trained for encoder-decoders, on the encoder's
+    input; peft creates a second set that never receives gradient. `init: labels` fills what the labels leave over with
+    sampled rows, as the paper does; `init: uniform` is symmetric, where the released JAX code draws from [0, s).
+    Positions of real tokens come from the attention mask; peft ignores given positions and counts padding on the left.
+    The first token of a text is no target of a causal model; peft predicts it from the prompt's last row, or from
+    padding.
 
     Reference: Lester, Al-Rfou, Constant. The Power of Scale for Parameter-Efficient Prompt Tuning. EMNLP 2021.
     """

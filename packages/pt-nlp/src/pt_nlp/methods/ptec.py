@@ -106,6 +106,8 @@ class PTEC(TextMethod):
     - The prompt stands in front and padding never between it and the text, so its keys and values are shared by the batch;
       the head reads the last real token by the mask. The numbers are those of left padding with the prompt in each row.
     - The start from label names keeps the ids 1000, 1001, ... of the released code as filling; `fill="labels"` is ours.
+    - The released code puts the model in training mode; its LLaMA has no dropout and BLOOM's is 0, so that off, as here, is
+      the same. On other backbones it would be on (`backbone_dropout`).
     - With `multilabel=False` (one of many classes) the loss is plain cross-entropy; the paper has no such setting.
 
     Reference: Buchner, Cao, Kalo, von Ehrenheim. Prompt Tuned Embedding Classification for Industry Sector Allocation.

@@ -45,9 +45,10 @@ class SPoT(PromptTuning):
     Parameters: l * d (plus the head, if one is asked for). T5-base, l = 100: 76,800.
 
     Fidelity: reconstructed. Training is that of `PromptTuning`, with its rates; Vu et al. train source and target for
-    2^18 steps of 32 rows at 0.3. A prompt trained on a mixture of tasks is a source like any other. Retrieval
-    (a library of prompts at 10k steps, the best, an average or a mixture of the most similar) is not built; `similarities`
-    is what it ranks by, without that of feed-forward activations. The wrong source hurts: set plain prompt tuning beside it.
+    2^18 steps of 32 rows at 0.3. ATTEMPT's rerun trains with T5's dropout on (`backbone_dropout`). A prompt trained on
+    a mixture of tasks is a source like any other. Retrieval (a library of prompts at 10k steps, the best, an average or
+    a mixture of the most similar) is not built; `similarities` is what it ranks by, without that of feed-forward
+    activations. The wrong source hurts: set plain prompt tuning beside it.
 
     Reference: Vu, Lester, Constant, Al-Rfou, Cer. SPoT: Better Frozen Model Adaptation through Soft Prompt Transfer.
     ACL 2022.

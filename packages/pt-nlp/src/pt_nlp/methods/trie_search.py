@@ -60,6 +60,7 @@ class TrieSearch(PromptTuning):
     - There the loss of a text is weighed by the sum of its labels' weights; here every target token counts alike.
     - There the schedule is OneCycle (30 % warm-up), which is not one of this library's: the nearest are `linear` and
       `cosine` with `warmup_steps`.
+    - There the model is in training mode, which is the same on LLaMA and BLOOM: they have no dropout (`backbone_dropout`).
     - There a label is taken out of the tree when a separator follows it; the texts that can be written are the same.
 
     Reference: Buchner, Cao, Kalo, von Ehrenheim. Prompt Tuned Embedding Classification for Industry Sector Allocation.
