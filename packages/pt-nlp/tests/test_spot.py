@@ -131,13 +131,26 @@ def test_similarities_by_hand() -> None:
     assert found["cosine-average"] == pytest.approx((1 + 0 + 0 - 1) / 4)
     assert found["distance-concat"] == pytest.approx(1 / (1 + (2**2 + 4**2) ** 0.5))
     assert found["distance-average"] == pytest.approx(1 / (1 + (2 + 5**0.5 + 13**0.5 + 4) / 4))
+    assert found["cosine-of-average"] == pytest.approx((0.5 * 1.5 + 1 * -1) / (1.25**0.5 * 3.25**0.5))
+
+
+def test_the_cosine_of_averages_is_not_the_average_of_cosines() -> None:
+    a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    found = similarities(a, a.flip(0))
+    assert found["cosine-of-average"] == pytest.approx(1)  # the order of rows does not count
+    assert found["cosine-average"] == pytest.approx(0.5)
+    assert found["cosine-concat"] == pytest.approx(0)
+    with pytest.raises(InputError, match=r"shapes \[2, 2\] and \[2, 3\]"):
+        similarities(a, torch.ones(2, 3))
 
 
 def test_a_prompt_is_most_alike_to_itself(tiny: Build) -> None:
     a, b = (PromptTuning(tiny("Llama"), PromptTuningConfig(seed=s)).prompt.weight for s in (0, 1))
     itself, another = similarities(a, a), similarities(a, b)
-    assert itself["cosine-concat"] == pytest.approx(1) and itself["distance-concat"] == 1
-    assert all(itself[name] > another[name] for name in ("cosine-concat", "distance-concat"))
+    assert [itself[name] for name in ("cosine-concat", "cosine-of-average", "distance-concat")] == pytest.approx(
+        [1] * 3
+    )
+    assert all(itself[name] > another[name] for name in ("cosine-concat", "cosine-of-average", "distance-concat"))
     assert similarities(b, a) == pytest.approx(another)
     with pytest.raises(InputError, match=r"shapes \[20, 16\] and \[5, 16\]"):
         similarities(a, b[:5])

@@ -150,14 +150,17 @@ def rows_of_source(source: str | Path | PromptTuning, backbone: nn.Module) -> Te
 
 
 def similarities(a: Tensor, b: Tensor) -> dict[str, float]:
-    """How alike two prompts [l, d] are, by name; 1 is most alike but for `cosine-average`.
+    """How alike two prompts [l, d] are, by name; 1 is most alike but for `cosine-average` and `distance-average`.
 
+    - `cosine-of-average`: cosine of the prompts' mean rows (Vu et al. 2022, cosine similarity of average tokens); the order
+      of rows does not count;
+    - `cosine-average`: mean over all l * l pairs of rows of their cosine (Vu et al. 2022, per-token average cosine
+      similarity); below 1 of a prompt and itself, unless its rows all point one way;
     - `cosine-concat`: cosine of the prompts as one vector each;
-    - `cosine-average`: mean over all l * l pairs of rows of their cosine (Vu et al. 2022);
     - `distance-concat`: 1 / (1 + Frobenius distance);
     - `distance-average`: 1 / (1 + mean over all pairs of rows of their distance).
 
-    Source: Vu et al. 2022; Su et al. 2022 (On Transferability of Prompt Tuning) for the other three.
+    Source: Vu et al. 2022; Su et al. 2022 (On Transferability of Prompt Tuning) for the last three.
 
     Raises:
         InputError: prompts of different shapes.
@@ -167,6 +170,7 @@ def similarities(a: Tensor, b: Tensor) -> dict[str, float]:
     a, b = a.detach().cpu().double(), b.detach().double().cpu()
     pairs = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
     found = {
+        "cosine-of-average": F.cosine_similarity(a.mean(0), b.mean(0), dim=0),
         "cosine-concat": F.cosine_similarity(a.flatten(), b.flatten(), dim=0),
         "cosine-average": pairs.mean(),
         "distance-concat": 1 / (1 + (a - b).norm()),
