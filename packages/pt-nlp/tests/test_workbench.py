@@ -403,6 +403,23 @@ def test_dept_starts_from_its_text_as_the_tokenizer_of_an_encoder_decoder_closes
         job.method.remove()
 
 
+@pytest.mark.parametrize("init_text", ["", "good bad"])
+def test_ptec_starts_from_label_names_as_its_tokenizer_encodes_them(folder: Path, words: Any, init_text: str) -> None:
+    opening = copy.deepcopy(words)
+    opening.backend_tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    opening.save_pretrained(folder / "backbone")
+    settings = {"prompt_length": 4, "fill": "labels"} | ({"init_text": init_text} if init_text else {})
+    names = {"method": "prompt-tuning", "init": "labels", "prompt_length": 4}
+    bench = Bench(made(folder, {"name": "ptec", **settings}, compare={"names": names}))
+    job, _ = bench.job("ptec", 0)
+    assert job.method.config.init_ids == (1, *words(init_text or "negative positive")["input_ids"])
+    table = bench.backbone.get_input_embeddings().weight.float()
+    assert torch.equal(job.method.prompt.weight[0], table[1])
+    job.method.remove()
+    job, _ = bench.job("names", 0)  # rows of words, with nothing around them
+    assert job.method.config.label_ids == tuple(tuple(words(name)["input_ids"]) for name in ("negative", "positive"))
+
+
 def test_kinds_of_task_with_a_head_give_every_method_one(folder: Path) -> None:
     sets_of_labels(folder)
     bench = Bench(made(folder, data={"kind": "multilabel"}))

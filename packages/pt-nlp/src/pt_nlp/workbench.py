@@ -400,10 +400,11 @@ def _known_to_task(chosen: Recipe, task: TextTask) -> dict[str, Any]:
         return tuple(task.tokenizer(text, add_special_tokens=ended)["input_ids"])
 
     known: dict[str, Any] = {"max_source_length": spec.max_source_length}
-    if text := getattr(settings, "init_text", ""):
+    text = getattr(settings, "init_text", "")
+    if getattr(settings, "init", None) == "labels":  # of PTEC one text, as its tokenizer encodes it; else word by word
+        known |= {"init_ids": ids(text or " ".join(spec.labels), True), "label_ids": tuple(map(ids, spec.words))}
+    elif text:
         known["init_ids"] = ids(text, getattr(settings, "init_text_ended", False) and spec.backbone == "seq2seq")
-    elif getattr(settings, "init", None) == "labels":
-        known |= {"init_ids": ids(" ".join(spec.labels)), "label_ids": tuple(map(ids, spec.words))}
     if text := getattr(settings, "separator_text", ""):
         known["separator_ids"] = tuple(task.encoder.between(text))
     if getattr(settings, "calibrate", None) == "content-free":

@@ -50,7 +50,9 @@ class PTECConfig(TextConfig):
     )
     init_text: str = Field("", description="the label names, joined by spaces; recipes turn it into `init_ids`")
     init_ids: tuple[int, ...] = Field(
-        (), description="token ids of the label names, joined by spaces, that `init: labels` starts from"
+        (),
+        description="token ids of the label names, joined by spaces, that `init: labels` starts from, with the special tokens "
+        "that the tokenizer adds (released code: <s> of LLaMA)",
     )
     fill: Literal["vocabulary", "labels"] = Field(
         "vocabulary",
@@ -105,7 +107,8 @@ class PTEC(TextMethod):
     - The released run also needs its first epoch to beat 0.005; here the first evaluation is always the best so far.
     - The prompt stands in front and padding never between it and the text, so its keys and values are shared by the batch;
       the head reads the last real token by the mask. The numbers are those of left padding with the prompt in each row.
-    - The start from label names keeps the ids 1000, 1001, ... of the released code as filling; `fill="labels"` is ours.
+    - The start from label names keeps what the released code has beside them: special tokens that the tokenizer adds to
+      every text, as LLaMA's <s>, and the ids 1000, 1001, ... as filling. `fill="labels"` is ours.
     - The released code puts the model in training mode; its LLaMA has no dropout and BLOOM's is 0, so that off, as here, is
       the same. On other backbones it would be on (`backbone_dropout`).
     - With `multilabel=False` (one of many classes) the loss is plain cross-entropy; the paper has no such setting.
