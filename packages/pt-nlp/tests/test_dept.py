@@ -313,6 +313,14 @@ def test_the_rate_of_the_prompt_is_for_large_embeddings_on_t5_alone(kind, task, 
         assert [(group["name"], group["lr"]) for group in other.parameter_groups()] == [("prompt", rate)]
 
 
+def test_the_defaults_are_those_of_most_released_checkpoints():
+    config = DePTConfig()
+    assert (config.prompt_length, config.rank, config.max_source_length, config.alpha) == (60, 30, 256, 8.0)
+    prompt = DePT(build("llama", max_position_embeddings=512), config).prompt
+    shapes = {name: tuple(part.shape) for name, part in prompt.named_parameters()}
+    assert shapes == {"soft.weight": (60, D), "low_rank.A": (256, 30), "low_rank.B": (30, D)}
+
+
 def test_the_defaults_learn_on_a_causal_model():
     method = DePT(build("llama"), DePTConfig())
     run = FitConfig(max_steps=30, log_every=1, device="cpu", progress=False)

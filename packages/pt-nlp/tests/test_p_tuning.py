@@ -152,6 +152,21 @@ def test_start_is_that_of_torch_layers_and_follows_the_seed() -> None:
     assert 0.9 * 16**-0.5 < float(first.mlp[0].weight.detach().abs().max()) <= 16**-0.5
 
 
+def test_defaults_are_the_mlp_of_peft_and_a_rate_for_short_runs() -> None:
+    config = PTuningConfig()
+    assert (config.prompt_length, config.encoder, config.hidden_dim, config.dropout) == (20, "mlp", None, 0.0)
+    assert [group["lr"] for group in PTuning(llama()).parameter_groups()] == [1e-3]
+
+
+def test_dropout_acts_between_the_layers_of_the_lstm_while_training_only() -> None:
+    method = p_tuning(llama(), encoder="lstm", dropout=0.5)
+    plain = p_tuning(llama(), encoder="lstm").train().prompt.tokens()
+    torch.manual_seed(0)
+    first, second = (method.train().prompt.tokens() for _ in range(2))
+    assert not torch.equal(first, second) and not torch.equal(first, plain)
+    assert torch.equal(method.eval().prompt.tokens(), plain)
+
+
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
 def test_rows_are_made_in_float32_under_autocast(encoder: str) -> None:
     method = p_tuning(llama(), encoder=encoder)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from pt_core.errors import InputError
-from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig
+from pt_nlp.methods.prefix_tuning import PrefixTuning, PrefixTuningConfig, flatten
 
 VOCAB, WIDTH, LENGTH = 61, 32, 5
 
@@ -156,6 +156,19 @@ def test_random_start_is_normal_with_its_own_seed() -> None:
     assert not torch.equal(first, other)
     assert abs(float(first.std()) - 1) < 0.1
     assert abs(float(prefix(backbone, init_std=0.02).prompt.weight.detach().std()) - 0.02) < 0.002
+
+
+def test_a_projection_starts_from_normal_embeddings_and_makes_the_prefix_by_a_tanh_between_two_layers() -> None:
+    backbone = llama(layers=3, kv_heads=4)
+    made = prefix(backbone, projection_dim=8, prompt_length=200).prompt
+    embeddings = made.embedding.detach()
+    assert embeddings.shape == (200, WIDTH)
+    assert abs(float(embeddings.std()) - 1) < 0.05 and abs(float(embeddings.mean())) < 0.05
+    smaller = prefix(backbone, projection_dim=8, prompt_length=200, init_std=0.02).prompt.embedding.detach()
+    assert abs(float(smaller.std()) - 0.02) < 0.001
+    first, last = (layer for layer in made.projection if isinstance(layer, nn.Linear))
+    flat = torch.tanh(embeddings @ first.weight.T + first.bias) @ last.weight.T + last.bias
+    torch.testing.assert_close(flatten(made.key_values()), flat, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -230,6 +230,7 @@ def test_uniform_and_random_starts_have_their_spread_and_their_seed() -> None:
 
     uniform = start(init="uniform", uniform_scale=0.5)
     assert 0.49 < float(uniform.abs().max()) <= 0.5
+    assert torch.equal(start(init="uniform"), uniform)  # the default scale
     assert abs(float(uniform.mean())) < 0.02
     assert abs(float(start(init="random").std()) - 1) < 0.05
     assert torch.equal(start(init="random", seed=1), start(init="random", seed=1))

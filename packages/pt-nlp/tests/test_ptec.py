@@ -184,13 +184,19 @@ def test_property_7_start_from_label_names_by_hand():
     chosen = prompt_ids([5, 9, 7], 2, generator=torch.Generator().manual_seed(0))
     assert len(set(chosen)) == 2
     assert set(chosen) < {5, 9, 7}
+    drawn = [prompt_ids([5, 9, 7], 2, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert {frozenset(ids) for ids in drawn} == {
+        frozenset(pair) for pair in ((5, 9), (5, 7), (9, 7))
+    }  # a random subset
+    assert drawn == [prompt_ids([5, 9, 7], 2, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
     again = prompt_ids([5, 9, 7], 9, "labels", torch.Generator().manual_seed(0))
     assert again[:3] == [5, 9, 7]
     assert len(again) == 9
     assert set(again) == {5, 9, 7}
     backbone = llama(vocabulary=1010)
     table = backbone.get_input_embeddings().weight
-    method = ptec(backbone, init="labels", init_ids=(5, 9, 7))
+    assert PTECConfig().init == "labels"
+    method = PTEC(backbone, PTECConfig(prompt_length=L, num_labels=3, init_ids=(5, 9, 7)))
     assert torch.equal(method.prompt.weight, table[torch.tensor([5, 9, 7, 1000, 1001])])
 
 
