@@ -80,6 +80,18 @@ def test_a_recipe_becomes_a_run_whose_artifact_predicts(folder: Path) -> None:
     assert scores["accuracy"] == pytest.approx(sum(right) / 16)
 
 
+def test_a_method_with_the_classes_in_another_order_does_not_train_on_a_task(folder: Path) -> None:
+    bench = Bench(made(folder))
+    task = bench.task(0)
+    for part in (task, task.base_to_new()[1]):
+        names = part.spec.class_names
+        method = registry.find_method("vl", "coop")(
+            bench.backbone, CoOpConfig(class_names=names[::-1], prompt_length=2)
+        )
+        with pytest.raises(InputError, match=f"label 0 is '{names[0]}' in the training rows, '{names[-1]}' in coop"):
+            method.fit(part.train)
+
+
 def test_base_to_new_tests_both_halves_by_themselves(folder: Path) -> None:
     bench = Bench(made(folder, protocol="base-to-new"))
     job, _ = bench.job("coop", 0)

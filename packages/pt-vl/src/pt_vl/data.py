@@ -905,7 +905,9 @@ class ImageTask:
                 readable(part, unreadable)
             crop = crop_scale if augment and split == "train" else None
             images = ImageRows(part.sources, own, spec.preprocessing, crop)
-            made = Split(images, Stacked(crop is None), metrics, num_classes=len(names), ids=part.ids)
+            made = Split(
+                images, Stacked(crop is None), metrics, num_classes=len(names), ids=part.ids, class_names=tuple(names)
+            )
             setattr(task, split, made)
         return task
 
@@ -944,8 +946,8 @@ class ImageTask:
                 images.preprocessing,
                 images.crop_scale,
             )
-            ids = [split.row_ids[i] for i in rows]
-            made = Split(kept, split.collate, split.metrics, num_classes=len(names), ids=ids)
+            own = [split.row_ids[i] for i in rows]
+            made = Split(kept, split.collate, split.metrics, num_classes=len(names), ids=own, class_names=names)
             setattr(task, name, made)
         return task
 
