@@ -23,6 +23,7 @@ from pt_core.errors import InputError
 from pt_core.prompts import DeepPrompt, KeyValuePrompt, Prompt, SoftPrompt
 from pt_core.testing import watch
 from pt_nlp import carried, causal, models, one_row
+from pt_nlp.methods.prompt_tuning import PromptTuning, PromptTuningConfig
 
 VOCAB, WIDTH, M = 48, 16, 5
 SHARED = {
@@ -1523,7 +1524,9 @@ def test_property_5_a_text_as_a_prompt_is_that_text_as_tokens_where_embeddings_a
     more = {"decoder_input_ids": torch.tensor([[2, 5, 6]])} if model.config.is_encoder_decoder else {}
     expected = model(input_ids=torch.cat([torch.tensor([[40, 41, 42]]), text], dim=1), **more).logits
     plain = model(input_ids=text, **more).logits
-    rows = models.embed_ids(models.reader_of(model), torch.tensor([40, 41, 42]))
+    started = PromptTuning(model, PromptTuningConfig(prompt_length=3, init="text", init_ids=(40, 41, 42)))
+    rows = started.prompt.weight.detach()
+    started.remove()
     handle = attach(model, SoftPrompt(3, rows.shape[1], init=rows))
     found = model(input_ids=text, **more).logits
     assert gap(found, expected[:, -found.shape[1] :]) < 1e-4 and gap(found, plain) > 0.01

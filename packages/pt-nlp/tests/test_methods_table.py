@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from pt_core import registry
+from pt_nlp.models import reader_of
 
 ENTRIES = list(registry.methods("nlp").values())
 
@@ -79,7 +80,7 @@ def test_the_count_of_a_row_is_that_of_the_method_on_its_reference_backbone(entr
     with torch.device("meta"):
         backbone = build()
     assert sum(p.numel() for p in backbone.parameters()) == size
-    words = backbone.get_input_embeddings()  # prompts start from its rows: one row stands for all
+    words = reader_of(backbone).get_input_embeddings()  # prompts start from its rows: one row stands for all
     words.weight = nn.Parameter(torch.zeros(1, words.embedding_dim).expand(words.num_embeddings, -1))
     method = cls(backbone, cls.config_class(**SETTINGS[entry.name]))
     count = method.count()

@@ -183,13 +183,13 @@ def test_vocabulary_start_takes_embedding_rows_of_the_first_ids_only() -> None:
 
 
 def test_vocabulary_start_takes_no_row_twice_unless_there_are_too_few() -> None:
-    table = llama().get_input_embeddings()
+    tower = llama().model
     for length, top, found in ((VOCAB, None, VOCAB), (12, 12, 12), (12, 20, 12), (13, 12, None)):
-        rows = sampled_rows(table, length, torch.Generator().manual_seed(1), top)
+        rows = sampled_rows(tower, length, torch.Generator().manual_seed(1), top)
         distinct = len(torch.unique(rows, dim=0))
         assert len(rows) == length
         assert distinct == found if found else 1 < distinct < 12  # drawn with replacement, as every one of them
-    first, again, other = (sampled_rows(table, 5, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    first, again, other = (sampled_rows(tower, 5, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

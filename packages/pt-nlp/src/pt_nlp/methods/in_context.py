@@ -17,7 +17,7 @@ from pt_core.method import Output
 from pt_core.prompts import Prompt
 from pt_nlp.methods.prompt_tuning import check_ids
 from pt_nlp.methods.zero_shot import ZeroShot, ZeroShotConfig
-from pt_nlp.models import device_of, is_causal
+from pt_nlp.models import Model, device_of, embed_ids, is_causal, reader_of
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -76,7 +76,7 @@ class InContext(ZeroShot):
         embeddings = self.backbone.get_input_embeddings()
         if self.config.separator_ids:
             check_ids(self.config.separator_ids, embeddings.num_embeddings, "separator_ids")
-        return Demonstrations(embeddings)
+        return Demonstrations(reader_of(self.backbone))
 
     def fit(
         self,
@@ -148,11 +148,11 @@ class Demonstrations(Prompt):
     """Fixed tokens in front of the input, as rows of the backbone's embeddings; the ids are the only state, [m] long."""
 
     ids: Tensor
-    embeddings: nn.Embedding
+    tower: Model
 
-    def __init__(self, embeddings: nn.Embedding) -> None:
+    def __init__(self, tower: Model) -> None:
         super().__init__()
-        object.__setattr__(self, "embeddings", embeddings)  # the backbone's own, not part of the state
+        object.__setattr__(self, "tower", tower)  # the backbone's own, not part of the state
         self.register_buffer("ids", torch.zeros(0, dtype=torch.long))
 
     def set(self, ids: Sequence[int]) -> None:
@@ -161,8 +161,7 @@ class Demonstrations(Prompt):
         self.length = len(ids)
 
     def tokens(self) -> Tensor:
-        rows: Tensor = self.embeddings(self.ids.to(device_of(self.embeddings)))
-        return rows
+        return embed_ids(self.tower, self.ids.to(device_of(self.tower.get_input_embeddings())))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {}

@@ -7,12 +7,12 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from pt_core.errors import InputError
 from pt_core.prompts import SoftPrompt, tile
 from pt_nlp.method import TextConfig, TextMethod
-from pt_nlp.models import RELATIVE_POSITIONS, device_of, shape_of
+from pt_nlp.models import RELATIVE_POSITIONS, Model, device_of, embed_ids, reader_of, shape_of
 
 
 class PromptTuningConfig(TextConfig):
@@ -86,14 +86,14 @@ class PromptTuning(TextMethod):
 
     def start(self, config: Any, dim: int) -> Tensor:
         """Start values of the prompt, [l, d]."""
-        words, length = self.backbone.get_input_embeddings(), config.prompt_length
+        tower, length = reader_of(self.backbone), config.prompt_length
         if config.init == "vocabulary":
-            return sampled_rows(words, length, self.generator, config.vocabulary_top)
+            return sampled_rows(tower, length, self.generator, config.vocabulary_top)
         if config.init == "text":
-            return rows_of_text(words, config.init_ids, length)
+            return rows_of_text(tower, config.init_ids, length)
         if config.init == "labels":
-            labels = rows_of_labels(words, config.label_ids)[:length]
-            rest = sampled_rows(words, length - len(labels), self.generator, config.vocabulary_top)
+            labels = rows_of_labels(tower, config.label_ids)[:length]
+            rest = sampled_rows(tower, length - len(labels), self.generator, config.vocabulary_top)
             return torch.cat([labels, rest])
         if config.init == "uniform":
             return (torch.rand(length, dim, generator=self.generator) * 2 - 1) * config.uniform_scale
@@ -115,43 +115,42 @@ def check_ids(ids: Sequence[int], vocabulary: int, field: str) -> None:
 
 
 @torch.no_grad()
-def embedded(words: nn.Embedding, ids: Sequence[int] | Tensor) -> Tensor:
-    """What a backbone reads for token ids, [k, d] float32: the table's rows, or their multiples (Gemma, mBART, XGLM ...).
-
-    Args:
-        words: the backbone's input embeddings.
-    """
-    rows: Tensor = words(torch.as_tensor(ids, dtype=torch.long).to(device_of(words)))
-    return rows.float().cpu()
+def embedded(tower: Model, ids: Sequence[int] | Tensor) -> Tensor:
+    """What a tower reads for token ids, [k, d] float32: the table's rows, or their multiples (Gemma, mBART, Marian ...)."""
+    device = device_of(tower.get_input_embeddings())
+    return embed_ids(tower, torch.as_tensor(ids, dtype=torch.long).to(device)).float().cpu()
 
 
-def sampled_rows(
-    words: nn.Embedding, length: int, generator: torch.Generator | None = None, top: int | None = None
-) -> Tensor:
+def vocabulary_of(tower: Model) -> int:
+    """Rows of a tower's table of embeddings."""
+    return len(tower.get_input_embeddings().weight)
+
+
+def sampled_rows(tower: Model, length: int, generator: torch.Generator | None = None, top: int | None = None) -> Tensor:
     """`length` random tokens as they are read, [l, d]; `top` restricts to the first ids.
 
     No token comes twice, unless there are fewer than `length`: then each is drawn from all of them.
 
     Source: Lester et al. 2021, section 3.2 (the first 5000 ids are the most frequent pieces there), and released code.
     """
-    vocabulary = len(words.weight)
+    vocabulary = vocabulary_of(tower)
     among = min(top or vocabulary, vocabulary)
     if length > among:
-        return embedded(words, torch.randint(among, (length,), generator=generator))
-    return embedded(words, torch.randperm(among, generator=generator)[:length])
+        return embedded(tower, torch.randint(among, (length,), generator=generator))
+    return embedded(tower, torch.randperm(among, generator=generator)[:length])
 
 
-def rows_of_text(words: nn.Embedding, ids: tuple[int, ...], length: int) -> Tensor:
+def rows_of_text(tower: Model, ids: tuple[int, ...], length: int) -> Tensor:
     """A text as it is read, tiled and cut to `length`.
 
     Raises:
         InputError: there are no ids, or one is outside the vocabulary.
     """
-    check_ids(ids, len(words.weight), "init_ids")
-    return tile(embedded(words, ids), length)
+    check_ids(ids, vocabulary_of(tower), "init_ids")
+    return tile(embedded(tower, ids), length)
 
 
-def rows_of_labels(words: nn.Embedding, labels: tuple[tuple[int, ...], ...]) -> Tensor:
+def rows_of_labels(tower: Model, labels: tuple[tuple[int, ...], ...]) -> Tensor:
     """One row for each label, the mean of its pieces as they are read, [C, d] (Lester et al. 2021, section 3.2).
 
     Raises:
@@ -160,5 +159,5 @@ def rows_of_labels(words: nn.Embedding, labels: tuple[tuple[int, ...], ...]) -> 
     if not labels:
         raise InputError("there are no labels to start from", field="label_ids", remedy="Pass the ids of each label")
     for ids in labels:
-        check_ids(ids, len(words.weight), "label_ids")
-    return torch.stack([embedded(words, ids).mean(0) for ids in labels])
+        check_ids(ids, vocabulary_of(tower), "label_ids")
+    return torch.stack([embedded(tower, ids).mean(0) for ids in labels])

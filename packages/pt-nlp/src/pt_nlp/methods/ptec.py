@@ -15,8 +15,8 @@ from pt_core.errors import InputError
 from pt_core.method import Loss, Output
 from pt_core.prompts import SoftPrompt
 from pt_nlp.method import TextConfig, TextMethod
-from pt_nlp.methods.prompt_tuning import check_ids, embedded, sampled_rows
-from pt_nlp.models import shape_of
+from pt_nlp.methods.prompt_tuning import check_ids, embedded, sampled_rows, vocabulary_of
+from pt_nlp.models import reader_of, shape_of
 
 if TYPE_CHECKING:
     from pt_core.data import Split
@@ -136,10 +136,10 @@ class PTEC(TextMethod):
 
     def build_prompt(self) -> SoftPrompt:
         config, dim = self.config, shape_of(self.backbone).dim
-        words = self.backbone.get_input_embeddings()
+        tower = reader_of(self.backbone)
         if config.init == "vocabulary":
-            return SoftPrompt(config.prompt_length, dim, init=sampled_rows(words, config.prompt_length, self.generator))
-        vocabulary = len(words.weight)
+            return SoftPrompt(config.prompt_length, dim, init=sampled_rows(tower, config.prompt_length, self.generator))
+        vocabulary = vocabulary_of(tower)
         check_ids(config.init_ids, vocabulary, "init_ids")
         ids = prompt_ids(config.init_ids, config.prompt_length, config.fill, self.generator)
         if max(ids, default=0) >= vocabulary:
@@ -148,7 +148,7 @@ class PTEC(TextMethod):
                 field="fill",
                 remedy="Set fill to `labels`, or shorten the prompt",
             )
-        return SoftPrompt(config.prompt_length, dim, init=embedded(words, ids))
+        return SoftPrompt(config.prompt_length, dim, init=embedded(tower, ids))
 
     def loss_of(self, output: Output, batch: Mapping[str, Any]) -> Loss | None:
         """Binary cross-entropy, positives weighted by label: sum over rows and labels (b * C terms).
