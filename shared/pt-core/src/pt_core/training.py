@@ -40,7 +40,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from filelock import BaseFileLock, FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -123,8 +122,7 @@ class Loop:
     With several processes, buffers and extra state are kept of the main one: they should hold what all agree on.
 
     Raises:
-        InputError: the folder holds a run of another configuration, or another process writes to it, or a setting has no
-            effect here.
+        InputError: the folder holds a run of another configuration, or a setting has no effect here.
     """
 
     def __init__(
@@ -148,7 +146,6 @@ class Loop:
         for optimiser in self.optimisers.values():  # of a run that broke off, or of the caller
             optimiser.zero_grad(set_to_none=True)
         self.state = _State()
-        self._lock: BaseFileLock | None = None
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] | None = None
         self._steps_here, self._since = 0, time.perf_counter()
@@ -167,7 +164,6 @@ class Loop:
             if self.folder.exists() and not self.folder.is_dir():
                 raise InputError("the output folder is a file", remedy="Choose another one", file=self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._hold()
             self._resume()
         self._first_update = self.state.step == 0
         if config.trackers:
@@ -394,8 +390,6 @@ class Loop:
         self.method.eval()
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        if self._lock is not None:
-            self._lock.release(force=True)
         return FitResult(
             steps=state.step,
             best_step=state.best_step if self.best is not None else state.step,
@@ -570,26 +564,6 @@ class Loop:
                 if old != self._best_file():
                     old.unlink()
         self.accelerator.wait_for_everyone()
-
-    def _hold(self) -> None:
-        """Refuse a folder that another run writes to, in all processes of this one."""
-        assert self.folder is not None
-        refused: InputError | None = None
-        if self.main:
-            # One for all loops of a process: one that broke off here does not stand in the way of the next.
-            self._lock = FileLock(self.folder / ".lock", timeout=0, thread_local=False, is_singleton=True)
-            try:
-                self._lock.acquire()
-            except Timeout:
-                remedy = "Wait for its end, or choose another output folder"
-                refused = InputError("another run writes here", file=self.folder, remedy=remedy)
-            except (OSError, NotImplementedError):  # of a disk without locks
-                self._lock = None
-        if self.accelerator.num_processes > 1:
-            told = gather_object([None if refused is None else str(refused)])
-            refused = refused or next((InputError(problem) for problem in told if problem is not None), None)
-        if refused is not None:
-            raise refused
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, or start again where a run was killed before its first one."""
