@@ -1587,6 +1587,9 @@ def test_a_state_that_was_filled_under_a_prompt_does_not_go_on_without_it(tiny: 
         handle.enabled(False)
         with pytest.raises(InputError, match="the cache was filled under a prompt"):
             model(input_ids=torch.tensor([[5]]), cache_params=cache)
+        cache.reset()
+        text = texts()["input_ids"][:1]
+        assert gap(model(input_ids=text, cache_params=cache).logits, model(input_ids=text).logits) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma"])

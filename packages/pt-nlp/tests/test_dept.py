@@ -651,10 +651,12 @@ def test_training_that_does_not_say_which_tokens_are_targets_is_refused():
     method = dept(backbone)
     ids = torch.tensor([[3, 4, 5, 6]])
     with method.active():
+        read = backbone(input_ids=ids).logits  # not in training: a source that is read
+        backbone.train()
         with pytest.raises(InputError, match=r"nothing says which these are.*Pass `labels`.*source_tokens"):
             backbone(input_ids=ids)
         labelled = backbone(input_ids=ids, labels=ids.masked_fill(ids < 5, -100)).logits
         with source_tokens(torch.tensor([[1, 1, 0, 0]])):
             assert torch.equal(backbone(input_ids=ids).logits, labelled)
         with torch.no_grad():
-            backbone(input_ids=ids)  # a source that is read
+            assert torch.equal(backbone(input_ids=ids).logits, read)

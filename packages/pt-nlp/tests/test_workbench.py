@@ -258,7 +258,6 @@ def test_a_recipe_that_cannot_work_is_refused(
     [
         ("prompt-tuning", "num_labels", 7),
         ("ptec", "multilabel", True),
-        ("prompt-tuning", "label_ids", [[3], [4]]),
         ("trie-search", "label_tokens", []),
         ("trie-search", "end_id", 5),
         ("trie-search", "pad_id", 5),

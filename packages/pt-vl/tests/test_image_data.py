@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import tracemalloc
@@ -85,6 +86,14 @@ def test_splits_are_no_classes(names: tuple[str, ...], tmp_path: Path, make_enco
     )
     save(tmp_path / "shapes" / "bus" / "0.png")
     assert set(list_folder(tmp_path / "shapes").labels) == {*names, "bus"}
+
+
+def test_a_class_may_be_called_like_a_split_and_a_link_to_the_folder_is_none(tmp_path: Path) -> None:
+    save(tmp_path / "shapes" / "train" / "0.png")
+    (tmp_path / "shapes" / "again").symlink_to(tmp_path / "shapes")
+    (tmp_path / "shapes" / "above").symlink_to(tmp_path)
+    with pytest.warns(UserWarning, match="2 files of .* ignored, the first is above"):
+        assert list_folder(tmp_path / "shapes").ids == ["train/0.png"]
 
 
 def test_links_in_a_folder_are_followed_once_and_never_back(folder: Path, tmp_path: Path) -> None:
@@ -730,7 +739,7 @@ def test_fixed_views_are_decoded_once_and_come_to_the_same_bits(
     plain = [made(read_image(source)) for source in listed.sources]
     for _ in range(2):
         for order in ([3, 0, 17, 3, 5], range(18)):
-            assert all(map(torch.equal, [row["pixels"] for row in rows.__getitems__(order)], [plain[i] for i in order]))
+            assert all(map(torch.equal, [row["pixels"] for row in rows.rows_at(order)], [plain[i] for i in order]))
     assert len(decoded) == 19, "each once, and the one that was there twice in its batch"
     assert torch.equal(rows[-1]["pixels"], plain[-1])
     again = deepcopy(rows)  # takes no view along, and shares those of the process
@@ -744,6 +753,41 @@ def test_fixed_views_are_decoded_once_and_come_to_the_same_bits(
     assert torch.equal(rows[1]["pixels"], before), "another image in the place of one"
 
 
+def test_a_view_is_that_of_the_file_also_where_size_and_times_are_those_of_another(tmp_path: Path) -> None:
+    for name, colour in (("a", 10), ("b", 200)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (12, 12), (colour, 0, 0)).save(tmp_path / name / "0.bmp")
+        os.utime(tmp_path / name / "0.bmp", (1, 1))
+    (tmp_path / "now").symlink_to("a")
+    rows = data.ImageRows([tmp_path / "now" / "0.bmp"], [0], Preprocessing(size=12, mean=(0, 0, 0), std=(1, 1, 1)))
+    red = [float(rows[0]["pixels"][0, 0, 0])]
+    (tmp_path / "now").unlink()
+    (tmp_path / "now").symlink_to("b")
+    red.append(float(rows[0]["pixels"][0, 0, 0]))
+    (tmp_path / "b" / "0.bmp").write_bytes((tmp_path / "a" / "0.bmp").read_bytes())
+    os.utime(tmp_path / "b" / "0.bmp", (1, 1))
+    red.append(float(rows[0]["pixels"][0, 0, 0]))
+    assert red == pytest.approx([10 / 255, 200 / 255, 10 / 255])
+
+
+def test_rows_and_preprocessing_of_somebodys_own_are_theirs_in_batches(folder: Path) -> None:
+    class Brighter(data.ImageRows):
+        def __getitem__(self, index: Any) -> Any:
+            row = super().__getitem__(index)
+            return row | {"pixels": row["pixels"] + 1}
+
+    class Grey(Preprocessing):
+        def __call__(self, image: Any) -> torch.Tensor:
+            return super().__call__(image).mean(0, keepdim=True).expand(3, -1, -1)
+
+    listed = list_folder(folder / "train")
+    plain = data.ImageRows(listed.sources, [0] * 18, Preprocessing(size=12))
+    rows = Split(Brighter(listed.sources, [0] * 18, Preprocessing(size=12)), list, ("accuracy",), num_classes=2).rows
+    assert torch.equal(rows.rows_at([4, 2])[1]["pixels"], plain[2]["pixels"] + 1)
+    grey = data.ImageRows(listed.sources, [0] * 18, Grey(size=12)).rows_at([4, 2])[1]["pixels"]
+    assert torch.equal(grey, plain[2]["pixels"].mean(0, keepdim=True).expand(3, -1, -1))
+
+
 def test_views_take_no_more_memory_than_they_may(folder: Path, decoded: list[Any]) -> None:
     made, listed, size = Preprocessing(size=12), list_folder(folder / "train"), 3 * 12 * 12
     data.VIEWS.limit = 5 * size + 20
@@ -753,11 +797,11 @@ def test_views_take_no_more_memory_than_they_may(folder: Path, decoded: list[Any
             assert torch.equal(rows[i]["pixels"], made(read_image(source)))
             assert data.VIEWS.held == size * len(data.VIEWS) <= data.VIEWS.limit
     assert len(decoded) == 36 and len(data.VIEWS) == 5
-    rows.__getitems__(range(13, 18))
+    rows.rows_at(range(13, 18))
     assert len(decoded) == 36, "the last ones are there"
     whole = [Path(source).read_bytes() for source in listed.sources]  # type: ignore[arg-type]
     rows = data.ImageRows(whole, [0] * 18, made)
-    rows.__getitems__(range(18))
+    rows.rows_at(range(18))
     assert len(data.VIEWS) < 5 and data.VIEWS.held <= data.VIEWS.limit, "bytes that are known by themselves count"
     arrays = data.ImageRows([np.zeros((12, 12, 3), np.uint8)], [0], made)
     before = arrays[0]["pixels"]

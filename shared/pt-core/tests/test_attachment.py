@@ -298,6 +298,17 @@ def test_a_choice_that_ends_in_another_context_says_so():
             copy_context().run(next, generator, None)
 
 
+def test_an_error_within_a_choice_that_ends_out_of_turn_is_what_is_raised():
+    backbone = model()
+    a, b = (attach(backbone, prompt(seed), always=False) for seed in (0, 1))
+    inner = b.active()
+    with pytest.raises(KeyError, match="mine"), a.active():
+        inner.__enter__()
+        raise KeyError("mine")
+    inner.__exit__(None, None, None)
+    assert torch.equal(backbone(IDS), model()(IDS))
+
+
 def test_choices_that_end_out_of_turn_say_so_and_leave_nothing_behind():
     backbone = model()
     plain = backbone(IDS)

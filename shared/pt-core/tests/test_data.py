@@ -446,7 +446,7 @@ def test_study_data_reads(study_data):
 
 def test_rows_that_can_be_asked_for_together_are() -> None:
     class Rows(list[int]):
-        def __getitems__(self, indices: list[int]) -> list[int]:
+        def rows_at(self, indices: list[int]) -> list[int]:
             asked.append(indices)
             return [self[i] for i in indices]
 

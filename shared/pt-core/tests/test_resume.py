@@ -246,6 +246,23 @@ def test_a_log_that_became_shorter_is_not_filled_up(tmp_path):
     assert file.read_text() == "".join(lines[:-1])
 
 
+def test_a_checkpoint_that_another_run_has_written_meanwhile_says_so_and_is_left_alone(tmp_path, monkeypatch):
+    write = training.write
+
+    def meanwhile(file, content):
+        write(file, content)
+        if file.name == "state.json":
+            others = tmp_path / "run" / file.parent.name.removeprefix(".").rpartition(".")[0]
+            others.mkdir()
+            (others / "state.json").write_text("theirs")
+
+    monkeypatch.setattr(training, "write", meanwhile)
+    with pytest.raises(InputError, match=r"run: another run writes here. Wait for its end, or choose another output"):
+        fit(tiny()[1], tiny_split(20), None, SHORT, tmp_path / "run")
+    (kept,) = (tmp_path / "run").glob("checkpoint-*")
+    assert [file.read_text() for file in kept.iterdir()] == ["theirs"]
+
+
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="the output folder is a file"):

@@ -168,9 +168,8 @@ def prompted(
             rows = selected()
             arguments.update(zip(names, args, strict=False))
             if rows is None:
-                if (
-                    getattr(arguments.get("cache_params"), "pt_owner", None) is not None
-                ):  # other caches refuse by themselves
+                state = arguments.get("cache_params")  # other caches refuse by themselves
+                if getattr(state, "pt_owner", None) is not None and state.has_previous_state():
                     raise InputError("the cache was filled under a prompt", remedy="Start from an empty cache")
                 return original(**arguments)
             as_tuple = arguments.pop("return_dict", None) is False

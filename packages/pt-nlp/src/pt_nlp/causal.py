@@ -128,7 +128,7 @@ def _causal_call(
             f"{n} tokens behind a cache: the prompt has an offset for source tokens, and nothing says whether these are",
             remedy="Use the method's own `generate`, say it with `pt_nlp.carried.source_tokens`, or read the text in one call",
         )
-    if writes and carried.has_offset and n > 1 and SOURCE.get() is None and torch.is_grad_enabled():
+    if writes and base.training and carried.has_offset and n > 1 and SOURCE.get() is None and torch.is_grad_enabled():
         raise InputError(
             "the prompt has an offset for source tokens, and in training nothing says which these are: the labels do not come "
             "to the model (label smoothing, a loss that is computed outside of it, as TRL does)",

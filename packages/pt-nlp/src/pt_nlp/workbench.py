@@ -181,7 +181,6 @@ class Recipe(recipe.Recipe):
     told_elsewhere: ClassVar[Mapping[str, str]] = {
         "num_labels": "the data say it: data.kind and its labels",
         "multilabel": "the data say it: data.kind",
-        "label_ids": "the data say them: data.verbalizer",
         "label_tokens": "the data say them: data.verbalizer",
         "end_id": "the tokenizer says it",
         "pad_id": "the tokenizer says it",

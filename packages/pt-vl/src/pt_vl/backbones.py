@@ -602,12 +602,13 @@ def load_backbone(
         if auto.get_image_processor_config(place, revision=revision):  # without one: see `DualEncoder`
             images = auto.AutoImageProcessor.from_pretrained(place, revision=revision)
         elif not Path(place).is_dir():
-            files = ("processor_config.json", "preprocessor_config.json")  # a name the hub lacks is remembered as such
-            if unknown := [f for f in files if try_to_load_from_cache(place, f, revision=revision or "main") is None]:
-                raise OSError(f"{unknown[0]} is not in the cache, and the hub was not asked")
+            file = "preprocessor_config.json"  # a name that the hub was asked for and lacks is remembered as such
+            if try_to_load_from_cache(place, file, revision=revision or "main") is None:
+                raise OSError(f"{file} is not in the cache, and the hub was not asked")
     except (OSError, ValueError) as error:
         problem = f"how {name} prepares its images cannot be read ({str(error).splitlines()[0]:.200})"
-        raise InputError(problem, file="preprocessor_config.json", remedy="Fetch it again") from error
+        remedy = "Fetch it again: load the model once with a connection, or give a folder that holds all of it"
+        raise InputError(problem, file="preprocessor_config.json", remedy=remedy) from error
     made = DualEncoder(model, SimpleNamespace(tokenizer=tokeniser, image_processor=images))
     wrong = [f"{key} is missing" for key in sorted(report["missing_keys"])]
     wrong += [f"{key} is {list(a)}, not {list(b)}" for key, a, b in sorted(report["mismatched_keys"])]
@@ -616,7 +617,7 @@ def load_backbone(
         remedy = "They are of another model or half downloaded: fetch them again"
         raise InputError(f"the weights of {name} are not those of its configuration: {wrong[0]}{more}", remedy=remedy)
     # Without files of one, transformers makes a tokenizer of special tokens only, to which all texts are the same.
-    if len(tokeniser) < made.text_tower.words.num_embeddings // 2:
+    if len(tokeniser) <= len(set(tokeniser.all_special_ids)):
         raise no_words
     made.source = name if name.startswith("zoo:") else None
     return made.to(device or "cpu").eval()

@@ -162,8 +162,8 @@ class Views:
     """Images as they are after resizing and cropping, uint8 [3, size, size]: the last ones that were asked for, up to a number
     of bytes.
 
-    A file is known by its path, size and time, so that splits and tasks of one process share what they have in common, and
-    none holds a view that is no longer the file's. Arrays and Pillow's images may change, and are not kept.
+    A file is known by what its file system says of it, so that splits and tasks of one process share what they have in
+    common, and none holds a view that is no longer the file's. Arrays and Pillow's images may change, and are not kept.
     """
 
     def __init__(self, limit: int) -> None:
@@ -183,7 +183,8 @@ class Views:
         geometry = (how.size, how.resize, how.squash, how.interpolation)
         if isinstance(source, str | Path):
             state = Path(source).stat()
-            return os.path.abspath(source), state.st_size, state.st_mtime_ns, geometry
+            # Copying tools keep times, so the file itself is in it, and when anything of it changed.
+            return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns, geometry
         return (source, geometry) if isinstance(source, bytes | Cell) else None
 
     def get(self, key: Hashable | None) -> Tensor | None:
@@ -263,12 +264,22 @@ class ImageRows(Sequence[dict[str, Any]]):
         return len(self.sources)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.__getitems__([index])[0]
+        return self._made([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows at `indices`, decoded by several threads: what torch's data loaders and `Split.batch` ask for."""
-        images = self._fixed if self._augment is None else self._cropped
-        pixels = map(self.preprocessing.normalise, images([self.sources[i] for i in indices]))
+    def rows_at(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at `indices`, decoded by several threads: what `Split.batch` asks for."""
+        if type(self).__getitem__ is not ImageRows.__getitem__:  # somebody's own augmentation
+            return [self[i] for i in indices]
+        return self._made(indices)
+
+    def _made(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        sources = [self.sources[i] for i in indices]
+        if self._augment is not None:
+            pixels = map(self.preprocessing.normalise, self._cropped(sources))
+        elif type(self.preprocessing).__call__ is Preprocessing.__call__:
+            pixels = map(self.preprocessing.normalise, self._fixed(sources))
+        else:  # somebody's own preprocessing, of which nothing is known
+            pixels = map(self.preprocessing, ahead(read_image, sources))
         return [{"pixels": made, "label": self.labels[i]} for made, i in zip(pixels, indices, strict=True)]
 
     def _fixed(self, sources: Sequence[Source]) -> Iterator[Tensor]:
@@ -388,19 +399,19 @@ def list_folder(folder: str | Path) -> Listed:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("no such folder", file=folder)
-    entries = sorted(entry for entry in folder.iterdir() if not _hidden(entry.name))
-    classes = [entry for entry in entries if entry.is_dir()]
+    entries, root = sorted(entry for entry in folder.iterdir() if not _hidden(entry.name)), folder.resolve()
+    broken = [e.name for e in entries if not e.exists() or (e.is_symlink() and root.is_relative_to(e.resolve()))]
+    classes = [entry for entry in entries if entry.is_dir() and entry.name not in broken]
     if not classes:
         raise InputError("has no class folders", file=folder, remedy="Make one folder for each class, images in it")
-    if all(each.name.lower() in NAMES_OF_SPLITS for each in classes):
+    if all(each.name.lower() in NAMES_OF_SPLITS and _has_folders(each) for each in classes):
         raise InputError(
             f"its folders are splits, not classes: {', '.join(each.name for each in classes)}",
             file=folder,
             remedy=f"Give each by itself: {', '.join(str(each) for each in classes)}",
         )
-    found, root = Listed(file=folder, folders=True), folder.resolve()
+    found = Listed(file=folder, folders=True)
     strange, loose = list[str](), [e.name for e in entries if e.is_file() and e.suffix.lower() in SUFFIXES]
-    broken = [entry.name for entry in entries if not entry.exists()]
     for each in classes:
         seen, lost = _files(each, root)
         broken += [f"{each.name}/{name}" for name in lost]
@@ -445,7 +456,7 @@ def _files(folder: Path, root: Path) -> tuple[list[str], list[str]]:
     files, lost, entered = list[Path](), list[Path](), set[Path]()
 
     def refuse(error: OSError) -> None:  # a folder that cannot be read is not one without files
-        raise error
+        raise InputError("cannot be read", file=error.filename, remedy="Make it readable, or move it away") from error
 
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         here, own = Path(place).relative_to(folder), list[str]()
@@ -460,6 +471,10 @@ def _files(folder: Path, root: Path) -> tuple[list[str], list[str]]:
             if not _hidden(name):
                 (files if (Path(place) / name).is_file() else lost).append(here / name)
     return [path.as_posix() for path in sorted(files)], [path.as_posix() for path in sorted(lost)]
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() and not _hidden(entry.name) for entry in folder.iterdir())
 
 
 def _hidden(name: str) -> bool:

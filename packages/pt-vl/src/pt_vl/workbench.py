@@ -651,9 +651,8 @@ def _rows(task: ImageTask) -> dict[str, Any]:
 
 
 def _state(source: Source) -> Any:
-    """Size and time of a file, or of those of a data set and the row; or the hash of an image in memory."""
-    if isinstance(source, Cell):
-        return source.state, source.column, source.row
+    """Size and time of a file, or the hash of an image in memory or of `datasets`."""
+    source = source.read() if isinstance(source, Cell) else source
     if isinstance(source, str | Path):
         known = Path(source).stat()
         return known.st_size, known.st_mtime_ns

@@ -164,6 +164,18 @@ class _Routes:
     before: _Routes | None = None  # what was in force when this choice was made
     left: bool = False  # this choice ended out of turn: who was chosen within it does not come back to it
 
+    def leave(self) -> bool:
+        """End this choice, if it is the one in force here; else False, and nobody comes back to it."""
+        if _ROUTES.get() is not self:
+            self.left = True
+            return False
+        before = self.before
+        while before is not None and before.left:
+            before = before.before
+        assert before is not None  # the first one is never left
+        _ROUTES.set(before)
+        return True
+
 
 _SLOT = "_pt_attached"  # where a backbone keeps it: not a submodule, and collected with the backbone
 _ROUTES: ContextVar[_Routes] = ContextVar("pt_routes", default=_Routes(MappingProxyType({})))  # noqa: B039
@@ -260,21 +272,18 @@ def route(backbone: nn.Module, handles: Rows) -> Iterator[None]:
     for handle in handles:
         if handle is not None and (attached is None or handle not in attached.handles):
             raise InputError("a prompt of another backbone, or one that was removed", remedy="Attach it here first")
-    before = _ROUTES.get()
-    chosen = _Routes({**before.rows, id(backbone): tuple(handles)}, before)
+    chosen = _Routes({**_ROUTES.get().rows, id(backbone): tuple(handles)}, _ROUTES.get())
     _ROUTES.set(chosen)
     try:
         yield
-    finally:
-        if _ROUTES.get() is not chosen:
-            chosen.left = True
-            raise InputError(
-                "the choice of prompts ends in another thread or task than it began in, or before one that was made within it",
-                remedy="Do not yield inside of `active()`, `route()` or `off()`: choose around each step of a generator",
-            )
-        while before.left and before.before is not None:
-            before = before.before
-        _ROUTES.set(before)
+    except BaseException:
+        chosen.leave()  # whatever else is wrong, this is what the caller is told
+        raise
+    if not chosen.leave():
+        raise InputError(
+            "the choice of prompts ends in another thread or task than it began in, or before one that was made within it",
+            remedy="Do not yield inside of `active()`, `route()` or `off()`: choose around each step of a generator",
+        )
 
 
 @contextmanager

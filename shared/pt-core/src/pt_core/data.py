@@ -39,8 +39,8 @@ class Split:
     """Rows of one split, and how they become batches.
 
     Args:
-        rows: anything with `len` and `[i]`; rows may be read or decoded when they are asked for. With `__getitems__`
-            (indices -> rows, as torch's data sets have) those of a batch are asked for at once.
+        rows: anything with `len` and `[i]`; rows may be read or decoded when they are asked for. With `rows_at`
+            (indices -> rows) those of a batch are asked for at once.
         collate: rows -> batch, a dict of tensors and lists.
         metrics: names known to `pt_core.metrics` for this task.
         task: one of "multiclass", "multilabel", "text", "regression", "none".
@@ -98,9 +98,7 @@ class Split:
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The collated rows at `indices`; "sample_ids" holds their ids, unless `collate` has set it."""
-        several = getattr(self.rows, "__getitems__", None)
-        rows = [self.rows[i] for i in indices] if several is None else several(list(indices))
-        return {"sample_ids": [self.row_ids[i] for i in indices]} | self.collate(rows)
+        return {"sample_ids": [self.row_ids[i] for i in indices]} | self.collate(_rows_at(self.rows, indices))
 
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         """Batches of `batch_size` rows in order (of `indices`, or of the rows); the last one may be smaller."""
@@ -109,6 +107,13 @@ class Split:
         indices = range(len(self)) if indices is None else indices
         for start in range(0, len(indices), batch_size):
             yield self.batch(indices[start : start + batch_size])
+
+
+def _rows_at(rows: Any, indices: Sequence[int]) -> list[Any]:
+    if isinstance(rows, Subset):
+        return _rows_at(rows.dataset, [rows.indices[i] for i in indices])
+    several: Callable[[Sequence[int]], list[Any]] | None = getattr(rows, "rows_at", None)
+    return [rows[i] for i in indices] if several is None else several(indices)
 
 
 # Draws

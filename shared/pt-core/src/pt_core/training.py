@@ -556,7 +556,13 @@ class Loop:
                 with log.open("ab") as file:
                     os.fsync(file.fileno())  # what the checkpoint counts must be there after a power cut, too
             sync(beside)
-            os.rename(beside, target)
+            try:
+                os.rename(beside, target)
+            except OSError as error:
+                if not target.exists():
+                    raise
+                remedy = "Wait for its end, or choose another output folder"
+                raise InputError("another run writes here", file=self.folder, remedy=remedy) from error
             sync(self.folder)
             for old in self._checkpoints()[:-1]:
                 shutil.rmtree(old)
