@@ -168,7 +168,7 @@ def prompted(
             rows = selected()
             arguments.update(zip(names, args, strict=False))
             if rows is None:
-                state = arguments.get("cache_params")  # other caches refuse by themselves
+                state: Any = arguments.get("cache_params")  # other caches refuse by themselves
                 if getattr(state, "pt_owner", None) is not None and state.has_previous_state():
                     raise InputError("the cache was filled under a prompt", remedy="Start from an empty cache")
                 return original(**arguments)
