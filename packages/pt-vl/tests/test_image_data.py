@@ -27,8 +27,9 @@ from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.plan import FitConfig
 from pt_core.testing import Killed
-from pt_vl import data
-from pt_vl.data import SUFFIXES, TEMPLATES, ImageSpec, ImageTask, draw, list_folder, list_split_file, read_image
+from pt_vl import data, images
+from pt_vl.data import SUFFIXES, TEMPLATES, ImageSpec, ImageTask, draw, list_folder, list_split_file
+from pt_vl.images import read_image
 from pt_vl.method import cache_features
 from pt_vl.methods.coop import CoOp, CoOpConfig
 from pt_vl.methods.vpt import VPT, VPTConfig
@@ -293,7 +294,7 @@ def test_images_of_datasets_are_read_when_they_are_asked_for(tmp_path: Path, mak
     tracemalloc.stop()
     assert held + arrow.total_allocated_bytes() - before < sum(map(len, raw)) / 4
     for i, source in enumerate(listed.sources):
-        assert isinstance(source, data.Cell) and source.read() == raw[i]
+        assert isinstance(source, images.Cell) and source.read() == raw[i]
     task = ImageTask.from_dataset(where, make_encoder(), shots=2)
     assert task.train is not None
     first = task.train.rows[0]["pixels"]
@@ -722,8 +723,8 @@ def test_augmentation_draws_anew_from_the_seeded_generator_and_only_for_training
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Images that were decoded; views are kept by a store of this test's own, and read by four threads."""
     found = list[Any]()
-    monkeypatch.setattr(data, "VIEWS", data.Views(2**20))
-    monkeypatch.setattr(data, "read_image", lambda source: found.append(source) or read_image(source))
+    monkeypatch.setattr(images, "VIEWS", images.Views(2**20))
+    monkeypatch.setattr(images, "read_image", lambda source: found.append(source) or read_image(source))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     return found
 
@@ -735,7 +736,7 @@ def test_fixed_views_are_decoded_once_and_come_to_the_same_bits(
     made = Preprocessing(size=12, **how)
     listed = list_folder(folder / "train")
     listed.sources[3] = Path(listed.sources[3]).read_bytes()  # type: ignore[arg-type]
-    rows = data.ImageRows(listed.sources, [0] * len(listed), made)
+    rows = images.ImageRows(listed.sources, [0] * len(listed), made)
     plain = [made(read_image(source)) for source in listed.sources]
     for _ in range(2):
         for order in ([3, 0, 17, 3, 5], range(18)):
@@ -744,9 +745,9 @@ def test_fixed_views_are_decoded_once_and_come_to_the_same_bits(
     assert torch.equal(rows[-1]["pixels"], plain[-1])
     again = deepcopy(rows)  # takes no view along, and shares those of the process
     assert len(pickle.dumps(rows)) < 10_000 and torch.equal(again[4]["pixels"], plain[4])
-    assert torch.equal(data.ImageRows(listed.sources[:6], [0] * 6, made).fixed()[5]["pixels"], plain[5])
+    assert torch.equal(images.ImageRows(listed.sources[:6], [0] * 6, made).fixed()[5]["pixels"], plain[5])
     assert len(decoded) == 19
-    other = data.ImageRows(listed.sources, [0] * 18, Preprocessing(size=10))
+    other = images.ImageRows(listed.sources, [0] * 18, Preprocessing(size=10))
     assert other[0]["pixels"].shape == (3, 10, 10)
     before = made(picture(77))
     save(Path(listed.sources[1]), seed=77)  # type: ignore[arg-type]
@@ -759,7 +760,7 @@ def test_a_view_is_that_of_the_file_also_where_size_and_times_are_those_of_anoth
         Image.new("RGB", (12, 12), (colour, 0, 0)).save(tmp_path / name / "0.bmp")
         os.utime(tmp_path / name / "0.bmp", (1, 1))
     (tmp_path / "now").symlink_to("a")
-    rows = data.ImageRows([tmp_path / "now" / "0.bmp"], [0], Preprocessing(size=12, mean=(0, 0, 0), std=(1, 1, 1)))
+    rows = images.ImageRows([tmp_path / "now" / "0.bmp"], [0], Preprocessing(size=12, mean=(0, 0, 0), std=(1, 1, 1)))
     red = [float(rows[0]["pixels"][0, 0, 0])]
     (tmp_path / "now").unlink()
     (tmp_path / "now").symlink_to("b")
@@ -771,7 +772,7 @@ def test_a_view_is_that_of_the_file_also_where_size_and_times_are_those_of_anoth
 
 
 def test_rows_and_preprocessing_of_somebodys_own_are_theirs_in_batches(folder: Path) -> None:
-    class Brighter(data.ImageRows):
+    class Brighter(images.ImageRows):
         def __getitem__(self, index: Any) -> Any:
             row = super().__getitem__(index)
             return row | {"pixels": row["pixels"] + 1}
@@ -781,29 +782,29 @@ def test_rows_and_preprocessing_of_somebodys_own_are_theirs_in_batches(folder: P
             return super().__call__(image).mean(0, keepdim=True).expand(3, -1, -1)
 
     listed = list_folder(folder / "train")
-    plain = data.ImageRows(listed.sources, [0] * 18, Preprocessing(size=12))
+    plain = images.ImageRows(listed.sources, [0] * 18, Preprocessing(size=12))
     rows = Split(Brighter(listed.sources, [0] * 18, Preprocessing(size=12)), list, ("accuracy",), num_classes=2).rows
     assert torch.equal(rows.rows_at([4, 2])[1]["pixels"], plain[2]["pixels"] + 1)
-    grey = data.ImageRows(listed.sources, [0] * 18, Grey(size=12)).rows_at([4, 2])[1]["pixels"]
+    grey = images.ImageRows(listed.sources, [0] * 18, Grey(size=12)).rows_at([4, 2])[1]["pixels"]
     assert torch.equal(grey, plain[2]["pixels"].mean(0, keepdim=True).expand(3, -1, -1))
 
 
 def test_views_take_no_more_memory_than_they_may(folder: Path, decoded: list[Any]) -> None:
     made, listed, size = Preprocessing(size=12), list_folder(folder / "train"), 3 * 12 * 12
-    data.VIEWS.limit = 5 * size + 20
-    rows = data.ImageRows(listed.sources, [0] * 18, made)
+    images.VIEWS.limit = 5 * size + 20
+    rows = images.ImageRows(listed.sources, [0] * 18, made)
     for _ in range(2):
         for i, source in enumerate(listed.sources):
             assert torch.equal(rows[i]["pixels"], made(read_image(source)))
-            assert data.VIEWS.held == size * len(data.VIEWS) <= data.VIEWS.limit
-    assert len(decoded) == 36 and len(data.VIEWS) == 5
+            assert images.VIEWS.held == size * len(images.VIEWS) <= images.VIEWS.limit
+    assert len(decoded) == 36 and len(images.VIEWS) == 5
     rows.rows_at(range(13, 18))
     assert len(decoded) == 36, "the last ones are there"
     whole = [Path(source).read_bytes() for source in listed.sources]  # type: ignore[arg-type]
-    rows = data.ImageRows(whole, [0] * 18, made)
+    rows = images.ImageRows(whole, [0] * 18, made)
     rows.rows_at(range(18))
-    assert len(data.VIEWS) < 5 and data.VIEWS.held <= data.VIEWS.limit, "bytes that are known by themselves count"
-    arrays = data.ImageRows([np.zeros((12, 12, 3), np.uint8)], [0], made)
+    assert len(images.VIEWS) < 5 and images.VIEWS.held <= images.VIEWS.limit, "bytes that are known by themselves count"
+    arrays = images.ImageRows([np.zeros((12, 12, 3), np.uint8)], [0], made)
     before = arrays[0]["pixels"]
     arrays.sources[0][:] = 9  # type: ignore[index]
     assert not torch.equal(arrays[0]["pixels"], before)
@@ -821,14 +822,14 @@ def test_images_are_decoded_ahead_in_order_and_a_few_at_a_time(monkeypatch: pyte
             raise OSError("29")
         return item
 
-    found = data.ahead(make, range(30))
+    found = images.ahead(make, range(30))
     with pytest.raises(OSError, match="29"):
         for number in found:
             assert number == taken
             assert len(made) - taken <= 5
             taken += 1
     assert taken == 29 and 1 < len(threads) <= 4 and get_ident() not in threads
-    assert list(data.ahead(str, [])) == []
+    assert list(images.ahead(str, [])) == []
 
 
 def test_crops_of_a_batch_are_those_of_one_row_after_the_other(
@@ -872,7 +873,7 @@ def test_a_run_with_views_and_threads_goes_on_to_the_bits_of_a_plain_one(
     fast = trained()
     with pytest.raises(Killed):
         trained(tmp_path / "run", stop=True)  # what follows has one thread, and its views are this process's
-    monkeypatch.setattr(data, "VIEWS", data.Views(0))
+    monkeypatch.setattr(images, "VIEWS", images.Views(0))
     for state in (trained(tmp_path / "run"), trained()):
         assert all(torch.equal(state[name], fast[name]) for name in fast)
 

@@ -22,7 +22,7 @@ from pt_core.plan import FitConfig
 from pt_core.testing import Killed, command, one_thread
 from pt_vl import CoOpConfig, demo, workbench
 from pt_vl.backbones import DualEncoder, load_backbone
-from pt_vl.data import read_image
+from pt_vl.images import read_image
 from pt_vl.method import FAMILY
 from pt_vl.workbench import Bench, Recipe, open_artifact
 

@@ -21,7 +21,8 @@ from pt_core import artifacts, recipe, report, runs
 from pt_core.data import Split
 from pt_core.errors import InputError
 from pt_core.report import Result
-from pt_vl.data import ImageRows, list_folder, read_image
+from pt_vl.data import list_folder
+from pt_vl.images import ImageRows, read_image
 from pt_vl.method import VLMethod
 from pt_vl.workbench import Bench, Recipe
 

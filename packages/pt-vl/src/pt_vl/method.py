@@ -483,7 +483,7 @@ def fixed_views(split: Split) -> Split:
     """The split with every row in its fixed view, where rows are augmented.
 
     Raises:
-        InputError: they are, and have no method `fixed` that gives the rows in fixed views (`pt_vl.data.ImageRows` has).
+        InputError: they are, and have no method `fixed` that gives the rows in fixed views (`pt_vl.images.ImageRows` has).
     """
     return (
         split if getattr(split.collate, "fixed", True) else replace(split, rows=_fixed(split.rows), collate=Stacked())

@@ -30,14 +30,10 @@ from pt_core.settings import Settings
 from pt_vl.backbones import DualEncoder, load_backbone
 from pt_vl.data import (
     TEMPLATES,
-    Cell,
-    ImageRows,
     ImageSpec,
     ImageTask,
     Listed,
-    Source,
     Unreadable,
-    ahead,
     in_short,
     is_dataset,
     is_split_file,
@@ -49,6 +45,7 @@ from pt_vl.data import (
     readable,
 )
 from pt_vl.icons import IconChoice
+from pt_vl.images import Cell, ImageRows, Source, ahead
 from pt_vl.method import Stacked, VLMethod, autocast_dtype, cache_features, check_templates, written
 from pt_vl.methods.mvlpt import MVLPT
 from pt_vl.preprocessing import Preprocessing
