@@ -170,7 +170,8 @@ def _causal_call(
     if refused is None or keys_given:
         wanted = arguments.get("use_cache")
         wanted = cache is not None or (base.config.get_text_config().use_cache if wanted is None else wanted)
-        if not wanted and _may_be_one_row(base, arguments, carried):
+        plain = refused is None or hooks_on_rows(base) is None  # the former asks for hooks too
+        if not wanted and plain and _may_be_one_row(base, arguments, carried):
             output = _in_one_row(base, original, arguments, carried, mask, keys_given)
             if output is not None:
                 return output
@@ -209,8 +210,6 @@ def _announce(base: Model, reason: str) -> None:
 def _may_be_one_row(base: Model, arguments: dict[str, Any], carried: Carried) -> bool:
     """Whether this call may pass the model as one row (pt_nlp.one_row), as far as one can tell before."""
     if carried.index is not None or base.config._attn_implementation != "sdpa" or base in _NOT_ONE_ROW:
-        return False
-    if hooks_on_rows(base) is not None:
         return False
     inner = {"output_hidden_states", "output_attentions"}
     asked = any(arguments.get(name) or getattr(base.config, name, False) for name in inner)

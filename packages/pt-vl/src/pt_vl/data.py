@@ -173,7 +173,7 @@ def list_folder(folder: str | Path) -> Listed:
             (or back into the folder).
 
     Raises:
-        InputError: there is no such folder, it has no class folders, or these are splits, or one of them has no images.
+        InputError: there is no such folder, it has no class folders, these are splits, or one has no images or cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -216,7 +216,7 @@ def list_images(folder: str | Path) -> list[str]:
     followed; one to no image is among them, so that whoever reads it says so.
 
     Raises:
-        InputError: there is no such folder, or it has no images.
+        InputError: there is no such folder, it has no images, or one in it cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
